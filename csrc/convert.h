@@ -1,0 +1,160 @@
+// Element types, and their conversion to and from the type that a kernel computes in.
+#pragma once
+#include <bit>
+#include <cstdint>
+#include <cstring>
+
+namespace fusedloss {
+
+// The numbers are shared with cpu/load.py.
+enum DType : int64_t { F32, F64, BF16, F16, I64, I32, I16, I8, U8, U16, U32, U64 };
+
+inline int64_t size_of(int64_t dtype) {
+    switch (dtype) {
+        case F64:
+        case I64:
+        case U64: return 8;
+        case F32:
+        case I32:
+        case U32: return 4;
+        case I8:
+        case U8: return 1;
+        default: return 2;
+    }
+}
+
+struct bf16 {
+    uint16_t bits;
+    operator float() const { return std::bit_cast<float>(uint32_t(bits) << 16); }
+    bf16() = default;
+    // Round to nearest, ties to even; the rounding must not carry a NaN into infinity.
+    explicit bf16(float v) {
+        const uint32_t u = std::bit_cast<uint32_t>(v);
+        const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+        bits = uint16_t(v == v ? rounded : ((u >> 16) | 0x40u));
+    }
+};
+
+struct f16 {
+    uint16_t bits;
+    f16() = default;
+    // Multiplying by 2^112 rebases the exponent and makes subnormals normal in one step.
+    operator float() const {
+        const uint32_t magnitude = uint32_t(bits & 0x7fffu) << 13;
+        const float scaled = std::bit_cast<float>(magnitude) * 0x1p112f;
+        const uint32_t special = magnitude >= (0x7c00u << 13) ? 0x7f800000u : 0u;
+        return std::bit_cast<float>(std::bit_cast<uint32_t>(scaled) | special |
+                                    (uint32_t(bits & 0x8000u) << 16));
+    }
+    // Adding 0.5 lets the adder round a value that becomes subnormal.
+    explicit f16(float v) {
+        const uint32_t u = std::bit_cast<uint32_t>(v);
+        const uint32_t magnitude = u & 0x7fffffffu;
+        const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+        const uint32_t tiny = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+        const uint32_t finite = magnitude < (113u << 23) ? tiny : normal;
+        const uint32_t limited = magnitude >= 0x477ff000u ? 0x7c00u : finite;
+        bits = uint16_t((magnitude > 0x7f800000u ? 0x7e00u : limited) | ((u >> 16) & 0x8000u));
+    }
+};
+
+template <class From, class To>
+inline To convert(From v) {
+    if constexpr (std::is_same_v<To, bf16> || std::is_same_v<To, f16>) return To(float(v));
+    else if constexpr (std::is_same_v<From, bf16> || std::is_same_v<From, f16>) return To(float(v));
+    else return To(v);
+}
+
+template <class T>
+constexpr int64_t dtype_of = std::is_same_v<T, float> ? int64_t(F32) : int64_t(F64);
+
+// Calls f with a value of the element type that a floating dtype stands for.
+template <class F>
+inline void with_float(int64_t dtype, F&& f) {
+    switch (dtype) {
+        case F32: return f(float{});
+        case F64: return f(double{});
+        case BF16: return f(bf16{});
+        default: return f(f16{});
+    }
+}
+
+// n elements, `stride` apart (in elements), as T in `buffer`.
+template <class T>
+inline void load_strided(const void* data, int64_t dtype, int64_t stride, int64_t n, T* __restrict buffer) {
+    with_float(dtype, [&](auto tag) {
+        using S = decltype(tag);
+        const S* __restrict from = static_cast<const S*>(data);
+        if (stride == 1) {
+#pragma omp simd
+            for (int64_t i = 0; i < n; ++i) buffer[i] = convert<S, T>(from[i]);
+        } else if (stride == 0) {
+            const T v = convert<S, T>(from[0]);
+            for (int64_t i = 0; i < n; ++i) buffer[i] = v;
+        } else {
+            for (int64_t i = 0; i < n; ++i) buffer[i] = convert<S, T>(from[i * stride]);
+        }
+    });
+}
+
+// A pointer to n elements as T: the tensor's own memory where it serves, `buffer` where not.
+template <class T>
+inline const T* load(const void* data, int64_t dtype, int64_t stride, int64_t n, T* buffer) {
+    if (stride == 1 && dtype == dtype_of<T>) return static_cast<const T*>(data);
+    load_strided(data, dtype, stride, n, buffer);
+    return buffer;
+}
+
+template <class T>
+inline void store(void* data, int64_t dtype, int64_t stride, int64_t n, const T* __restrict buffer) {
+    with_float(dtype, [&](auto tag) {
+        using S = decltype(tag);
+        S* __restrict to = static_cast<S*>(data);
+        if (stride == 1) {
+#pragma omp simd
+            for (int64_t i = 0; i < n; ++i) to[i] = convert<T, S>(buffer[i]);
+        } else {
+            for (int64_t i = 0; i < n; ++i) to[i * stride] = convert<T, S>(buffer[i]);
+        }
+    });
+}
+
+inline void store_one(void* data, int64_t dtype, int64_t index, double v) {
+    with_float(dtype, [&](auto tag) {
+        using S = decltype(tag);
+        static_cast<S*>(data)[index] = convert<double, S>(v);
+    });
+}
+
+inline double load_one(const void* data, int64_t dtype, int64_t index) {
+    double v = 0;
+    with_float(dtype, [&](auto tag) {
+        using S = decltype(tag);
+        v = convert<S, double>(static_cast<const S*>(data)[index]);
+    });
+    return v;
+}
+
+// A class index; unsigned 64-bit values beyond int64 become negative and so out of range.
+inline int64_t load_index(const void* data, int64_t dtype, int64_t index) {
+    switch (dtype) {
+        case I64:
+        case U64: return static_cast<const int64_t*>(data)[index];
+        case I32: return static_cast<const int32_t*>(data)[index];
+        case I16: return static_cast<const int16_t*>(data)[index];
+        case I8: return static_cast<const int8_t*>(data)[index];
+        case U16: return static_cast<const uint16_t*>(data)[index];
+        case U32: return static_cast<const uint32_t*>(data)[index];
+        default: return static_cast<const uint8_t*>(data)[index];
+    }
+}
+
+inline const void* at(const void* data, int64_t dtype, int64_t offset) {
+    return static_cast<const char*>(data) + offset * size_of(dtype);
+}
+
+inline void* at(void* data, int64_t dtype, int64_t offset) {
+    return static_cast<char*>(data) + offset * size_of(dtype);
+}
+
+}  // namespace fusedloss

@@ -1,0 +1,65 @@
+// The C ABI: pointers, sizes and strides; nothing of torch or Python. Called through cpu/load.py.
+#include <cstdint>
+
+#include "gather.h"
+#include "math.h"
+#include "math_probe.h"
+#include "pointwise.h"
+#include "rows.h"
+#include "triplet.h"
+
+// Printed from src/fusedloss/losses by cpu/printer.py; written over math.h.
+#include "formulas.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+bool any_double(const fusedloss::Grid& a, const fusedloss::Grid& b) {
+    return (a.data && a.dtype == fusedloss::F64) || (b.data && b.dtype == fusedloss::F64);
+}
+
+template <template <class> class Formula>
+int64_t pointwise(const fusedloss::PointwiseArgs& a) {
+    for (const fusedloss::Array& input : a.input)
+        if (input.data && input.dtype == fusedloss::F64) return fusedloss::pointwise<Formula, double>(a);
+    return fusedloss::pointwise<Formula, float>(a);
+}
+
+constexpr struct {
+    const char* name;
+    int64_t (*run)(const fusedloss::PointwiseArgs&);
+} formulas[] = {
+#define ROW(name) {#name, pointwise<fusedloss::formulas::name>},
+    FUSEDLOSS_FORMULAS(ROW)
+#undef ROW
+};
+
+}  // namespace
+
+EXPORT void fusedloss_set_parallel_for(void* function) {
+    fusedloss::parallel_for = reinterpret_cast<fusedloss::ParallelFor>(function);
+}
+
+// The name of the pointwise kernel with this number, or null past the last.
+EXPORT const char* fusedloss_formula(int64_t number) {
+    constexpr int64_t count = sizeof(formulas) / sizeof(formulas[0]);
+    return number >= 0 && number < count ? formulas[number].name : nullptr;
+}
+
+EXPORT int64_t fusedloss_pointwise(const fusedloss::PointwiseArgs* a) { return formulas[a->formula].run(*a); }
+
+EXPORT int64_t fusedloss_cross_entropy(const fusedloss::RowsArgs* a) {
+    const bool wide = any_double(a->input, a->probabilities ? a->target : a->input);
+    return wide ? fusedloss::cross_entropy<double>(*a) : fusedloss::cross_entropy<float>(*a);
+}
+
+EXPORT int64_t fusedloss_nll_loss(const fusedloss::RowsArgs* a) {
+    return any_double(a->input, a->grad) ? fusedloss::nll<double>(*a) : fusedloss::nll<float>(*a);
+}
+
+EXPORT int64_t fusedloss_triplet(const fusedloss::TripletArgs* a) {
+    for (const fusedloss::Matrix& input : a->input)
+        if (input.dtype == fusedloss::F64) return fusedloss::triplet<double>(*a);
+    return fusedloss::triplet<float>(*a);
+}

@@ -1,0 +1,64 @@
+// Threads from torch's own pool, sums in a fixed order, and memory advice.
+#pragma once
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+// For loops that must become vectors: inlining would drop their `restrict`.
+#define FUSEDLOSS_LOOP __attribute__((noinline))
+
+namespace fusedloss {
+
+using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, RangeFunction, void* context);
+
+// libtorch's torch_parallel_for, or null: then everything runs on the calling thread.
+inline ParallelFor parallel_for = nullptr;
+
+// f(begin, end) over stretches of [0, n), each of at least `grain`.
+template <class F>
+void parallel_ranges(int64_t n, int64_t grain, F&& f) {
+    const auto range = [](int64_t begin, int64_t end, void* context) {
+        (*static_cast<std::remove_reference_t<F>*>(context))(begin, end);
+    };
+    if (n <= 0) return;
+    if (!parallel_for || n <= grain || parallel_for(0, n, grain, range, &f) != 0) f(0, n);
+}
+
+// f(i) for 0 <= i < n, at least `grain` of them a thread.
+template <class F>
+void parallel(int64_t n, int64_t grain, F&& f) {
+    parallel_ranges(n, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) f(i);
+    });
+}
+
+// Sixteen sums of every sixteenth term, then a tree: the order depends on n alone.
+template <class T>
+FUSEDLOSS_LOOP double ordered_sum(const T* __restrict v, int64_t n) {
+    constexpr int lanes = 16;
+    double sums[lanes] = {};
+    const int64_t whole = n - n % lanes;
+    for (int64_t i = 0; i < whole; i += lanes)
+        for (int j = 0; j < lanes; ++j) sums[j] += double(v[i + j]);
+    for (int64_t i = whole; i < n; ++i) sums[i - whole] += double(v[i]);
+    for (int step = lanes / 2; step > 0; step /= 2)
+        for (int j = 0; j < step; ++j) sums[j] += sums[j + step];
+    return sums[0];
+}
+
+// A fresh tensor of this size costs more in page faults than in arithmetic; 2 MiB pages divide them by 512.
+inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t page = uintptr_t(2) << 20;
+    if (!data || bytes < int64_t(4 * page)) return;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) & ~(page - 1);
+    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace fusedloss

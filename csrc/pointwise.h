@@ -1,0 +1,199 @@
+// THE loop of all pointwise losses: loads, the printed formula, multipliers, stores and ordered sums.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <limits>
+
+#include "convert.h"
+#include "parallel.h"
+
+namespace fusedloss {
+
+constexpr int64_t max_inputs = 3;
+constexpr int64_t max_dims = 16;
+
+// Packed by cpu/pointwise.py; the field order is shared with it. Null data means absent.
+struct Array {
+    void* data;
+    int64_t dtype;
+};
+
+struct PointwiseArgs {
+    int64_t formula;
+    int64_t numel;
+    int64_t ndim;
+    Array input[max_inputs];
+    Array multiplier[2];  // the weight, which multiplies value and gradient; the incoming gradient
+    Array loss;           // the unreduced losses
+    Array total;          // their sum over `denominator`
+    Array grad[2];
+    double denominator;
+    double grad_scale;
+    double params[2];
+    int64_t layout[];  // sizes[ndim], then strides[ndim] for each slot
+};
+
+// The order of the strides in `layout`: three inputs, two multipliers, the losses, two gradients.
+enum Slot { INPUT = 0, MULTIPLIER = 3, LOSS = 5, GRAD = 6 };
+
+class Walk {
+public:
+    explicit Walk(const PointwiseArgs& a) : ndim_(a.ndim), layout_(a.layout) {}
+
+    template <class T>
+    const T* load(const Array& array, int slot, int64_t start, int64_t n, T* buffer) const {
+        if (ndim_ == 1 && stride(slot, 0) == 1)
+            return fusedloss::load<T>(at(array.data, array.dtype, start), array.dtype, 1, n, buffer);
+        runs(slot, start, n, [&](int64_t offset, int64_t done, int64_t count, int64_t inner) {
+            load_strided<T>(at(array.data, array.dtype, offset), array.dtype, inner, count, buffer + done);
+        });
+        return buffer;
+    }
+
+    // Where to write n results: the tensor's own memory where it serves, `buffer` where not.
+    template <class T>
+    T* target(const Array& array, int slot, int64_t start, T* buffer) const {
+        if (!array.data) return nullptr;
+        const bool direct = array.dtype == dtype_of<T> && ndim_ == 1 && stride(slot, 0) == 1;
+        return direct ? static_cast<T*>(array.data) + start : buffer;
+    }
+
+    template <class T>
+    void store(const Array& array, int slot, int64_t start, int64_t n, const T* from, const T* buffer) const {
+        if (!array.data || from != buffer) return;
+        runs(slot, start, n, [&](int64_t offset, int64_t done, int64_t count, int64_t inner) {
+            fusedloss::store<T>(at(array.data, array.dtype, offset), array.dtype, inner, count, buffer + done);
+        });
+    }
+
+private:
+    int64_t ndim_;
+    const int64_t* layout_;
+
+    int64_t size(int64_t d) const { return layout_[d]; }
+    int64_t stride(int slot, int64_t d) const { return layout_[ndim_ * (slot + 1) + d]; }
+
+    // Cuts elements [start, start + n) into runs along the innermost dimension.
+    template <class F>
+    void runs(int slot, int64_t start, int64_t n, F&& f) const {
+        int64_t index[max_dims];
+        int64_t rest = start, offset = 0;
+        for (int64_t d = ndim_ - 1; d >= 0; --d) {
+            index[d] = rest % size(d);
+            rest /= size(d);
+            offset += index[d] * stride(slot, d);
+        }
+        const int64_t last = ndim_ - 1;
+        for (int64_t done = 0; done < n;) {
+            const int64_t count = std::min(n - done, size(last) - index[last]);
+            f(offset, done, count, stride(slot, last));
+            done += count;
+            offset += count * stride(slot, last);
+            index[last] += count;
+            for (int64_t d = last; d > 0 && index[d] == size(d); --d) {
+                offset += stride(slot, d - 1) - size(d) * stride(slot, d);
+                index[d] = 0;
+                ++index[d - 1];
+            }
+        }
+    }
+};
+
+// The innermost loop. Absent results are not computed: the flags are known to the compiler.
+template <class F, class T, bool value, bool grad0, bool grad1>
+FUSEDLOSS_LOOP void block(const F f, const T* __restrict x, const T* __restrict y, const T* __restrict z, int64_t n,
+                  T scale, T* __restrict loss, T* __restrict g0, T* __restrict g1) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        if constexpr (value) loss[i] = f.value(x[i], y[i], z[i]);
+        if constexpr (grad0 || grad1) {
+            T d0, d1;
+            f.grad(x[i], y[i], z[i], d0, d1);
+            if constexpr (grad0) g0[i] = d0 * scale;
+            if constexpr (grad1) g1[i] = d1 * scale;
+        }
+    }
+}
+
+// The first element outside the formula's domain, or n.
+template <class F, class T>
+FUSEDLOSS_LOOP int64_t first_outside(const F f, const T* __restrict x, const T* __restrict y,
+                                                const T* __restrict z, int64_t n) {
+    int32_t bad = 0;
+#pragma omp simd reduction(| : bad)
+    for (int64_t i = 0; i < n; ++i) bad |= f.domain(x[i], y[i], z[i]) ? 0 : 1;
+    int64_t i = 0;
+    while (bad && f.domain(x[i], y[i], z[i])) ++i;
+    return bad ? i : n;
+}
+
+template <class T>
+FUSEDLOSS_LOOP void multiply(T* __restrict v, const T* __restrict by, int64_t n) {
+    if (!v) return;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) v[i] *= by[i];
+}
+
+// Returns -1, or the position of the first element that lies outside the formula's domain.
+template <template <class> class Formula, class T>
+int64_t pointwise(const PointwiseArgs& a) {
+    using F = Formula<T>;
+    constexpr int64_t size = 1024;
+    constexpr int64_t none = std::numeric_limits<int64_t>::max();
+    const F f(a.params);
+    const Walk walk(a);
+    const int64_t blocks = (a.numel + size - 1) / size;
+    std::vector<double> sums(a.total.data ? size_t(blocks) : 0);
+    std::atomic<int64_t> outside{none};
+    for (const Array& g : a.grad) advise_huge_pages(g.data, a.numel * size_of(g.dtype));
+    advise_huge_pages(a.loss.data, a.numel * size_of(a.loss.dtype));
+
+    parallel(blocks, 32, [&](int64_t b) {
+        const int64_t start = b * size, n = std::min(size, a.numel - start);
+        alignas(64) T in[max_inputs][size], by[size], values[size], slopes[2][size];
+        const T* x[max_inputs];
+        for (int k = 0; k < F::operands; ++k) x[k] = walk.load(a.input[k], INPUT + k, start, n, in[k]);
+        for (int k = F::operands; k < max_inputs; ++k) x[k] = x[0];
+
+        if constexpr (F::has_domain) {
+            if (const int64_t i = first_outside<F, T>(f, x[0], x[1], x[2], n); i < n) {
+                int64_t seen = outside.load();
+                while (start + i < seen && !outside.compare_exchange_weak(seen, start + i)) {}
+                return;
+            }
+        }
+
+        T* loss = walk.target(a.loss, LOSS, start, values);
+        if (!loss && a.total.data) loss = values;
+        T* g0 = walk.target(a.grad[0], GRAD, start, slopes[0]);
+        T* g1 = walk.target(a.grad[1], GRAD + 1, start, slopes[1]);
+        const T scale = T(a.grad_scale);
+        switch ((loss ? 4 : 0) | (g0 ? 2 : 0) | (g1 ? 1 : 0)) {
+            case 1: block<F, T, false, false, true>(f, x[0], x[1], x[2], n, scale, loss, g0, g1); break;
+            case 2: block<F, T, false, true, false>(f, x[0], x[1], x[2], n, scale, loss, g0, g1); break;
+            case 3: block<F, T, false, true, true>(f, x[0], x[1], x[2], n, scale, loss, g0, g1); break;
+            case 4: block<F, T, true, false, false>(f, x[0], x[1], x[2], n, scale, loss, g0, g1); break;
+            case 5: block<F, T, true, false, true>(f, x[0], x[1], x[2], n, scale, loss, g0, g1); break;
+            case 6: block<F, T, true, true, false>(f, x[0], x[1], x[2], n, scale, loss, g0, g1); break;
+            case 7: block<F, T, true, true, true>(f, x[0], x[1], x[2], n, scale, loss, g0, g1); break;
+            default: break;
+        }
+        for (int k = 0; k < 2; ++k) {
+            if (!a.multiplier[k].data) continue;
+            const T* m = walk.load(a.multiplier[k], MULTIPLIER + k, start, n, by);
+            if (k == 0) multiply(loss, m, n);
+            multiply(g0, m, n);
+            multiply(g1, m, n);
+        }
+        if (a.total.data) sums[size_t(b)] = ordered_sum(loss, n);
+        walk.store(a.loss, LOSS, start, n, loss, values);
+        walk.store(a.grad[0], GRAD, start, n, g0, slopes[0]);
+        walk.store(a.grad[1], GRAD + 1, start, n, g1, slopes[1]);
+    });
+    if (outside.load() != none) return outside.load();
+    if (a.total.data)
+        store_one(a.total.data, a.total.dtype, 0, ordered_sum(sums.data(), blocks) / a.denominator);
+    return -1;
+}
+
+}  // namespace fusedloss

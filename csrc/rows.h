@@ -1,0 +1,527 @@
+// Cross entropy of rows of logits in all its forms, the loss and the gradients in one go.
+//
+// With w the class weights (or 1), h the smoothing, q the target's probabilities (an index y is one-hot),
+//   b_c = w_c ((1 - h) q_c + h / C),   loss = sum_c b_c (lse(x) - x_c),   d loss / d x_c = B p_c - b_c,
+// where B = sum_c b_c and p = softmax(x). Each exp is taken once: it waits in the gradient's own memory
+// until the row's sum is known.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+
+#include "convert.h"
+#include "math.h"
+#include "parallel.h"
+
+namespace fusedloss {
+
+// A tensor seen as (n, c, d); for one value a row the class stride is unused. Null data means absent.
+struct Grid {
+    void* data;
+    int64_t dtype;
+    int64_t stride[3];
+
+    int64_t row(int64_t n, int64_t d) const { return n * stride[0] + d * stride[2]; }
+    void* at(int64_t offset) const { return fusedloss::at(data, dtype, offset); }
+};
+
+// Packed by cpu/rows.py; the field order is shared with it.
+struct RowsArgs {
+    int64_t n, c, d;
+    int64_t probabilities;  // the target holds them, else class indices
+    int64_t mean;           // divide by the weights of the counted rows (indices) or by their number
+    int64_t ignore_index;
+    double smoothing;
+    Grid input;
+    Grid target;
+    Grid weight;    // of the type that the kernel computes in, dense
+    Grid incoming;  // a gradient for each row
+    Grid loss;      // unreduced
+    Grid total;
+    Grid grad;
+    Grid grad_target;
+};
+
+constexpr int64_t row_block = 1024;  // classes at a time
+constexpr int64_t short_row = 64;    // as many classes or fewer waste vectors along the row
+
+template <class T>
+struct Rows {
+    const RowsArgs& a;
+    const T* weight;
+    double weight_sum;   // over classes
+    double denominator;  // of the mean
+    T hard, soft;        // 1 - smoothing, smoothing / C
+
+    explicit Rows(const RowsArgs& args) : a(args), weight(static_cast<const T*>(args.weight.data)) {
+        weight_sum = weight ? ordered_sum(weight, a.c) : double(a.c);
+        hard = T(1 - a.smoothing);
+        soft = a.smoothing > 0 ? T(a.smoothing / double(a.c)) : T(0);
+        denominator = 1;
+    }
+
+    int64_t positions() const { return a.n * a.d; }
+    int64_t label(int64_t position) const {
+        return load_index(a.target.data, a.target.dtype, a.target.row(position / a.d, position % a.d));
+    }
+    double class_weight(int64_t y) const { return weight ? double(weight[y]) : 1.0; }
+
+    // Returns -1, or the first position whose index is out of range; sets the mean's denominator.
+    int64_t check() {
+        constexpr int64_t size = 4096, none = std::numeric_limits<int64_t>::max();
+        const int64_t blocks = (positions() + size - 1) / size;
+        std::vector<double> sums(static_cast<size_t>(blocks));
+        std::atomic<int64_t> outside{none};
+        parallel(blocks, 4, [&](int64_t b) {
+            double sum = 0;
+            for (int64_t i = b * size, end = std::min(i + size, positions()); i < end; ++i) {
+                const int64_t y = label(i);
+                if (y == a.ignore_index) continue;
+                if (y < 0 || y >= a.c) {
+                    int64_t seen = outside.load();
+                    while (i < seen && !outside.compare_exchange_weak(seen, i)) {}
+                    return;
+                }
+                sum += class_weight(y);
+            }
+            sums[size_t(b)] = sum;
+        });
+        if (outside.load() != none) return outside.load();
+        if (a.mean) denominator = ordered_sum(sums.data(), blocks);
+        return -1;
+    }
+
+    double incoming(int64_t n, int64_t d) const {
+        const double g = a.incoming.data ? load_one(a.incoming.data, a.incoming.dtype, a.incoming.row(n, d)) : 1.0;
+        return a.mean ? g / denominator : g;
+    }
+};
+
+template <class T>
+FUSEDLOSS_LOOP T greatest(const T* __restrict x, int64_t n, T start) {
+    T top = start;
+#pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < n; ++i) top = x[i] > top ? x[i] : top;
+    return top;
+}
+
+template <class T>
+FUSEDLOSS_LOOP void exp_of_difference(const T* __restrict x, T origin, int64_t n, T* __restrict e) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) e[i] = math::exp(x[i] - origin);
+}
+
+// e * factor - flat
+template <class T>
+FUSEDLOSS_LOOP void scale_and_shift(T* __restrict e, T factor, T flat, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) e[i] = e[i] * factor - flat;
+}
+
+// e * factor - g * part
+template <class T>
+FUSEDLOSS_LOOP void scale_and_take(T* __restrict e, T factor, T g, const T* __restrict part, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) e[i] = e[i] * factor - g * part[i];
+}
+
+// part becomes (hard * part + soft) * w; a null w is 1.
+template <class T>
+FUSEDLOSS_LOOP void weigh(T* __restrict part, T hard, T soft, const T* __restrict w, int64_t n) {
+    if (hard != T(1) || soft != T(0))
+        for (int64_t i = 0; i < n; ++i) part[i] = hard * part[i] + soft;
+    if (w)
+        for (int64_t i = 0; i < n; ++i) part[i] *= w[i];
+}
+
+// The sum of part * (x - origin). 0 * -inf is 0 here: a class without probability does not count.
+template <class T>
+FUSEDLOSS_LOOP double dot(const T* __restrict part, const T* __restrict x, double origin, int64_t n) {
+    constexpr int width = 16;
+    double sums[width] = {};
+    const int64_t whole = n - n % width;
+    const auto term = [&](int64_t i) {
+        const double product = double(part[i]) * (double(x[i]) - origin);
+        return part[i] == T(0) && x[i] == x[i] ? 0.0 : product;
+    };
+    for (int64_t i = 0; i < whole; i += width)
+        for (int j = 0; j < width; ++j) sums[j] += term(i + j);
+    for (int64_t i = whole; i < n; ++i) sums[i - whole] += term(i);
+    return ordered_sum(sums, width);
+}
+
+// What the passes over a row gather, and what the last pass needs of it.
+struct RowSums {
+    double max = 0;     // finite, or 0 for a row of -inf
+    double others = 0;  // sum of exp(x - max) but for the target class
+    double own = 0;     // that of the target class
+    double own_x = 0;
+    double dot = 0;   // sum of b_c (x_c - max) over the soft part of b
+    double mass = 0;  // sum of the soft part of b
+
+    double sum() const { return others + own; }
+
+    // -log p of the target class. Where it is the largest, log1p keeps the digits that 1 + others loses.
+    double own_loss() const {
+        return own == 1.0 ? std::log1p(others) : std::log(sum()) + (max - own_x);
+    }
+    double soft_loss() const { return mass * std::log(sum()) - dot; }
+};
+
+// Contiguous (or gathered) classes: vectorised along the row.
+template <class T>
+class RowKernel {
+public:
+    explicit RowKernel(const Rows<T>& rows) : r(rows), a(rows.a) {
+        const bool direct = a.grad.dtype == dtype_of<T> && a.grad.stride[1] == 1;
+        if (a.grad.data && !direct) scratch.resize(size_t(a.c));
+        shift.resize(size_t((a.c + row_block - 1) / row_block));
+    }
+
+    // The loss of row (n, d); writes the gradients that are asked for.
+    double operator()(int64_t n, int64_t d) {
+        const int64_t x_row = a.input.row(n, d), g_row = a.grad.row(n, d);
+        int64_t y = -1;
+        if (!a.probabilities) {
+            y = load_index(a.target.data, a.target.dtype, a.target.row(n, d));
+            if (y == a.ignore_index) {
+                zero(g_row);
+                return 0;
+            }
+        }
+        T* e = scratch.empty() ? static_cast<T*>(a.grad.data) + (a.grad.data ? g_row : 0) : scratch.data();
+        const RowSums s = gather(x_row, n, d, y, a.grad.data ? e : nullptr);
+        const double own_weight = y < 0 ? 0 : double(r.hard) * r.class_weight(y);
+        double loss = s.mass != 0 || a.probabilities ? s.soft_loss() : 0;
+        if (y >= 0) loss += own_weight * s.own_loss();
+        if (!a.grad.data && !a.grad_target.data) return loss;
+
+        const double g = r.incoming(n, d);
+        if (a.grad.data) {
+            const double scale = g * (own_weight + s.mass) / s.sum();
+            finish(e, n, d, scale, s, T(g));
+            // p - 1 as minus the others' share: exact where p is near 1.
+            if (y >= 0)
+                e[y] = T(g * ((s.mass * s.own - own_weight * s.others) / s.sum() -
+                              double(r.soft) * r.class_weight(y)));
+            if (!scratch.empty()) store(a.grad.at(g_row), a.grad.dtype, a.grad.stride[1], a.c, e);
+        }
+        if (a.grad_target.data) target_gradient(x_row, n, d, s.max + std::log(s.sum()), g);
+        return loss;
+    }
+
+private:
+    const Rows<T>& r;
+    const RowsArgs& a;
+    std::vector<T> scratch, shift;
+    alignas(64) T x_buffer[row_block], q_buffer[row_block], e_buffer[row_block];
+
+    const T* input(int64_t x_row, int64_t c, int64_t count) {
+        return load<T>(a.input.at(x_row + c * a.input.stride[1]), a.input.dtype, a.input.stride[1], count, x_buffer);
+    }
+    // b_c of the soft part, for classes from c on; null where it is `soft` for all.
+    const T* soft_part(int64_t n, int64_t d, int64_t c, int64_t count) {
+        const T* w = r.weight ? r.weight + c : nullptr;
+        if (a.probabilities) {
+            const int64_t offset = a.target.row(n, d) + c * a.target.stride[1];
+            load_strided<T>(a.target.at(offset), a.target.dtype, a.target.stride[1], count, q_buffer);
+        } else if (w) {
+            std::fill_n(q_buffer, count, T(0));
+        } else {
+            return nullptr;
+        }
+        weigh(q_buffer, r.hard, r.soft, w, count);
+        return q_buffer;
+    }
+
+    void zero(int64_t g_row) {
+        if (!a.grad.data) return;
+        std::fill_n(e_buffer, std::min(a.c, row_block), T(0));
+        for (int64_t c = 0; c < a.c; c += row_block)
+            store(a.grad.at(g_row + c * a.grad.stride[1]), a.grad.dtype, a.grad.stride[1],
+                  std::min(row_block, a.c - c), e_buffer);
+    }
+
+    RowSums gather(int64_t x_row, int64_t n, int64_t d, int64_t y, T* keep) {
+        RowSums s;
+        T max = -std::numeric_limits<T>::infinity();
+        const bool soft = a.probabilities || r.soft != T(0);
+        for (int64_t c = 0, b = 0; c < a.c; c += row_block, ++b) {
+            const int64_t count = std::min(row_block, a.c - c);
+            const T* __restrict x = input(x_row, c, count);
+            const T top = greatest(x, count, max);
+            const T origin = top == -std::numeric_limits<T>::infinity() ? T(0) : top;
+            if (top > max && s.others + s.own > 0) {
+                const double factor = std::exp(double(max) - double(top));
+                s.others *= factor;
+                s.own *= factor;
+            }
+            // What was gathered relative to the old maximum is brought to the new one.
+            if (s.mass != 0) s.dot += s.mass * (s.max - double(origin));
+            max = top;
+            shift[size_t(b)] = origin;
+            s.max = double(origin);
+            T* __restrict e = keep ? keep + c : e_buffer;
+            exp_of_difference(x, origin, count, e);
+            if (y >= c && y < c + count) {
+                s.own = double(e[y - c]);
+                s.own_x = double(x[y - c]);
+                e[y - c] = T(0);
+            }
+            s.others += ordered_sum(e, count);
+            if (soft) {
+                if (const T* part = soft_part(n, d, c, count)) {
+                    s.mass += ordered_sum(part, count);
+                    s.dot += dot<T>(part, x, s.max, count);
+                } else {
+                    s.mass += double(r.soft) * double(count);
+                    s.dot += double(r.soft) * (ordered_sum(x, count) - double(count) * s.max);
+                }
+            }
+        }
+        return s;
+    }
+
+    // e_c becomes g (B p_c - b_c), but for the one-hot part of b.
+    void finish(T* row, int64_t n, int64_t d, double scale, const RowSums& s, T g) {
+        const bool soft = a.probabilities || r.soft != T(0);
+        for (int64_t c = 0, b = 0; c < a.c; c += row_block, ++b) {
+            const int64_t count = std::min(row_block, a.c - c);
+            const double origin = double(shift[size_t(b)]);
+            const T factor = T(origin == s.max ? scale : scale * std::exp(origin - s.max));
+            if (const T* part = soft ? soft_part(n, d, c, count) : nullptr)
+                scale_and_take(row + c, factor, g, part, count);
+            else
+                scale_and_shift(row + c, factor, g * r.soft, count);
+        }
+    }
+
+    void target_gradient(int64_t x_row, int64_t n, int64_t d, double lse, double g) {
+        const T scale = T(g) * r.hard, top = T(lse);
+        for (int64_t c = 0; c < a.c; c += row_block) {
+            const int64_t count = std::min(row_block, a.c - c);
+            const T* __restrict x = input(x_row, c, count);
+            for (int64_t i = 0; i < count; ++i) e_buffer[i] = scale * (top - x[i]);
+            if (r.weight)
+                for (int64_t i = 0; i < count; ++i) e_buffer[i] *= r.weight[c + i];
+            const int64_t offset = a.grad_target.row(n, d) + c * a.grad_target.stride[1];
+            store(a.grad_target.at(offset), a.grad_target.dtype, a.grad_target.stride[1], count, e_buffer);
+        }
+    }
+};
+
+// The loops of TileKernel: one class, `n` positions.
+template <class T>
+FUSEDLOSS_LOOP void raise(T* __restrict max, const T* __restrict x, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) max[i] = x[i] > max[i] ? x[i] : max[i];
+}
+
+template <class T>
+FUSEDLOSS_LOOP void exp_in_place(T* __restrict x, const T* __restrict max, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) x[i] = math::exp(x[i] - max[i]);
+}
+
+template <class T>
+FUSEDLOSS_LOOP void add(double* __restrict sums, const T* __restrict e, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) sums[i] += double(e[i]);
+}
+
+template <class T>
+FUSEDLOSS_LOOP void add_products(double* __restrict dots, const T* __restrict part, const T* __restrict x,
+                                 const T* __restrict max, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        const double term = double(part[i]) * (double(x[i]) - double(max[i]));
+        dots[i] += part[i] == T(0) && x[i] == x[i] ? 0.0 : term;
+    }
+}
+
+// e * factor - g * part
+template <class T>
+FUSEDLOSS_LOOP void slope(T* __restrict e, const T* __restrict factor, const T* __restrict g,
+                          const T* __restrict part, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) e[i] = e[i] * factor[i] - g[i] * part[i];
+}
+
+template <class T>
+FUSEDLOSS_LOOP void multiply_each(T* __restrict e, const T* __restrict factor, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) e[i] *= factor[i];
+}
+
+// Strided classes: vectorised across positions, on a copy of the tile, since strides that are powers of two
+// would have its classes evict each other from the caches. The passes are those of RowKernel.
+template <class T>
+class TileKernel {
+public:
+    TileKernel(const Rows<T>& rows, int64_t lanes)
+        : r(rows), a(rows.a), width(lanes), soft(a.probabilities || r.soft != T(0)), tile(size_t(a.c * lanes)) {
+        if (soft) parts.resize(tile.size());
+    }
+
+    // Positions at a time: as many as keep a tile in the second-level cache.
+    static int64_t lanes(int64_t classes) {
+        const int64_t fit = 65536 / std::max<int64_t>(classes, 1) / 16 * 16;
+        return std::clamp<int64_t>(fit, 16, most);
+    }
+
+    void operator()(int64_t n, int64_t d0, int64_t count, double* losses) {
+        std::fill_n(max, count, -std::numeric_limits<T>::infinity());
+        std::fill_n(others, count, 0.0);
+        for (int64_t c = 0; c < a.c; ++c) {
+            load_strided<T>(a.input.at(a.input.row(n, d0) + c * a.input.stride[1]), a.input.dtype, a.input.stride[2],
+                            count, at(c));
+            raise(max, at(c), count);
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            if (max[i] == -std::numeric_limits<T>::infinity()) max[i] = T(0);
+            const int64_t label = a.probabilities ? none : r.label(n * a.d + d0 + i);
+            y[i] = label == a.ignore_index && !a.probabilities ? ignored : label;
+            own_x[i] = y[i] >= 0 ? at(y[i])[i] : T(0);
+        }
+        if (soft) gather_soft(n, d0, count);
+        for (int64_t c = 0; c < a.c; ++c) exp_in_place(at(c), max, count);
+        for (int64_t i = 0; i < count; ++i) {
+            own[i] = y[i] >= 0 ? at(y[i])[i] : T(0);
+            if (y[i] >= 0) at(y[i])[i] = T(0);
+        }
+        for (int64_t c = 0; c < a.c; ++c) add(others, at(c), count);
+
+        bool any_ignored = false;
+        for (int64_t i = 0; i < count; ++i) {
+            const RowSums s{double(max[i]), others[i],          double(own[i]),
+                            double(own_x[i]), soft ? dots[i] : 0, soft ? masses[i] : 0};
+            const double own_weight = y[i] < 0 ? 0 : double(r.hard) * r.class_weight(y[i]);
+            losses[i] = soft && y[i] != ignored ? s.soft_loss() : 0;
+            if (y[i] >= 0) losses[i] += own_weight * s.own_loss();
+            if (!a.grad.data && !a.grad_target.data) continue;
+            any_ignored |= y[i] == ignored;
+            const double in = y[i] == ignored ? 0 : r.incoming(n, d0 + i);
+            g[i] = T(in);
+            factor[i] = T(in * (own_weight + s.mass) / s.sum());
+            top[i] = T(s.max + std::log(s.sum()));
+            if (y[i] >= 0)
+                own[i] = T(in * ((s.mass * s.own - own_weight * s.others) / s.sum() -
+                                 double(r.soft) * r.class_weight(y[i])));
+        }
+        if (a.grad.data) {
+            for (int64_t c = 0; c < a.c; ++c) {
+                if (soft)
+                    slope(at(c), factor, g, part(c), count);
+                else
+                    multiply_each(at(c), factor, count);
+            }
+            for (int64_t i = 0; i < count; ++i)
+                if (y[i] >= 0) at(y[i])[i] = own[i];
+            if (any_ignored)
+                for (int64_t i = 0; i < count; ++i)
+                    for (int64_t c = 0; y[i] == ignored && c < a.c; ++c) at(c)[i] = T(0);
+            for (int64_t c = 0; c < a.c; ++c)
+                store(a.grad.at(a.grad.row(n, d0) + c * a.grad.stride[1]), a.grad.dtype, a.grad.stride[2], count,
+                      at(c));
+        }
+        if (a.grad_target.data) target_gradient(n, d0, count);
+    }
+
+private:
+    static constexpr int64_t most = 256, none = -1, ignored = -2;
+    const Rows<T>& r;
+    const RowsArgs& a;
+    const int64_t width;
+    const bool soft;
+    std::vector<T> tile, parts;
+    alignas(64) T max[most], own_x[most], own[most], factor[most], g[most], top[most];
+    alignas(64) double others[most], dots[most], masses[most];
+    int64_t y[most];
+
+    T* at(int64_t c) { return tile.data() + c * width; }
+    T* part(int64_t c) { return parts.data() + c * width; }
+
+    void gather_soft(int64_t n, int64_t d0, int64_t count) {
+        std::fill_n(dots, count, 0.0);
+        std::fill_n(masses, count, 0.0);
+        for (int64_t c = 0; c < a.c; ++c) {
+            const T w = r.weight ? r.weight[c] : T(1);
+            if (a.probabilities) {
+                load_strided<T>(a.target.at(a.target.row(n, d0) + c * a.target.stride[1]), a.target.dtype,
+                                a.target.stride[2], count, part(c));
+                weigh<T>(part(c), r.hard * w, r.soft * w, nullptr, count);
+            } else {
+                std::fill_n(part(c), count, r.soft * w);
+            }
+            add(masses, part(c), count);
+            add_products(dots, part(c), at(c), max, count);
+        }
+    }
+
+    void target_gradient(int64_t n, int64_t d0, int64_t count) {
+        alignas(64) T x[most];
+        for (int64_t c = 0; c < a.c; ++c) {
+            load_strided<T>(a.input.at(a.input.row(n, d0) + c * a.input.stride[1]), a.input.dtype, a.input.stride[2],
+                            count, x);
+            const T scale = r.hard * (r.weight ? r.weight[c] : T(1));
+            for (int64_t i = 0; i < count; ++i) x[i] = g[i] * scale * (top[i] - x[i]);
+            store(a.grad_target.at(a.grad_target.row(n, d0) + c * a.grad_target.stride[1]), a.grad_target.dtype,
+                  a.grad_target.stride[2], count, x);
+        }
+    }
+};
+
+// Returns -1, or the position (n * d) of the first class index that is out of range.
+template <class T>
+int64_t cross_entropy(const RowsArgs& a) {
+    Rows<T> rows(a);
+    if (!a.probabilities) {
+        if (const int64_t bad = rows.check(); bad >= 0) return bad;
+    } else if (a.mean) {
+        rows.denominator = double(rows.positions());
+    }
+    if (a.grad.data) advise_huge_pages(a.grad.data, rows.positions() * a.c * size_of(a.grad.dtype));
+
+    const bool tiles = a.d > 1 && (a.input.stride[1] != 1 || a.c <= short_row);
+    const int64_t lanes = TileKernel<T>::lanes(a.c);
+    const int64_t per_block = tiles ? lanes : std::max<int64_t>(1, 4 * row_block / std::max<int64_t>(a.c, 1));
+    const int64_t across = tiles ? a.d : rows.positions();
+    const int64_t blocks_across = (across + per_block - 1) / per_block;
+    const int64_t blocks = blocks_across * (tiles ? a.n : 1);
+    std::vector<double> sums(static_cast<size_t>(blocks));
+    const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, per_block * a.c));
+
+    // One kernel object, with its scratch, for each stretch of blocks that a thread takes.
+    parallel_ranges(blocks, grain, [&](int64_t begin, int64_t end) {
+        std::vector<double> losses(static_cast<size_t>(per_block));
+        const auto finish = [&](int64_t b, int64_t first, int64_t count) {
+            if (a.loss.data)
+                for (int64_t i = 0; i < count; ++i)
+                    store_one(a.loss.data, a.loss.dtype, first + i, losses[size_t(i)]);
+            sums[size_t(b)] = ordered_sum(losses.data(), count);
+        };
+        if (tiles) {
+            TileKernel<T> kernel(rows, lanes);
+            for (int64_t b = begin; b < end; ++b) {
+                const int64_t n = b / blocks_across, d = b % blocks_across * per_block;
+                const int64_t count = std::min(per_block, a.d - d);
+                kernel(n, d, count, losses.data());
+                finish(b, n * a.d + d, count);
+            }
+        } else {
+            RowKernel<T> kernel(rows);
+            for (int64_t b = begin; b < end; ++b) {
+                const int64_t first = b * per_block, count = std::min(per_block, across - first);
+                for (int64_t i = 0; i < count; ++i)
+                    losses[size_t(i)] = kernel((first + i) / a.d, (first + i) % a.d);
+                finish(b, first, count);
+            }
+        }
+    });
+    if (a.total.data)
+        store_one(a.total.data, a.total.dtype, 0, ordered_sum(sums.data(), blocks) / rows.denominator);
+    return -1;
+}
+
+}  // namespace fusedloss

@@ -1,0 +1,41 @@
+"""Loss functions for PyTorch: drop-in for `torch.nn`, fused, exact and honest.
+
+`from fusedloss import nn` in place of `from torch import nn`.
+"""
+
+from . import functional, nn
+from .losses import *  # noqa: F403
+from .losses import __all__ as _losses
+from .nn import (
+    BCELoss,
+    BCEWithLogitsLoss,
+    CrossEntropyLoss,
+    KLDivLoss,
+    MSELoss,
+    NLLLoss,
+    TripletMarginLoss,
+    TripletMarginWithDistanceLoss,
+)
+from .patch import patch, patched, unpatch
+from .route import Route, explain
+
+__version__ = "0.1.0"
+
+__all__ = [
+    *_losses,
+    "BCELoss",
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
+    "KLDivLoss",
+    "MSELoss",
+    "NLLLoss",
+    "Route",
+    "TripletMarginLoss",
+    "TripletMarginWithDistanceLoss",
+    "explain",
+    "functional",
+    "nn",
+    "patch",
+    "patched",
+    "unpatch",
+]

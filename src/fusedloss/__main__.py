@@ -1,0 +1,8 @@
+"""`python -m fusedloss`: the command `fusedloss`."""
+
+import sys
+
+from fusedloss.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

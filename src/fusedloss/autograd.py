@@ -1,0 +1,100 @@
+"""The autograd function over all kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpu
+from .calls import Call
+
+Tensors = Sequence[Tensor | None]
+
+
+def engine(call: Call) -> ModuleType:
+    """The module whose `forward` and `backward` run the call."""
+    return getattr(cpu, call.family)
+
+
+def run(call: Call, tensors: tuple[Tensor | None, ...]) -> Tensor:
+    """The loss by its kernel, differentiable by the first `call.gradients` tensors."""
+    if torch.is_grad_enabled():
+        for tensor in tensors[: call.gradients]:
+            if tensor is not None and tensor.requires_grad:
+                return _Fused.apply(call, *tensors)
+    return engine(call).forward(call, tensors, ())[0]
+
+
+class _Fused(torch.autograd.Function):
+    """A reduced loss computes its gradients in the forward pass, and they wait; others in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> Tensor:
+        needed = ctx.needs_input_grad[1:] if call.stores_gradients else ()
+        result, grads = engine(call).forward(call, tensors, needed)
+        ctx.call = call
+        ctx.save_for_backward(*tensors, *grads)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+        call, (arrived,) = ctx.call, incoming
+        needed = ctx.needs_input_grad[1:]
+        saved = ctx.saved_tensors
+        tensors = saved[: len(needed)]
+        if torch.is_grad_enabled():
+            return (None, *redo(call, tensors, needed, arrived))
+        if call.stores_gradients:
+            grads = [None if g is None else scaled(g, arrived) for g in saved[len(needed) :]]
+        elif is_plain(arrived):
+            grads = engine(call).backward(call, tensors, needed, arrived)
+        else:
+            one = torch.ones(arrived.shape, dtype=arrived.dtype)
+            spread = call.spread(arrived)
+            grads = [
+                None if g is None else g * spread
+                for g in engine(call).backward(call, tensors, needed, one)
+            ]
+        shaped = [
+            None if g is None or t is None else g.sum_to_size(t.shape)
+            for g, t in zip(grads, tensors, strict=False)
+        ]
+        return (None, *shaped, *(None,) * (len(tensors) - len(shaped)))
+
+
+def is_plain(incoming: Tensor) -> bool:
+    """Whether a kernel can read the gradient that arrives (a mapped or fake one has no memory)."""
+    return (
+        type(incoming) is Tensor
+        and not torch._C._functorch.is_functorch_wrapped_tensor(incoming)
+        and not torch._C._len_torch_dispatch_stack()
+        and not incoming.is_neg()
+    )
+
+
+def scaled(grad: Tensor, incoming: Tensor) -> Tensor:
+    """The stored gradient times the scalar that arrives.
+
+    The stored tensor itself is given away only when the graph is freed: another backward would
+    otherwise find it changed by whoever accumulates into it.
+    """
+    if torch._C._autograd._get_current_graph_task_keep_graph() or not is_plain(incoming):
+        return grad * incoming
+    return grad if incoming.item() == 1.0 else grad.mul_(incoming)
+
+
+def redo(
+    call: Call, tensors: Tensors, needed: Sequence[bool], incoming: Tensor
+) -> list[Tensor | None]:
+    """Gradients that are themselves differentiable, by the formula: for `create_graph=True`."""
+    inputs = [t for t, need in zip(tensors, needed, strict=True) if need and t is not None]
+    found = iter(
+        torch.autograd.grad(
+            call.by_formula(*tensors), inputs, incoming, create_graph=True, materialize_grads=True
+        )
+    )
+    return [next(found) if need else None for need in needed]

@@ -1,0 +1,94 @@
+"""Loads the kernel library that was built for this CPU's capability, by torch's own word for it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+# The numbers of csrc/convert.h.
+DTYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.int64: 4,
+    torch.int32: 5,
+    torch.int16: 6,
+    torch.int8: 7,
+    torch.uint8: 8,
+    torch.uint16: 9,
+    torch.uint32: 10,
+    torch.uint64: 11,
+}
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def capability() -> str:
+    """`default`, `avx2` or `avx512`; set ATEN_CPU_CAPABILITY before importing torch to force it."""
+    name = torch.backends.cpu.get_cpu_capability().lower()
+    return name if name in ("avx2", "avx512") else "default"
+
+
+def path() -> Path:
+    from . import __path__ as folders  # an editable install has two: the sources and the built files
+
+    name = f"libfusedloss_{capability()}.so"
+    found = [Path(folder) / "lib" / name for folder in folders]
+    return next((p for p in found if p.exists()), found[0])
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None, str | None]:
+    """The library, why there is none, and why it runs on one thread (if it does)."""
+    try:
+        lib = ctypes.CDLL(str(path()))
+    except OSError as error:
+        return None, f"cannot load {path()}: {error}", None
+    for name in ("pointwise", "cross_entropy", "nll_loss", "triplet"):
+        function = getattr(lib, f"fusedloss_{name}")
+        function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int64
+    lib.fusedloss_formula.argtypes, lib.fusedloss_formula.restype = [ctypes.c_int64], ctypes.c_char_p
+    lib.fusedloss_set_parallel_for.argtypes = [ctypes.c_void_p]
+    return lib, None, _share_threads(lib)
+
+
+def _share_threads(lib: ctypes.CDLL) -> str | None:
+    """Hands torch's own pool to the library, so that torch.set_num_threads holds for it too."""
+    folder = Path(torch.__file__).parent / "lib"
+    names = ("libtorch_cpu.so", "libtorch_cpu.dylib")
+    try:
+        torch_cpu = ctypes.CDLL(str(next(folder / n for n in names if (folder / n).exists())))
+        function = torch_cpu.torch_parallel_for
+    except (OSError, StopIteration, AttributeError):
+        return f"torch {torch.__version__} does not export torch_parallel_for (it came with 2.10)"
+    lib.fusedloss_set_parallel_for(ctypes.cast(function, ctypes.c_void_p))
+    return None
+
+
+def library() -> ctypes.CDLL:
+    lib, why, _ = _load()
+    if lib is None:
+        raise RuntimeError(f"fusedloss: {why}")
+    return lib
+
+
+def problem() -> str | None:
+    """Why there are no CPU kernels, or None."""
+    return _load()[1]
+
+
+def one_thread() -> str | None:
+    """Why the kernels run on one thread, or None."""
+    return _load()[2]
+
+
+@functools.cache
+def formula_numbers() -> dict[str, int]:
+    """The number of each pointwise kernel in the library, by the name of its formula."""
+    numbers: dict[str, int] = {}
+    while name := library().fusedloss_formula(len(numbers)):
+        numbers[name.decode()] = len(numbers)
+    return numbers

@@ -1,0 +1,137 @@
+"""Cross entropy and negative log likelihood on the CPU: packs the arguments of the row kernels.
+
+A tensor is handed over as (n, c, d): an input of shape (N, C) as (1, C, N), so that positions have one
+stride, and (N, C, d1, ...) as (N, C, d1 * ...).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import errors, reduce
+from ..calls import RowsCall
+from .load import DTYPES, library
+
+Slot = Tensor | None
+ABSENT = (0, 0, 0, 0, 0)
+
+
+def forward(
+    call: RowsCall, tensors: tuple[Slot, ...], needed: Sequence[bool]
+) -> tuple[Tensor, list[Slot]]:
+    input, target, weight = tensors
+    assert input is not None and target is not None
+    grads = _gradients(call, input, target, needed)
+    unreduced = call.reduction == "none"
+    shape = _loss_shape(call, input, target) if unreduced else ()
+    result = torch.empty(shape, dtype=call.dtype)
+    _launch(
+        call,
+        input,
+        target,
+        weight,
+        None,
+        result if unreduced else None,
+        None if unreduced else result,
+        grads,
+    )
+    return result, grads
+
+
+def backward(
+    call: RowsCall, tensors: tuple[Slot, ...], needed: Sequence[bool], incoming: Tensor
+) -> list[Slot]:
+    input, target, weight = tensors
+    assert input is not None and target is not None
+    grads = _gradients(call, input, target, needed)
+    _launch(call, input, target, weight, incoming, None, None, grads)
+    return grads
+
+
+def _loss_shape(call: RowsCall, input: Tensor, target: Tensor) -> torch.Size:
+    if not call.probabilities:
+        return target.shape
+    return input.shape[:1][: input.dim() - 1] + input.shape[2:]
+
+
+def _gradients(
+    call: RowsCall, input: Tensor, target: Tensor, needed: Sequence[bool]
+) -> list[Slot]:
+    """Memory for the gradients that are needed; its dimensions d1, ... are always collapsible."""
+    grads: list[Slot] = [None, None]
+    # The kernel of nll writes the target's entry alone.
+    like = torch.empty_like if call.loss == "cross_entropy" else torch.zeros_like
+    for k, (tensor, need) in enumerate(zip((input, target), needed, strict=False)):
+        if need:
+            grads[k] = like(_flat(tensor, 2), requires_grad=False).reshape(tensor.shape)
+    return grads
+
+
+def _flat(tensor: Tensor, first: int) -> Tensor:
+    """Dimensions from `first` on as one: a view where it can be, else a copy."""
+    return tensor.flatten(first) if tensor.dim() > first + 1 else tensor
+
+
+def _classes(tensor: Slot) -> tuple[int, ...]:
+    """Pointer, dtype and (n, c, d) strides of a tensor with a class dimension."""
+    if tensor is None:
+        return ABSENT
+    s = tensor.stride()
+    strides = ((0, s[0], 0), (0, s[-1], s[0]), s)[tensor.dim() - 1]
+    return (tensor.data_ptr(), DTYPES[tensor.dtype], *strides)
+
+
+def _values(tensor: Slot) -> tuple[int, ...]:
+    """The same of a tensor with one value a row, or one for all of them."""
+    if tensor is None:
+        return ABSENT
+    s = tensor.stride()
+    strides = ((0, 0, 0), (0, 0, *s), (s[0], 0, s[-1]) if s else ())[tensor.dim()]
+    return (tensor.data_ptr(), DTYPES[tensor.dtype], *strides)
+
+
+def _launch(
+    call: RowsCall,
+    input: Tensor,
+    target: Tensor,
+    weight: Slot,
+    incoming: Slot,
+    losses: Slot,
+    total: Slot,
+    grads: Sequence[Slot],
+) -> None:
+    compute = reduce.wide(input, target) if call.probabilities else reduce.wide(input)
+    if weight is not None:
+        weight = weight.to(compute).contiguous()
+    x = _flat(input, 2)
+    flat_target = _flat(target, 2 if call.probabilities else 1)
+    flat_incoming = None if incoming is None else _flat(incoming, 1)
+    flat_losses = None if losses is None else _flat(losses, 1)
+    flat_grads = [None if g is None else _flat(g, 2) for g in grads]
+    shape = x.shape
+    n, c, d = ((1, shape[0], 1), (1, shape[-1], shape[0]), shape)[x.dim() - 1]
+    arguments = struct.pack(
+        "=6qd40q",
+        n,
+        c,
+        d,
+        call.probabilities,
+        call.reduction == "mean",
+        call.ignore_index,
+        call.smoothing,
+        *_classes(x),
+        *(_classes(flat_target) if call.probabilities else _values(flat_target)),
+        *_values(weight),
+        *_values(flat_incoming),
+        *_values(flat_losses),
+        *_values(total),
+        *_classes(flat_grads[0]),
+        *_classes(flat_grads[1]),
+    )
+    outside = getattr(library(), f"fusedloss_{call.loss}")(arguments)
+    if outside >= 0:
+        errors.out_of_range(call.loss, input, target, outside, call.ignore_index)

@@ -1,0 +1,105 @@
+"""The records that everything hangs on: the formula of a pointwise loss, and the row of a public loss.
+
+Kernels, documentation, tests and benchmarks read these records; none of them repeats a formula.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+Options = Callable[[tuple[Tensor, ...], Generator], dict[str, Any]]
+
+
+def plain(_tensors: tuple[Tensor, ...], _generator: Generator) -> dict[str, Any]:
+    """The option set with every keyword at its default."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """A loss of one element: `value` and `grad`, written over the namespace `m` (see `formula.py`).
+
+    The positional parameters of `value` are the operands, its keyword-only ones are numbers.
+    `grad` takes the same and gives the derivatives by the first two operands, as a pair.
+    `domain`, where there is one, says whether operands lie where the loss is defined.
+    `cpu/printer.py` finds the calls of this class by name and prints the functions as C++.
+    """
+
+    value: Callable[..., Any]
+    grad: Callable[..., Any]
+    domain: Callable[..., Any] | None = None
+    operands: tuple[str, ...] = field(init=False)
+    params: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        parameters = inspect.signature(self.value).parameters.values()
+        keyword_only = inspect.Parameter.KEYWORD_ONLY
+        object.__setattr__(
+            self, "operands", tuple(p.name for p in parameters if p.kind is not keyword_only)
+        )
+        object.__setattr__(
+            self, "params", tuple(p.name for p in parameters if p.kind is keyword_only)
+        )
+
+    @property
+    def name(self) -> str:
+        return self.value.__name__
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One public loss: what tests, documentation and benchmarks need to know of it.
+
+    `example(shape, dtype, generator)` draws the tensor arguments from the loss's domain;
+    `options` names the keyword sets to try, each made from those tensors. `differentiable` are the
+    positions of the arguments that receive gradients.
+    """
+
+    function: Callable[..., Tensor]
+    module: str
+    example: Callable[[tuple[int, ...], torch.dtype, Generator], tuple[Tensor, ...]]
+    options: Mapping[str, Options] = field(default_factory=lambda: {"plain": plain})
+    reductions: tuple[str, ...] = ("none", "mean", "sum")
+    differentiable: tuple[int, ...] = (0, 1)
+    rows: bool = False  # one axis of the example is a row of classes or features
+    variant: str = ""  # tells rows of one function apart
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}[{self.variant}]" if self.variant else self.name
+
+    @property
+    def torch_function(self) -> Callable[..., Tensor]:
+        return getattr(torch.nn.functional, self.name)
+
+
+REGISTRY: dict[str, Loss] = {}
+
+
+def register(loss: Loss) -> Loss:
+    if loss.key in REGISTRY:
+        raise ValueError(f"register: {loss.key} is registered already")
+    REGISTRY[loss.key] = loss
+    return loss
+
+
+def uniform(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: Generator, low: float, high: float
+) -> Tensor:
+    """A sample between `low` and `high`: the building block of the examples."""
+    values = torch.rand(shape, dtype=torch.float64, generator=generator)
+    return (low + (high - low) * values).to(dtype)
+
+
+def normal(shape: tuple[int, ...], dtype: torch.dtype, generator: Generator) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)

@@ -1,0 +1,140 @@
+"""Checks of arguments. Every message names the function, the argument, the rule and the value.
+
+The exception types are PyTorch's, and the messages contain PyTorch's own words where its test suites
+look for them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+
+def fail(kind: type[Exception], function: str, message: str) -> NoReturn:
+    raise kind(f"{function}: {message}")
+
+
+def warn(message: str, stacklevel: int = 3) -> None:
+    """Warns the caller of the caller, but not under torch.compile, which cannot trace a warning."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(message, stacklevel=stacklevel)
+
+
+def not_tensors(function: str, kind: type[Exception], **arguments: object) -> NoReturn:
+    """Refuses the first argument that is no tensor."""
+    for position, (name, value) in enumerate(arguments.items(), 1):
+        if not isinstance(value, Tensor):
+            got = type(value).__name__
+            words = f"argument '{name}' (position {position}) must be Tensor, not {got}"
+            fail(kind, function, words)
+    raise AssertionError("all arguments are tensors")
+
+
+def not_floating(function: str, kind: type[Exception], words: str, **tensors: Tensor) -> NoReturn:
+    """Refuses the tensor that is not real floating point."""
+    name, tensor = next(
+        ((n, t) for n, t in tensors.items() if t.is_complex()), next(iter(tensors.items()))
+    )
+    scalar = {torch.int64: "Long", torch.int32: "Int", torch.bool: "Bool", torch.uint8: "Byte"}
+    dtype = scalar.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+    fail(
+        kind,
+        function,
+        f"{name} must be real floating point, got {tensor.dtype} (\"{words}\" not implemented for "
+        f"'{dtype}')",
+    )
+
+
+def same_device(function: str, **tensors: Tensor | None) -> None:
+    first_name, first = None, None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if first is None:
+            first_name, first = name, tensor.device
+        elif tensor.device != first:
+            fail(
+                RuntimeError,
+                function,
+                f"{name} is on {tensor.device}, {first_name} on {first}: Expected all tensors to be "
+                f"on the same device. Move it with {name}.to({first_name}.device)",
+            )
+
+
+def broadcast(function: str, **tensors: Tensor) -> torch.Size:
+    """The shape that the tensors broadcast to."""
+    try:
+        return torch.broadcast_shapes(*(t.shape for t in tensors.values()))
+    except RuntimeError:
+        pass
+    shapes = " and ".join(f"{name} {list(t.shape)}" for name, t in tensors.items())
+    sizes = {name: t.shape for name, t in tensors.items()}
+    longest = max(len(s) for s in sizes.values())
+    for back in range(1, longest + 1):
+        here = {n: s[-back] for n, s in sizes.items() if len(s) >= back and s[-back] != 1}
+        if len(set(here.values())) > 1:
+            a, b = list(dict.fromkeys(here.values()))[:2]
+            fail(
+                RuntimeError,
+                function,
+                f"shapes do not broadcast: {shapes}. The size of tensor a ({a}) must match the "
+                f"size of tensor b ({b}) at non-singleton dimension {longest - back}",
+            )
+    raise AssertionError("the shapes broadcast")
+
+
+def warn_broadcast(function: str, input: Tensor, target: Tensor) -> None:
+    """PyTorch's warning, with both shapes and the fix."""
+    common = list(torch.broadcast_shapes(input.shape, target.shape))
+    same = input.numel() == target.numel()
+    fix = "target.reshape(input.shape)" if same else "expand the smaller one yourself"
+    warn(
+        f"{function}: Using a target size ({target.size()}) that is different to the input size "
+        f"({input.size()}). This will likely lead to incorrect results due to broadcasting: the loss "
+        f"is taken over {common}. Please ensure they have the same size ({fix}).",
+        stacklevel=4,
+    )
+
+
+def position(linear: int, sizes: Sequence[int]) -> str:
+    """`[2, 3]` for a linear position; nothing for a scalar."""
+    index: list[int] = []
+    for size in reversed(sizes):
+        index.append(linear % size)
+        linear //= size
+    return f"[{', '.join(map(str, reversed(index)))}]" if index else ""
+
+
+def out_of_range(
+    function: str, input: Tensor, target: Tensor, linear: int, ignore_index: int
+) -> NoReturn:
+    """Refuses the class index at a linear position of the target."""
+    classes = input.shape[0] if input.dim() == 1 else input.shape[1]
+    value = int(target.flatten()[linear])
+    fail(
+        IndexError,
+        function,
+        f"target{position(linear, target.shape)} = {value} is out of range for {classes} classes "
+        f"(ignore_index = {ignore_index}): Target {value} is out of bounds.",
+    )
+
+
+def expands(function: str, shape: torch.Size, **tensors: Tensor) -> None:
+    """Each tensor must broadcast to `shape` without enlarging it."""
+    for name, tensor in tensors.items():
+        if tensor.shape == shape:
+            continue
+        own = tensor.shape
+        if len(own) > len(shape) or any(
+            a not in (1, b) for a, b in zip(reversed(own), reversed(shape), strict=False)
+        ):
+            fail(
+                RuntimeError,
+                function,
+                f"{name} of shape {list(own)} does not broadcast to the input's shape "
+                f"{list(shape)}",
+            )

@@ -1,0 +1,107 @@
+"""The namespace `m` that formulas are written over, here as torch operations.
+
+The C++ and Triton namespaces (`csrc/math.h`, `gpu/`) have the same names with the same meaning.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid as log_sigmoid
+
+from .define import Pointwise
+
+__all__ = [
+    "abs",
+    "apply",
+    "exp",
+    "inf",
+    "log",
+    "log1p",
+    "log_sigmoid",
+    "maximum",
+    "sigmoid",
+    "where",
+]
+
+inf = float("inf")
+exp = torch.exp
+log = torch.log
+log1p = torch.log1p
+abs = torch.abs  # noqa: A001 - the formulas say m.abs
+sigmoid = torch.sigmoid
+where = torch.where
+
+
+def maximum(a: Tensor, b: float) -> Tensor:
+    return torch.clamp_min(a, b)
+
+
+class _Traced(torch.autograd.Function):
+    """`value` with `grad` as its derivative; this much of it torch.compile can trace."""
+
+    @staticmethod
+    def forward(formula: Pointwise, params: dict[str, float], *operands: Tensor) -> Tensor:
+        return formula.value(*operands, **params)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.formula, ctx.params = inputs[:2]
+        ctx.save_for_backward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        slopes = ctx.formula.grad(*ctx.saved_tensors, **ctx.params)
+        needed = ctx.needs_input_grad[2:]
+        rest = (None,) * (len(needed) - len(slopes))
+        return (
+            None,
+            None,
+            *(grads[0] * s if need else None for s, need in zip(slopes, needed, strict=False)),
+            *rest,
+        )
+
+
+class _Formula(_Traced):
+    """The same, mappable and with forward mode: differentiable to any order."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _Traced.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[2:])
+
+    @staticmethod
+    def jvp(ctx: Any, _formula: None, _params: None, *tangents: Tensor | None) -> Tensor:
+        slopes = ctx.formula.grad(*ctx.saved_tensors, **ctx.params)
+        terms = [s * t for s, t in zip(slopes, tangents, strict=False) if t is not None]
+        return sum(terms[1:], terms[0])
+
+
+def apply(formula: Pointwise, operands: tuple[Tensor, ...], params: dict[str, float]) -> Tensor:
+    """The losses of all elements, by torch operations; operands broadcast."""
+    operands = torch.broadcast_tensors(*operands)
+    check_domain(formula, operands, params)
+    if torch.compiler.is_compiling():
+        return _Traced.apply(formula, params, *operands)
+    if torch._C._get_tracing_state() is not None:
+        return formula.value(*operands, **params)  # an autograd function would not be saved
+    return _Formula.apply(formula, params, *operands)
+
+
+def check_domain(
+    formula: Pointwise, operands: tuple[Tensor, ...], params: dict[str, float]
+) -> None:
+    """RuntimeError where the formula is not defined; without a synchronisation, so that it traces."""
+    if formula.domain is None or operands[0].device.type == "cuda":
+        return  # a failed assertion on the GPU would take the CUDA context with it
+    inside = formula.domain(*operands, **params)
+    if torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
+            return  # an assertion has no batching rule, and a traced tensor cannot be unwrapped
+        while torch._C._functorch.is_functorch_wrapped_tensor(inside):
+            inside = torch._C._functorch.get_unwrapped(inside)
+    torch._assert_async(inside.all(), f"{formula.name}: {formula.domain.__doc__}")

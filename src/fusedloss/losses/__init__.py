@@ -1,0 +1,18 @@
+"""The losses, one file a family: formula, documentation, checks and registry rows."""
+
+from .binary import binary_cross_entropy, binary_cross_entropy_with_logits
+from .classification import cross_entropy, nll_loss
+from .divergence import kl_div
+from .metric import triplet_margin_loss, triplet_margin_with_distance_loss
+from .regression import mse_loss
+
+__all__ = [
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "kl_div",
+    "mse_loss",
+    "nll_loss",
+    "triplet_margin_loss",
+    "triplet_margin_with_distance_loss",
+]

@@ -1,0 +1,256 @@
+"""Binary classification: cross entropy of probabilities and of logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from .. import errors, route
+from .. import formula as m
+from ..calls import PointwiseCall
+from ..cpu.pointwise import OutsideDomain
+from ..define import Loss, Pointwise, normal, plain, register, uniform
+from ..reduce import resolve, result_dtype
+
+
+def bce(x, t):
+    # Each log is at least -100, so that the loss is finite where x is 0 or 1.
+    return -(t * m.maximum(m.log(x), -100.0) + (1.0 - t) * m.maximum(m.log1p(-x), -100.0))
+
+
+def bce_grad(x, t):
+    slope = (x - t) / m.maximum((1.0 - x) * x, 1e-12)
+    return slope, m.maximum(m.log1p(-x), -100.0) - m.maximum(m.log(x), -100.0)
+
+
+def bce_domain(x, t):
+    """all elements of input and target should be between 0 and 1"""
+    return (x >= 0.0) & (x <= 1.0) & (t >= 0.0) & (t <= 1.0)
+
+
+BCE = Pointwise(bce, bce_grad, domain=bce_domain)
+
+
+def bce_with_logits(x, t):
+    return (1.0 - t) * x - m.log_sigmoid(x)
+
+
+def bce_with_logits_grad(x, t):
+    return m.sigmoid(x) - t, -x
+
+
+BCE_WITH_LOGITS = Pointwise(bce_with_logits, bce_with_logits_grad)
+
+
+def bce_with_logits_pos(x, t, w):
+    return (1.0 - t) * x - ((w - 1.0) * t + 1.0) * m.log_sigmoid(x)
+
+
+def bce_with_logits_pos_grad(x, t, w):
+    slope = (1.0 - t) - ((w - 1.0) * t + 1.0) * m.sigmoid(-x)
+    return slope, -x - (w - 1.0) * m.log_sigmoid(x), -t * m.log_sigmoid(x)
+
+
+BCE_WITH_LOGITS_POS = Pointwise(bce_with_logits_pos, bce_with_logits_pos_grad)
+
+
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Binary cross entropy of probabilities: :math:`\ell = -w\,(t \log x + (1 - t) \log(1 - x))`.
+
+    Each log is clamped to at least -100 and the slope's denominator :math:`x (1 - x)` to at least
+    1e-12, as :func:`torch.nn.functional.binary_cross_entropy` documents and does
+    (https://docs.pytorch.org/docs/stable/generated/torch.nn.BCELoss.html).
+
+    Args:
+        input: probabilities in [0, 1], of any shape.
+        target: in [0, 1], of the input's shape and type.
+        weight: broadcasts to the target's shape.
+        size_average: deprecated, overrides `reduction`.
+        reduce: deprecated, overrides `reduction`.
+        reduction: 'none', 'mean' (over the number of elements, whatever the weight) or 'sum'.
+
+    Returns:
+        A scalar, or the losses of all elements with 'none', in the input's type (float32 under
+        autocast, where this loss is safe: its logs are taken in float32).
+
+    Raises:
+        ValueError: unknown `reduction`; a target of another shape.
+        RuntimeError: an element outside [0, 1] (its position is named), NaN included; types or
+            devices that differ; a weight that does not broadcast.
+        NotImplementedError: integer or complex tensors.
+    """
+    if has_torch_function_variadic(input, target, weight):
+        return handle_torch_function(
+            binary_cross_entropy,
+            (input, target, weight),
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            reduce=reduce,
+            reduction=reduction,
+        )
+    name = "binary_cross_entropy"
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
+        errors.not_tensors(name, AttributeError, input=input, target=target)
+    reduction = resolve(name, reduction, size_average, reduce)
+    if target.shape != input.shape:
+        errors.fail(
+            ValueError,
+            name,
+            f"Using a target size ({target.size()}) that is different to the input size "
+            f"({input.size()}) is deprecated. Please ensure they have the same size.",
+        )
+    errors.same_device(name, input=input, target=target, weight=weight)
+    dtype = result_dtype(input.dtype, input)
+    if target.dtype != input.dtype and dtype is input.dtype:
+        errors.fail(
+            RuntimeError, name, f"Found dtype {target.dtype} but expected {input.dtype} for target"
+        )
+    if not (input.is_floating_point() and target.is_floating_point()):
+        errors.not_floating(name, NotImplementedError, name, input=input, target=target)
+    if weight is not None:
+        errors.expands(name, input.shape, weight=weight)
+    call = PointwiseCall(BCE, (), reduction, None, dtype)
+    try:
+        return route.dispatch(name, call, (input, target, _floating(weight, input)))
+    except OutsideDomain:
+        pass
+    for argument, tensor in (("input", input), ("target", target)):
+        inside = (tensor >= 0) & (tensor <= 1)
+        if not inside.all():
+            at = tuple((~inside).nonzero()[0].tolist())
+            errors.fail(
+                RuntimeError,
+                name,
+                f"all elements of {argument} should be between 0 and 1, but "
+                f"{argument}[{', '.join(map(str, at))}] = {tensor[at].item():g}"
+                + (" (for logits: binary_cross_entropy_with_logits)" if argument == "input" else ""),
+            )
+    raise AssertionError("an element was outside [0, 1]")
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    r"""Binary cross entropy of logits, finite for any finite logit.
+
+    .. math::
+        \ell = -w\,(p\,t \log\sigma(x) + (1 - t) \log(1 - \sigma(x)))
+
+    As :func:`torch.nn.functional.binary_cross_entropy_with_logits`
+    (https://docs.pytorch.org/docs/stable/generated/torch.nn.BCEWithLogitsLoss.html).
+
+    Args:
+        input: logits x, of any shape.
+        target: t, of the input's shape; in [0, 1], which is not checked.
+        weight: w, broadcasts to the input's shape.
+        size_average: deprecated, overrides `reduction`.
+        reduce: deprecated, overrides `reduction`.
+        reduction: 'none', 'mean' (over the number of elements, whatever the weight) or 'sum'.
+        pos_weight: p, the weight of positive examples; broadcasts to the input's shape.
+
+    Returns:
+        A scalar, or the losses of all elements with 'none', in the target's type (float32 under
+        autocast).
+
+    Raises:
+        ValueError: unknown `reduction`; a target of another shape.
+        RuntimeError: devices that differ; a weight that does not broadcast; an integer target.
+        NotImplementedError: integer or complex input.
+    """
+    if has_torch_function_variadic(input, target, weight, pos_weight):
+        return handle_torch_function(
+            binary_cross_entropy_with_logits,
+            (input, target, weight, pos_weight),
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            reduce=reduce,
+            reduction=reduction,
+            pos_weight=pos_weight,
+        )
+    name = "binary_cross_entropy_with_logits"
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
+        errors.not_tensors(name, AttributeError, input=input, target=target)
+    reduction = resolve(name, reduction, size_average, reduce)
+    if target.shape != input.shape:
+        errors.fail(
+            ValueError,
+            name,
+            f"Target size ({target.size()}) must be the same as input size ({input.size()})",
+        )
+    errors.same_device(name, input=input, target=target, weight=weight, pos_weight=pos_weight)
+    if not input.is_floating_point():
+        errors.not_floating(name, NotImplementedError, "log_sigmoid_cpu", input=input)
+    if not target.is_floating_point():
+        errors.not_floating(name, RuntimeError, name, target=target)
+    if weight is not None:
+        errors.expands(name, input.shape, weight=weight)
+    call = PointwiseCall(BCE_WITH_LOGITS, (), reduction, None, result_dtype(target.dtype, target))
+    operands: tuple[Tensor, ...] = (input, target)
+    if pos_weight is not None:
+        errors.expands(name, input.shape, pos_weight=pos_weight)
+        floating = _floating(pos_weight, input)
+        assert floating is not None
+        operands = (input, target, floating)
+        call = PointwiseCall(BCE_WITH_LOGITS_POS, (), reduction, None, call.dtype)
+    return route.dispatch(name, call, (*operands, _floating(weight, input)))
+
+
+def _floating(weight: Tensor | None, input: Tensor) -> Tensor | None:
+    """Integer weights are as good as others."""
+    if weight is None or weight.is_floating_point():
+        return weight
+    return weight.to(input.dtype)
+
+
+def _weight(tensors, generator):
+    """Of the last dimension's size, so that it broadcasts."""
+    return uniform(tensors[0].shape[-1:], tensors[0].dtype, generator, 0.1, 3)
+
+
+def _example(shape, dtype, generator):
+    return uniform(shape, dtype, generator, 0.01, 0.99), uniform(shape, dtype, generator, 0, 1)
+
+
+def _logit_example(shape, dtype, generator):
+    return 3 * normal(shape, dtype, generator), uniform(shape, dtype, generator, 0, 1)
+
+
+register(
+    Loss(
+        binary_cross_entropy,
+        "BCELoss",
+        _example,
+        {"plain": plain, "weight": lambda t, g: {"weight": _weight(t, g)}},
+    )
+)
+register(
+    Loss(
+        binary_cross_entropy_with_logits,
+        "BCEWithLogitsLoss",
+        _logit_example,
+        {
+            "plain": plain,
+            "weight": lambda t, g: {"weight": _weight(t, g)},
+            "pos_weight": lambda t, g: {"pos_weight": _weight(t, g)},
+            "both": lambda t, g: {"weight": _weight(t, g), "pos_weight": _weight(t, g)},
+        },
+    )
+)

@@ -1,0 +1,145 @@
+"""Matching distributions: the Kullback-Leibler divergence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from .. import errors, route
+from .. import formula as m
+from ..calls import PointwiseCall
+from ..define import Loss, Pointwise, normal, register
+from ..reduce import REDUCTIONS, promoted, resolve, result_dtype
+
+
+def kl(x, t):
+    log_t = m.log(m.where(t == 0.0, 1.0, t))
+    return m.where(t == 0.0, 0.0, t * (log_t - x))
+
+
+def kl_grad(x, t):
+    log_t = m.log(m.where(t == 0.0, 1.0, t))
+    return -t, m.where(t == 0.0, 0.0, log_t - x + 1.0)
+
+
+KL = Pointwise(kl, kl_grad)
+
+
+def kl_log(x, t):
+    finite = m.where(t == -m.inf, 0.0, t)
+    return m.where(t == -m.inf, 0.0, m.exp(finite) * (finite - x))
+
+
+def kl_log_grad(x, t):
+    finite = m.where(t == -m.inf, 0.0, t)
+    p = m.where(t == -m.inf, 0.0, m.exp(finite))
+    return -p, m.where(t == -m.inf, 0.0, m.exp(finite) * (finite - x + 1.0))
+
+
+KL_LOG = Pointwise(kl_log, kl_log_grad)
+
+
+def kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Tensor:
+    r"""Kullback-Leibler divergence, a term an element: :math:`\ell = t\,(\log t - x)`.
+
+    With `log_target`, :math:`\ell = e^t (t - x)`. As :func:`torch.nn.functional.kl_div`
+    (https://docs.pytorch.org/docs/stable/generated/torch.nn.KLDivLoss.html), but 0 log 0 = 0 throughout:
+    an element with target probability 0 contributes 0 to the value and to both gradients, even
+    where x is -inf (PyTorch gives NaN).
+
+    Args:
+        input: log-probabilities x, of any shape.
+        target: probabilities t, or their logs with `log_target`; broadcasts with `input`.
+        size_average: deprecated, overrides `reduction`.
+        reduce: deprecated, overrides `reduction`.
+        reduction: 'none', 'batchmean' (over the size of dimension 0: the divergence), 'mean' (over the
+            number of elements, with PyTorch's warning) or 'sum'.
+        log_target: whether `target` holds logs.
+
+    Returns:
+        A scalar, or the terms of all elements with 'none', in the type that `input` and `target`
+        promote to (float32 under autocast).
+
+    Raises:
+        ValueError: unknown `reduction`.
+        RuntimeError: shapes that do not broadcast; devices that differ; integer or complex tensors.
+        TypeError: an argument that is no tensor.
+    """
+    if has_torch_function_variadic(input, target):
+        return handle_torch_function(
+            kl_div,
+            (input, target),
+            input,
+            target,
+            size_average=size_average,
+            reduce=reduce,
+            reduction=reduction,
+            log_target=log_target,
+        )
+    name = "kl_div"
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
+        errors.not_tensors(name, TypeError, input=input, target=target)
+    if reduction == "mean" and size_average is None and reduce is None:
+        errors.warn(
+            "kl_div: reduction: 'mean' divides the total loss by both the batch size and the support "
+            "size. 'batchmean' divides only by the batch size, and aligns with the KL div math "
+            "definition.",
+        )
+    if reduction == "batchmean" and not (size_average is None and reduce is None):
+        # What the legacy arguments give, divided by the batch size once more: as PyTorch does.
+        legacy = resolve(name, reduction, size_average, reduce)
+        result = kl_div(input, target, reduction=legacy, log_target=log_target)
+        return result / input.shape[0] if input.dim() else result
+    reduction = resolve(name, reduction, size_average, reduce, (*REDUCTIONS, "batchmean"))
+    errors.same_device(name, input=input, target=target)
+    for tensor in (input, target):
+        if not tensor.is_floating_point():
+            kind = "Complex" if tensor.is_complex() else "Integral"
+            argument = "input" if tensor is input else "target"
+            errors.fail(
+                RuntimeError, name, f"{kind} inputs not supported: {argument} is {tensor.dtype}"
+            )
+    if target.shape != input.shape:
+        errors.broadcast(name, input=input, target=target)
+    dtype = input.dtype
+    if target.dtype != dtype:
+        dtype = promoted(input, target)
+    denominator = None
+    if reduction == "batchmean":
+        reduction, denominator = ("mean", input.shape[0]) if input.dim() else ("sum", None)
+    formula = KL_LOG if log_target else KL
+    call = PointwiseCall(formula, (), reduction, denominator, result_dtype(dtype, input))
+    return route.dispatch(name, call, (input, target, None))
+
+
+def _example(shape, dtype, generator):
+    x, t = normal(shape, torch.float64, generator), normal(shape, torch.float64, generator)
+    return x.log_softmax(-1).to(dtype), t.softmax(-1).to(dtype)
+
+
+def _log_example(shape, dtype, generator):
+    x, t = normal(shape, torch.float64, generator), normal(shape, torch.float64, generator)
+    return x.log_softmax(-1).to(dtype), t.log_softmax(-1).to(dtype)
+
+
+register(
+    Loss(kl_div, "KLDivLoss", _example, reductions=("none", "batchmean", "mean", "sum"))
+)
+register(
+    Loss(
+        kl_div,
+        "KLDivLoss",
+        _log_example,
+        {"log_target": lambda tensors, generator: {"log_target": True}},
+        reductions=("none", "batchmean", "mean", "sum"),
+        variant="log_target",
+    )
+)

@@ -1,0 +1,259 @@
+"""Metric learning: triplet losses over p-norms, and over any distance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from .. import errors, route
+from .. import formula as m
+from ..calls import PointwiseCall, TripletCall
+from ..define import Loss, Pointwise, normal, plain, register
+from ..reduce import promoted, resolve, result_dtype
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+
+
+def triplet_hinge(near, far, *, margin):
+    return m.maximum(margin + near - far, 0.0)
+
+
+def triplet_hinge_grad(near, far, *, margin):
+    slope = m.where(margin + near - far < 0.0, 0.0, 1.0 + 0.0 * near)
+    return slope, -slope
+
+
+HINGE = Pointwise(triplet_hinge, triplet_hinge_grad)
+
+
+def triplet_margin_loss(
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    margin: float = 1.0,
+    p: float = 2,
+    eps: float = 1e-6,
+    swap: bool = False,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Triplet margin loss: :math:`\ell = \max(d(a, x^+) - d(a, x^-) + \text{margin}, 0)`.
+
+    The distance is :math:`d(a, b) = \lVert a - b + \epsilon \rVert_p` over the last dimension, with
+    eps inside the difference as in :func:`torch.nn.functional.pairwise_distance`; its gradient is 0 at
+    distance 0. With `swap`, the negative distance is the lesser of d(a, x-) and d(x+, x-). As
+    :func:`torch.nn.functional.triplet_margin_loss`
+    (https://docs.pytorch.org/docs/stable/generated/torch.nn.TripletMarginLoss.html;
+    https://bmva-archive.org.uk/bmvc/2016/papers/paper119/index.html).
+
+    Args:
+        anchor: (..., D).
+        positive: of the same shape; other shapes of as many dimensions broadcast.
+        negative: likewise.
+        margin: above 0, in units of the distance.
+        p: the norm's degree, above 0; inf is the largest coordinate.
+        eps: added to each coordinate of the differences.
+        swap: whether to take the lesser negative distance.
+        size_average: deprecated, overrides `reduction`.
+        reduce: deprecated, overrides `reduction`.
+        reduction: 'none', 'mean' (over the triplets) or 'sum'.
+
+    Returns:
+        A scalar, or the losses of all triplets with 'none', in the type that the inputs promote to
+        (float32 under autocast).
+
+    Raises:
+        ValueError: unknown `reduction`; `margin` or `p` not above 0.
+        RuntimeError: numbers of dimensions that differ; shapes that do not broadcast; devices that
+            differ.
+        TypeError: an argument that is no tensor.
+    """
+    if has_torch_function_variadic(anchor, positive, negative):
+        return handle_torch_function(
+            triplet_margin_loss,
+            (anchor, positive, negative),
+            anchor,
+            positive,
+            negative,
+            margin=margin,
+            p=p,
+            eps=eps,
+            swap=swap,
+            size_average=size_average,
+            reduce=reduce,
+            reduction=reduction,
+        )
+    name = "triplet_margin_loss"
+    reduction = resolve(name, reduction, size_average, reduce)
+    _check(name, anchor, positive, negative, margin)
+    if not p > 0:
+        errors.fail(ValueError, name, f"p must be greater than 0, got {p}")
+    return _triplet(name, anchor, positive, negative, margin, p, eps, swap, reduction)
+
+
+def triplet_margin_with_distance_loss(
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    distance_function: Distance | None = None,
+    margin: float = 1.0,
+    swap: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Triplet margin loss over any distance: :math:`\ell = \max(d(a, x^+) - d(a, x^-) + \text{margin}, 0)`.
+
+    As :func:`torch.nn.functional.triplet_margin_with_distance_loss`
+    (https://docs.pytorch.org/docs/stable/generated/torch.nn.TripletMarginWithDistanceLoss.html).
+
+    Args:
+        anchor: (N, ...), as the distance takes them.
+        positive: likewise.
+        negative: likewise.
+        distance_function: a function of two tensors, or a module. The default is the pairwise
+            Euclidean distance; it and any :class:`torch.nn.PairwiseDistance` run fused.
+        margin: above 0, in units of the distance.
+        swap: whether to take the lesser of d(a, x-) and d(x+, x-).
+        reduction: 'none', 'mean' (over the triplets) or 'sum'.
+
+    Returns:
+        A scalar, or the losses of all triplets with 'none', in the type of the distances (float32
+        under autocast).
+
+    Raises:
+        ValueError: unknown `reduction`; `margin` not above 0.
+        RuntimeError: numbers of dimensions that differ; shapes that do not broadcast; devices that
+            differ.
+        TypeError: an argument that is no tensor.
+    """
+    if has_torch_function_variadic(anchor, positive, negative):
+        return handle_torch_function(
+            triplet_margin_with_distance_loss,
+            (anchor, positive, negative),
+            anchor,
+            positive,
+            negative,
+            distance_function=distance_function,
+            margin=margin,
+            swap=swap,
+            reduction=reduction,
+        )
+    name = "triplet_margin_with_distance_loss"
+    reduction = resolve(name, reduction)
+    _check(name, anchor, positive, negative, margin)
+    norm = _norm(distance_function)
+    if norm is not None:
+        return _triplet(name, anchor, positive, negative, margin, *norm, swap, reduction)
+    assert distance_function is not None
+    near, far = distance_function(anchor, positive), distance_function(anchor, negative)
+    if swap:
+        far = torch.minimum(far, distance_function(positive, negative))
+    errors.broadcast(name, positive_distance=near, negative_distance=far)
+    dtype = promoted(near, far)
+    if not dtype.is_floating_point:
+        near, far = near.float(), far.float()
+    call = PointwiseCall(HINGE, (float(margin),), reduction, None, result_dtype(dtype, near))
+    return route.dispatch(name, call, (near, far, None))
+
+
+def _norm(distance: Distance | None) -> tuple[float, float] | None:
+    """Degree and eps of a distance that the kernel knows, or None."""
+    if distance is None or distance in (torch.pairwise_distance, torch.nn.functional.pairwise_distance):
+        return 2.0, 1e-6
+    if type(distance) is torch.nn.PairwiseDistance and not distance.keepdim and distance.norm > 0:
+        return distance.norm, distance.eps
+    return None
+
+
+def _check(name: str, anchor: Tensor, positive: Tensor, negative: Tensor, margin: float) -> None:
+    tensors = {"anchor": anchor, "positive": positive, "negative": negative}
+    if not all(isinstance(t, Tensor) for t in tensors.values()):
+        errors.not_tensors(name, TypeError, **tensors)
+    if not margin > 0:
+        errors.fail(ValueError, name, f"margin must be greater than 0, got {margin}")
+    errors.same_device(name, **tensors)
+    if not anchor.dim() == positive.dim() == negative.dim():
+        errors.fail(
+            RuntimeError,
+            name,
+            "The anchor, positive, and negative tensors are expected to have the same number of "
+            f"dimensions, but got: anchor {anchor.dim()}D, positive {positive.dim()}D, and negative "
+            f"{negative.dim()}D inputs",
+        )
+
+
+def _triplet(
+    name: str,
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    margin: float,
+    p: float,
+    eps: float,
+    swap: bool,
+    reduction: str,
+) -> Tensor:
+    tensors = (anchor, positive, negative)
+    dtype = anchor.dtype
+    if not anchor.shape == positive.shape == negative.shape:
+        errors.broadcast(name, anchor=anchor, positive=positive, negative=negative)
+    for other in tensors[1:]:
+        if other.dtype != dtype:
+            dtype = torch.promote_types(dtype, other.dtype)
+    if dtype.is_complex:
+        dtype = dtype.to_real()
+    elif not dtype.is_floating_point:
+        dtype = torch.get_default_dtype()
+    why = None if anchor.dim() else "the inputs are 0-dim"
+    call = TripletCall(
+        float(margin), float(p), float(eps), swap, reduction, result_dtype(dtype, anchor)
+    )
+    return route.dispatch(name, call, tensors, why)
+
+
+def _example(shape, dtype, generator):
+    return tuple(normal(shape, dtype, generator) for _ in range(3))
+
+
+def _manhattan(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).abs().sum(-1)
+
+
+register(
+    Loss(
+        triplet_margin_loss,
+        "TripletMarginLoss",
+        _example,
+        {
+            "plain": plain,
+            "swap": lambda t, g: {"swap": True},
+            "p = 1": lambda t, g: {"p": 1.0, "margin": 2.0},
+            "p = 3": lambda t, g: {"p": 3.0, "swap": True},
+            "p = 0.7": lambda t, g: {"p": 0.7, "margin": 5.0},
+            "p = inf": lambda t, g: {"p": float("inf")},
+            "eps": lambda t, g: {"eps": 0.1, "margin": 0.5},
+        },
+        differentiable=(0, 1, 2),
+        rows=True,
+    )
+)
+register(
+    Loss(
+        triplet_margin_with_distance_loss,
+        "TripletMarginWithDistanceLoss",
+        _example,
+        {
+            "plain": plain,
+            "swap": lambda t, g: {"swap": True, "margin": 2.0},
+            "lambda": lambda t, g: {"distance_function": _manhattan, "margin": 3.0},
+            "lambda, swap": lambda t, g: {"distance_function": _manhattan, "swap": True},
+            "module": lambda t, g: {"distance_function": torch.nn.PairwiseDistance(p=1)},
+        },
+        differentiable=(0, 1, 2),
+        rows=True,
+    )
+)

@@ -1,0 +1,115 @@
+"""Regression: the mean squared error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from .. import errors, route
+from ..calls import PointwiseCall
+from ..define import Loss, Pointwise, normal, plain, register, uniform
+from ..reduce import promoted, resolve, result_dtype, wide
+
+
+def mse(x, t):
+    return (x - t) * (x - t)
+
+
+def mse_grad(x, t):
+    slope = 2.0 * (x - t)
+    return slope, -slope
+
+
+MSE = Pointwise(mse, mse_grad)
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Mean squared error: :math:`\ell = w\,(x - t)^2`, reduced.
+
+    As :func:`torch.nn.functional.mse_loss`
+    (https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.mse_loss.html).
+
+    Args:
+        input: predictions, of any shape; floating point, unless `target` is.
+        target: of the same shape. Other shapes broadcast, with a warning.
+        size_average: deprecated, overrides `reduction`.
+        reduce: deprecated, overrides `reduction`.
+        reduction: 'none', 'mean' or 'sum'. With a weight, 'mean' divides by the weights' sum.
+        weight: of the input's shape.
+
+    Returns:
+        A scalar, or the losses of all elements with 'none', in the type that `input` and `target`
+        promote to (float32 under autocast).
+
+    Raises:
+        ValueError: unknown `reduction`; `weight` of another shape than `input`.
+        RuntimeError: shapes that do not broadcast; tensors on different devices.
+        NotImplementedError: no floating point tensor, or a complex one.
+    """
+    if has_torch_function_variadic(input, target, weight):
+        return handle_torch_function(
+            mse_loss,
+            (input, target, weight),
+            input,
+            target,
+            size_average=size_average,
+            reduce=reduce,
+            reduction=reduction,
+            weight=weight,
+        )
+    name = "mse_loss"
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
+        errors.not_tensors(name, AttributeError, input=input, target=target)
+    if target.shape != input.shape:
+        errors.broadcast(name, input=input, target=target)
+        errors.warn_broadcast(name, input, target)
+    reduction = resolve(name, reduction, size_average, reduce)
+    errors.same_device(name, input=input, target=target, weight=weight)
+    dtype = input.dtype
+    if target.dtype != dtype:
+        dtype = promoted(input, target)
+    if not dtype.is_floating_point:
+        errors.not_floating(name, NotImplementedError, "mse_cpu", input=input, target=target)
+    denominator = None
+    if weight is not None:
+        if weight.shape != input.shape:
+            errors.fail(
+                ValueError,
+                name,
+                "Weights and input must have the same size. weight has shape "
+                f"{list(weight.shape)}, input {list(input.shape)}",
+            )
+        dtype = torch.promote_types(dtype, weight.dtype)
+        if reduction == "mean":
+            denominator = weight.sum(dtype=wide(weight))
+    # An integer tensor beside a floating one takes its type.
+    operands = [t if t.is_floating_point() else t.to(dtype) for t in (input, target)]
+    call = PointwiseCall(MSE, (), reduction, denominator, result_dtype(dtype, input))
+    return route.dispatch(name, call, (*operands, weight))
+
+
+def _example(shape, dtype, generator):
+    return normal(shape, dtype, generator), normal(shape, dtype, generator)
+
+
+register(
+    Loss(
+        mse_loss,
+        "MSELoss",
+        _example,
+        {
+            "plain": plain,
+            "weight": lambda tensors, generator: {
+                "weight": uniform(tensors[0].shape, tensors[0].dtype, generator, 0.1, 2)
+            },
+        },
+    )
+)

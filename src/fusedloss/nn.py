@@ -1,0 +1,133 @@
+"""The loss modules under the names of `torch.nn`, and beside them everything else in it.
+
+`from fusedloss import nn` stands in for `from torch import nn`. Each module is a subclass of its
+namesake: constructor, buffers, repr, pickling and state_dict are PyTorch's; `forward` is ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn
+from torch import Tensor
+
+from . import functional
+
+__all__ = [
+    "BCELoss",
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
+    "KLDivLoss",
+    "MSELoss",
+    "NLLLoss",
+    "TripletMarginLoss",
+    "TripletMarginWithDistanceLoss",
+    "functional",
+]
+
+
+class MSELoss(torch.nn.MSELoss):
+    """See :func:`fusedloss.functional.mse_loss`; constructor as :class:`torch.nn.MSELoss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.mse_loss(input, target, reduction=self.reduction)
+
+
+class BCELoss(torch.nn.BCELoss):
+    """See :func:`fusedloss.functional.binary_cross_entropy`; constructor as :class:`torch.nn.BCELoss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.binary_cross_entropy(
+            input, target, weight=self.weight, reduction=self.reduction
+        )
+
+
+class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
+    """See :func:`fusedloss.functional.binary_cross_entropy_with_logits`; constructor as
+    :class:`torch.nn.BCEWithLogitsLoss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.binary_cross_entropy_with_logits(
+            input, target, self.weight, pos_weight=self.pos_weight, reduction=self.reduction
+        )
+
+
+class KLDivLoss(torch.nn.KLDivLoss):
+    """See :func:`fusedloss.functional.kl_div`; constructor as :class:`torch.nn.KLDivLoss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.kl_div(
+            input, target, reduction=self.reduction, log_target=self.log_target
+        )
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """See :func:`fusedloss.functional.cross_entropy`; constructor as
+    :class:`torch.nn.CrossEntropyLoss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+
+
+class NLLLoss(torch.nn.NLLLoss):
+    """See :func:`fusedloss.functional.nll_loss`; constructor as :class:`torch.nn.NLLLoss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.nll_loss(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
+
+
+class TripletMarginLoss(torch.nn.TripletMarginLoss):
+    """See :func:`fusedloss.functional.triplet_margin_loss`; constructor as
+    :class:`torch.nn.TripletMarginLoss`."""
+
+    def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        return functional.triplet_margin_loss(
+            anchor,
+            positive,
+            negative,
+            margin=self.margin,
+            p=self.p,
+            eps=self.eps,
+            swap=self.swap,
+            reduction=self.reduction,
+        )
+
+
+class TripletMarginWithDistanceLoss(torch.nn.TripletMarginWithDistanceLoss):
+    """See :func:`fusedloss.functional.triplet_margin_with_distance_loss`; constructor as
+    :class:`torch.nn.TripletMarginWithDistanceLoss`."""
+
+    def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        return functional.triplet_margin_with_distance_loss(
+            anchor,
+            positive,
+            negative,
+            distance_function=self.distance_function,
+            margin=self.margin,
+            swap=self.swap,
+            reduction=self.reduction,
+        )
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        return getattr(torch.nn, name)
+    except AttributeError:
+        raise AttributeError(f"module 'fusedloss.nn' has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *dir(torch.nn)})

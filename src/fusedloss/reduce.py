@@ -1,0 +1,79 @@
+"""Reductions: the argument with its legacy forms, and the formula's last step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn import _reduction
+
+from .errors import fail
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def resolve(
+    function: str,
+    reduction: str,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    allowed: tuple[str, ...] = REDUCTIONS,
+) -> str:
+    """The reduction that is meant; `size_average` and `reduce` override it and warn, as PyTorch's do.
+
+    Raises:
+        ValueError: `reduction` is none of `allowed`.
+    """
+    if size_average is not None or reduce is not None:
+        return _reduction.legacy_get_string(size_average, reduce, emit_warning=not is_compiling())
+    if reduction in allowed:
+        return reduction
+    if reduction == "elementwise_mean":
+        if not is_compiling():
+            _reduction.get_enum(reduction)  # warns that the name is deprecated
+        return "mean"
+    expected = ", ".join(repr(name) for name in allowed)
+    fail(
+        ValueError,
+        function,
+        f"{reduction} is not a valid value for reduction; expected one of {expected}",
+    )
+
+
+def total(losses: Tensor, reduction: str, denominator: Tensor | float | None = None) -> Tensor:
+    """Reduces unreduced losses; 'mean' divides by `denominator`, or by their number."""
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    return losses.mean() if denominator is None else losses.sum() / denominator
+
+
+def wide(*tensors: Tensor) -> torch.dtype:
+    """The type to compute in: at least float32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def promoted(a: Tensor, b: Tensor) -> torch.dtype:
+    """`torch.result_type`, which torch.compile cannot trace: a 0-dim tensor yields to others of its kind."""
+    if a.dtype == b.dtype or (a.dim() > 0) == (b.dim() > 0):
+        return torch.promote_types(a.dtype, b.dtype)
+    array, scalar = (a, b) if a.dim() else (b, a)
+    if _kind(scalar.dtype) > _kind(array.dtype):
+        return torch.promote_types(a.dtype, b.dtype)
+    return array.dtype
+
+
+def _kind(dtype: torch.dtype) -> int:
+    return 3 if dtype.is_complex else 2 if dtype.is_floating_point else int(dtype != torch.bool)
+
+
+def result_dtype(dtype: torch.dtype, tensor: Tensor) -> torch.dtype:
+    """`dtype`, or float32 under autocast, which runs every loss in it."""
+    if dtype in (torch.bfloat16, torch.float16) and torch._C._is_any_autocast_enabled():
+        if torch.is_autocast_enabled(tensor.device.type):
+            return torch.float32
+    return dtype
