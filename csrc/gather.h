@@ -17,8 +17,10 @@ int64_t nll(const RowsArgs& a) {
     parallel(blocks, 8, [&](int64_t b) {
         double losses[size];
         const int64_t first = b * size, count = std::min(size, rows.positions() - first);
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t n = (first + i) / a.d, d = (first + i) % a.d, y = rows.label(first + i);
+        int64_t n = first / a.d, d = first % a.d;
+        for (int64_t i = 0; i < count; ++i, ++d) {
+            if (d == a.d) ++n, d = 0;
+            const int64_t y = rows.label(n, d);
             losses[i] = 0;
             if (y == a.ignore_index) continue;
             const double w = rows.class_weight(y);

@@ -1,5 +1,5 @@
 // Scalar, branch-free functions that a plain loop turns into full-width SIMD, without -ffast-math or libm.
-// Each bound is the largest error measured in ULP, with FMA (v3, v4, arm64) and without (v2):
+// Each bound is the largest error measured in ULP, for float and double, with FMA and without (x86-64-v2):
 // over all 2^32 inputs for float, over 10^8 random ones for double.
 #pragma once
 
@@ -267,27 +267,27 @@ FUSEDLOSS_INLINE double maximum(double a, double b) { return b != b ? b : (a < b
 FUSEDLOSS_INLINE float minimum(float a, float b) { return b != b ? b : (a > b ? b : a); }
 FUSEDLOSS_INLINE double minimum(double a, double b) { return b != b ? b : (a > b ? b : a); }
 
-// k ln2 + r, polynomial of degree 6 and 11, gradual underflow: 0.89 and 0.90 ULP; never above 1 for x <= 0.
+// k ln2 + r, polynomial of degree 6 and 11, gradual underflow: 0.91 and 0.91 ULP; never above 1 for x <= 0.
 FUSEDLOSS_INLINE float exp(float x) { return detail::exp(x, 0.0f); }
 FUSEDLOSS_INLINE double exp(double x) { return detail::exp(x, 0.0); }
 
-// Exponent and mantissa in [3/4, 3/2), polynomial: 0.94 and 0.93 ULP, subnormals included.
+// Exponent and mantissa in [3/4, 3/2), subnormals too: 0.97 and 0.98 ULP (0.92 and 0.89 with FMA).
 FUSEDLOSS_INLINE float log(float x) { return detail::log(x); }
 FUSEDLOSS_INLINE double log(double x) { return detail::log(x); }
 
-// As log, with the mantissa of 1 + x made from x itself, exactly: 0.96 and 0.93 ULP.
+// As log, with the mantissa of 1 + x made from x itself, exactly: 0.98 and 0.98 ULP (0.93 and 0.90 with FMA).
 FUSEDLOSS_INLINE float log1p(float x) { return detail::log1p(x); }
 FUSEDLOSS_INLINE double log1p(double x) { return detail::log1p(x); }
 
-// From e = exp(-|x|): 1.9 and 1.9 ULP in both tails.
+// From e = exp(-|x|): 1.81 and 1.81 ULP in both tails (1.65 and 1.65 with FMA).
 FUSEDLOSS_INLINE float sigmoid(float x) { return detail::sigmoid(x, exp(-abs(x))); }
 FUSEDLOSS_INLINE double sigmoid(double x) { return detail::sigmoid(x, exp(-abs(x))); }
 
-// min(x, 0) - log(1 + e), e = exp(-|x|) shared with sigmoid: 1.6 and 1.6 ULP in both tails.
+// min(x, 0) - log(1 + e), e = exp(-|x|) shared with sigmoid: 1.66 and 1.63 ULP in both tails.
 FUSEDLOSS_INLINE float log_sigmoid(float x) { return detail::log_sigmoid(x, exp(-abs(x))); }
 FUSEDLOSS_INLINE double log_sigmoid(double x) { return detail::log_sigmoid(x, exp(-abs(x))); }
 
-// exp(p log x) for x >= 0 (NaN below), the logarithm to 2^-60.
+// exp(p log x) for x >= 0 (NaN below), the logarithm in two parts: 0.95 ULP for |p| <= 16, 3 for |p| <= 100.
 FUSEDLOSS_INLINE double pow(double x, double p) { return detail::pow(x, p); }
 FUSEDLOSS_INLINE float pow(float x, float p) { return float(detail::pow(double(x), double(p))); }
 

@@ -11,6 +11,7 @@ namespace fusedloss {
 
 constexpr int64_t max_inputs = 3;
 constexpr int64_t max_dims = 16;
+constexpr int64_t vector = 16;  // elements: of the widest unit, and a multiple of all others
 
 // Packed by cpu/pointwise.py; the field order is shared with it. Null data means absent.
 struct Array {
@@ -52,9 +53,9 @@ public:
 
     // Where to write n results: the tensor's own memory where it serves, `buffer` where not.
     template <class T>
-    T* target(const Array& array, int slot, int64_t start, T* buffer) const {
+    T* target(const Array& array, int slot, int64_t start, bool whole, T* buffer) const {
         if (!array.data) return nullptr;
-        const bool direct = array.dtype == dtype_of<T> && ndim_ == 1 && stride(slot, 0) == 1;
+        const bool direct = whole && array.dtype == dtype_of<T> && ndim_ == 1 && stride(slot, 0) == 1;
         return direct ? static_cast<T*>(array.data) + start : buffer;
     }
 
@@ -152,7 +153,16 @@ int64_t pointwise(const PointwiseArgs& a) {
         const int64_t start = b * size, n = std::min(size, a.numel - start);
         alignas(64) T in[max_inputs][size], by[size], values[size], slopes[2][size];
         const T* x[max_inputs];
-        for (int k = 0; k < F::operands; ++k) x[k] = walk.load(a.input[k], INPUT + k, start, n, in[k]);
+        // A remainder loop may round otherwise than the vectors do, and an element's result must not depend
+        // on where it stands: the last block is filled up to whole vectors.
+        const int64_t padded = (n + vector - 1) / vector * vector;
+        for (int k = 0; k < F::operands; ++k) {
+            x[k] = walk.load(a.input[k], INPUT + k, start, n, in[k]);
+            if (padded == n) continue;
+            if (x[k] != in[k]) std::copy_n(x[k], n, in[k]);
+            std::fill(in[k] + n, in[k] + padded, in[k][0]);
+            x[k] = in[k];
+        }
         for (int k = F::operands; k < max_inputs; ++k) x[k] = x[0];
 
         if constexpr (F::has_domain) {
@@ -163,19 +173,19 @@ int64_t pointwise(const PointwiseArgs& a) {
             }
         }
 
-        T* loss = walk.target(a.loss, LOSS, start, values);
+        T* loss = walk.target(a.loss, LOSS, start, padded == n, values);
         if (!loss && a.total.data) loss = values;
-        T* g0 = walk.target(a.grad[0], GRAD, start, slopes[0]);
-        T* g1 = walk.target(a.grad[1], GRAD + 1, start, slopes[1]);
+        T* g0 = walk.target(a.grad[0], GRAD, start, padded == n, slopes[0]);
+        T* g1 = walk.target(a.grad[1], GRAD + 1, start, padded == n, slopes[1]);
         const T scale = T(a.grad_scale);
         switch ((loss ? 4 : 0) | (g0 ? 2 : 0) | (g1 ? 1 : 0)) {
-            case 1: block<F, T, false, false, true>(f, x[0], x[1], x[2], n, scale, loss, g0, g1); break;
-            case 2: block<F, T, false, true, false>(f, x[0], x[1], x[2], n, scale, loss, g0, g1); break;
-            case 3: block<F, T, false, true, true>(f, x[0], x[1], x[2], n, scale, loss, g0, g1); break;
-            case 4: block<F, T, true, false, false>(f, x[0], x[1], x[2], n, scale, loss, g0, g1); break;
-            case 5: block<F, T, true, false, true>(f, x[0], x[1], x[2], n, scale, loss, g0, g1); break;
-            case 6: block<F, T, true, true, false>(f, x[0], x[1], x[2], n, scale, loss, g0, g1); break;
-            case 7: block<F, T, true, true, true>(f, x[0], x[1], x[2], n, scale, loss, g0, g1); break;
+            case 1: block<F, T, false, false, true>(f, x[0], x[1], x[2], padded, scale, loss, g0, g1); break;
+            case 2: block<F, T, false, true, false>(f, x[0], x[1], x[2], padded, scale, loss, g0, g1); break;
+            case 3: block<F, T, false, true, true>(f, x[0], x[1], x[2], padded, scale, loss, g0, g1); break;
+            case 4: block<F, T, true, false, false>(f, x[0], x[1], x[2], padded, scale, loss, g0, g1); break;
+            case 5: block<F, T, true, false, true>(f, x[0], x[1], x[2], padded, scale, loss, g0, g1); break;
+            case 6: block<F, T, true, true, false>(f, x[0], x[1], x[2], padded, scale, loss, g0, g1); break;
+            case 7: block<F, T, true, true, true>(f, x[0], x[1], x[2], padded, scale, loss, g0, g1); break;
             default: break;
         }
         for (int k = 0; k < 2; ++k) {

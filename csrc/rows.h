@@ -62,8 +62,8 @@ struct Rows {
     }
 
     int64_t positions() const { return a.n * a.d; }
-    int64_t label(int64_t position) const {
-        return load_index(a.target.data, a.target.dtype, a.target.row(position / a.d, position % a.d));
+    int64_t label(int64_t n, int64_t d) const {
+        return load_index(a.target.data, a.target.dtype, a.target.row(n, d));
     }
     double class_weight(int64_t y) const { return weight ? double(weight[y]) : 1.0; }
 
@@ -75,8 +75,11 @@ struct Rows {
         std::atomic<int64_t> outside{none};
         parallel(blocks, 4, [&](int64_t b) {
             double sum = 0;
-            for (int64_t i = b * size, end = std::min(i + size, positions()); i < end; ++i) {
-                const int64_t y = label(i);
+            const int64_t first = b * size, end = std::min(first + size, positions());
+            int64_t n = first / a.d, d = first % a.d;
+            for (int64_t i = first; i < end; ++i, ++d) {
+                if (d == a.d) ++n, d = 0;
+                const int64_t y = label(n, d);
                 if (y == a.ignore_index) continue;
                 if (y < 0 || y >= a.c) {
                     int64_t seen = outside.load();
@@ -184,7 +187,7 @@ public:
         const int64_t x_row = a.input.row(n, d), g_row = a.grad.row(n, d);
         int64_t y = -1;
         if (!a.probabilities) {
-            y = load_index(a.target.data, a.target.dtype, a.target.row(n, d));
+            y = r.label(n, d);
             if (y == a.ignore_index) {
                 zero(g_row);
                 return 0;
@@ -340,6 +343,15 @@ FUSEDLOSS_LOOP void add_products(double* __restrict dots, const T* __restrict pa
     }
 }
 
+template <class T>
+FUSEDLOSS_LOOP void logarithms(const double* __restrict others, const T* __restrict own, int64_t n,
+                               double* __restrict log_sum, double* __restrict log1p_others) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) log_sum[i] = math::log(others[i] + double(own[i]));
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) log1p_others[i] = math::log1p(others[i]);
+}
+
 // e * factor - g * part
 template <class T>
 FUSEDLOSS_LOOP void slope(T* __restrict e, const T* __restrict factor, const T* __restrict g,
@@ -371,50 +383,60 @@ public:
     }
 
     void operator()(int64_t n, int64_t d0, int64_t count, double* losses) {
-        std::fill_n(max, count, -std::numeric_limits<T>::infinity());
-        std::fill_n(others, count, 0.0);
+        // Whole vectors, for the same reason as in pointwise.h; the tile's tail is filled with zeros.
+        const int64_t padded = (count + 15) / 16 * 16;
+        std::fill_n(max, padded, -std::numeric_limits<T>::infinity());
+        std::fill_n(others, padded, 0.0);
         for (int64_t c = 0; c < a.c; ++c) {
             load_strided<T>(a.input.at(a.input.row(n, d0) + c * a.input.stride[1]), a.input.dtype, a.input.stride[2],
                             count, at(c));
-            raise(max, at(c), count);
+            std::fill(at(c) + count, at(c) + padded, T(0));
+            raise(max, at(c), padded);
         }
         for (int64_t i = 0; i < count; ++i) {
             if (max[i] == -std::numeric_limits<T>::infinity()) max[i] = T(0);
-            const int64_t label = a.probabilities ? none : r.label(n * a.d + d0 + i);
+            const int64_t label = a.probabilities ? none : r.label(n, d0 + i);
             y[i] = label == a.ignore_index && !a.probabilities ? ignored : label;
             own_x[i] = y[i] >= 0 ? at(y[i])[i] : T(0);
         }
-        if (soft) gather_soft(n, d0, count);
-        for (int64_t c = 0; c < a.c; ++c) exp_in_place(at(c), max, count);
+        if (soft) gather_soft(n, d0, count, padded);
+        for (int64_t c = 0; c < a.c; ++c) exp_in_place(at(c), max, padded);
         for (int64_t i = 0; i < count; ++i) {
             own[i] = y[i] >= 0 ? at(y[i])[i] : T(0);
             if (y[i] >= 0) at(y[i])[i] = T(0);
         }
-        for (int64_t c = 0; c < a.c; ++c) add(others, at(c), count);
+        for (int64_t c = 0; c < a.c; ++c) add(others, at(c), padded);
 
         bool any_ignored = false;
         for (int64_t i = 0; i < count; ++i) {
-            const RowSums s{double(max[i]), others[i],          double(own[i]),
-                            double(own_x[i]), soft ? dots[i] : 0, soft ? masses[i] : 0};
-            const double own_weight = y[i] < 0 ? 0 : double(r.hard) * r.class_weight(y[i]);
-            losses[i] = soft && y[i] != ignored ? s.soft_loss() : 0;
-            if (y[i] >= 0) losses[i] += own_weight * s.own_loss();
-            if (!a.grad.data && !a.grad_target.data) continue;
+            own_weight[i] = y[i] < 0 ? 0 : double(r.hard) * r.class_weight(y[i]);
             any_ignored |= y[i] == ignored;
+        }
+        std::fill(own + count, own + padded, T(0));
+        logarithms(others, own, padded, log_sum, log1p_others);
+        for (int64_t i = 0; i < count; ++i) {
+            const double own_loss = own[i] == T(1) ? log1p_others[i] : log_sum[i] + (double(max[i]) - double(own_x[i]));
+            losses[i] = y[i] < 0 ? 0 : own_weight[i] * own_loss;
+            if (soft && y[i] != ignored) losses[i] += masses[i] * log_sum[i] - dots[i];
+        }
+        if (!a.grad.data && !a.grad_target.data) return;
+        for (int64_t i = 0; i < count; ++i) {
             const double in = y[i] == ignored ? 0 : r.incoming(n, d0 + i);
+            const double mass = soft ? masses[i] : 0, sum = others[i] + double(own[i]);
             g[i] = T(in);
-            factor[i] = T(in * (own_weight + s.mass) / s.sum());
-            top[i] = T(s.max + std::log(s.sum()));
+            factor[i] = T(in * (own_weight[i] + mass) / sum);
+            top[i] = T(double(max[i]) + log_sum[i]);
+            // p - 1 as minus the others' share: exact where p is near 1.
             if (y[i] >= 0)
-                own[i] = T(in * ((s.mass * s.own - own_weight * s.others) / s.sum() -
+                own[i] = T(in * ((mass * double(own[i]) - own_weight[i] * others[i]) / sum -
                                  double(r.soft) * r.class_weight(y[i])));
         }
         if (a.grad.data) {
             for (int64_t c = 0; c < a.c; ++c) {
                 if (soft)
-                    slope(at(c), factor, g, part(c), count);
+                    slope(at(c), factor, g, part(c), padded);
                 else
-                    multiply_each(at(c), factor, count);
+                    multiply_each(at(c), factor, padded);
             }
             for (int64_t i = 0; i < count; ++i)
                 if (y[i] >= 0) at(y[i])[i] = own[i];
@@ -435,27 +457,28 @@ private:
     const int64_t width;
     const bool soft;
     std::vector<T> tile, parts;
-    alignas(64) T max[most], own_x[most], own[most], factor[most], g[most], top[most];
-    alignas(64) double others[most], dots[most], masses[most];
+    alignas(64) T max[most], own_x[most], own[most], factor[most] = {}, g[most] = {}, top[most];
+    alignas(64) double others[most], dots[most], masses[most], own_weight[most], log_sum[most], log1p_others[most];
     int64_t y[most];
 
     T* at(int64_t c) { return tile.data() + c * width; }
     T* part(int64_t c) { return parts.data() + c * width; }
 
-    void gather_soft(int64_t n, int64_t d0, int64_t count) {
-        std::fill_n(dots, count, 0.0);
-        std::fill_n(masses, count, 0.0);
+    void gather_soft(int64_t n, int64_t d0, int64_t count, int64_t padded) {
+        std::fill_n(dots, padded, 0.0);
+        std::fill_n(masses, padded, 0.0);
         for (int64_t c = 0; c < a.c; ++c) {
             const T w = r.weight ? r.weight[c] : T(1);
             if (a.probabilities) {
                 load_strided<T>(a.target.at(a.target.row(n, d0) + c * a.target.stride[1]), a.target.dtype,
                                 a.target.stride[2], count, part(c));
-                weigh<T>(part(c), r.hard * w, r.soft * w, nullptr, count);
+                std::fill(part(c) + count, part(c) + padded, T(0));
+                weigh<T>(part(c), r.hard * w, r.soft * w, nullptr, padded);
             } else {
-                std::fill_n(part(c), count, r.soft * w);
+                std::fill_n(part(c), padded, r.soft * w);
             }
-            add(masses, part(c), count);
-            add_products(dots, part(c), at(c), max, count);
+            add(masses, part(c), padded);
+            add_products(dots, part(c), at(c), max, padded);
         }
     }
 

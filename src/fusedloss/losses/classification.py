@@ -227,7 +227,8 @@ def _check_indices(
         errors.fail(
             RuntimeError,
             name,
-            f"expected scalar type {input.dtype} but found {weight.dtype} for weight",
+            f"expected scalar type {errors.scalar_type(dtype)} but found "
+            f"{errors.scalar_type(weight.dtype)} for weight",
         )
 
 
