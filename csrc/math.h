@@ -293,6 +293,10 @@ FUSEDLOSS_INLINE double exp_softmax(double x) { return detail::exp_softmax(x); }
 FUSEDLOSS_INLINE float log(float x) { return detail::log(x); }
 FUSEDLOSS_INLINE double log(double x) { return detail::log(x); }
 
+// log x, but 0 at 0. Chosen last: GCC computes the logarithm of a chosen argument twice.
+FUSEDLOSS_INLINE float log_or_zero(float x) { return x == 0.0f ? 0.0f : log(x); }
+FUSEDLOSS_INLINE double log_or_zero(double x) { return x == 0.0 ? 0.0 : log(x); }
+
 // As log, with the mantissa of 1 + x made from x itself, exactly: 0.98 and 0.98 ULP (0.93 and 0.90 with FMA).
 FUSEDLOSS_INLINE float log1p(float x) { return detail::log1p(x); }
 FUSEDLOSS_INLINE double log1p(double x) { return detail::log1p(x); }

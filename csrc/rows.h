@@ -503,7 +503,13 @@ private:
 
 // Returns -1, or the position (n * d) of the first class index that is out of range.
 template <class T>
-int64_t cross_entropy(const RowsArgs& a) {
+int64_t cross_entropy(RowsArgs a) {
+    if (a.d == 1) {
+        // (N, C, 1) is (1, C, N): positions lie along d, for the tiles to be full.
+        for (Grid* grid : {&a.input, &a.target, &a.incoming, &a.loss, &a.grad, &a.grad_target})
+            grid->stride[2] = grid->stride[0];
+        std::swap(a.n, a.d);
+    }
     Rows<T> rows(a);
     if (!a.probabilities) {
         if (const int64_t bad = rows.check(); bad >= 0) return bad;
@@ -512,7 +518,7 @@ int64_t cross_entropy(const RowsArgs& a) {
     }
     if (a.grad.data) advise_huge_pages(a.grad.data, rows.positions() * a.c * size_of(a.grad.dtype));
 
-    const bool tiles = a.d > 1 && (a.input.stride[1] != 1 || a.c <= short_row);
+    const bool tiles = a.input.stride[1] != 1 || a.c <= short_row;
     const int64_t lanes = TileKernel<T>::lanes(a.c);
     const int64_t per_block = tiles ? lanes : std::max<int64_t>(1, 4 * row_block / std::max<int64_t>(a.c, 1));
     const int64_t across = tiles ? a.d : rows.positions();

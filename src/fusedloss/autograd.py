@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -11,8 +12,6 @@ from torch import Tensor
 
 from . import cpu
 from .calls import Call
-
-Tensors = Sequence[Tensor | None]
 
 
 def engine(call: Call) -> ModuleType:
@@ -30,13 +29,13 @@ def run(call: Call, tensors: tuple[Tensor | None, ...]) -> Tensor:
 
 
 class _Fused(torch.autograd.Function):
-    """A reduced loss computes its gradients in the forward pass, and they wait; others in backward."""
+    """A reduced loss computes its gradients in forward, and they wait; others in backward."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> Tensor:
-        needed = ctx.needs_input_grad[1:] if call.stores_gradients else ()
-        result, grads = engine(call).forward(call, tensors, needed)
-        ctx.call = call
+        needed = ctx.needs_input_grad[1:]
+        ctx.call, ctx.stored = call, call.stores_gradients and not _narrow(tensors, needed)
+        result, grads = engine(call).forward(call, tensors, needed if ctx.stored else ())
         ctx.save_for_backward(*tensors, *grads)
         return result
 
@@ -48,8 +47,9 @@ class _Fused(torch.autograd.Function):
         tensors = saved[: len(needed)]
         if torch.is_grad_enabled():
             return (None, *redo(call, tensors, needed, arrived))
-        if call.stores_gradients:
-            grads = [None if g is None else scaled(g, arrived) for g in saved[len(needed) :]]
+        stored = saved[len(needed) :]
+        if ctx.stored and (not is_plain(arrived) or _scales_exactly(stored, arrived)):
+            grads = [None if g is None else scaled(g, arrived) for g in stored]
         elif is_plain(arrived):
             grads = engine(call).backward(call, tensors, needed, arrived)
         else:
@@ -60,17 +60,30 @@ class _Fused(torch.autograd.Function):
                 for g in engine(call).backward(call, tensors, needed, one)
             ]
         shaped = [
-            None if g is None or t is None else g.sum_to_size(t.shape)
+            g if g is None or t is None or g.shape == t.shape else g.sum_to_size(t.shape)
             for g, t in zip(grads, tensors, strict=False)
         ]
         return (None, *shaped, *(None,) * (len(tensors) - len(shaped)))
+
+
+def _narrow(tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> bool:
+    """Whether a float16 gradient is needed: one stored before it is scaled would underflow."""
+    pairs = zip(tensors, needed, strict=True)
+    return any(need and t is not None and t.dtype is torch.float16 for t, need in pairs)
+
+
+def _scales_exactly(grads: Sequence[Tensor | None], incoming: Tensor) -> bool:
+    """Whether scaling loses nothing that counts; a bfloat16 gradient would be rounded twice."""
+    if all(g is None or g.dtype is not torch.bfloat16 for g in grads):
+        return True
+    return abs(math.frexp(incoming.item())[0]) == 0.5
 
 
 def is_plain(incoming: Tensor) -> bool:
     """Whether a kernel can read the gradient that arrives (a mapped or fake one has no memory)."""
     return (
         type(incoming) is Tensor
-        and not torch._C._functorch.is_functorch_wrapped_tensor(incoming)
+        and torch._C._has_storage(incoming)
         and not torch._C._len_torch_dispatch_stack()
         and not incoming.is_neg()
     )
@@ -88,7 +101,7 @@ def scaled(grad: Tensor, incoming: Tensor) -> Tensor:
 
 
 def redo(
-    call: Call, tensors: Tensors, needed: Sequence[bool], incoming: Tensor
+    call: Call, tensors: Sequence[Any], needed: Sequence[bool], incoming: Tensor
 ) -> list[Tensor | None]:
     """Gradients that are themselves differentiable, by the formula: for `create_graph=True`."""
     inputs = [t for t, need in zip(tensors, needed, strict=True) if need and t is not None]

@@ -1,10 +1,13 @@
-"""A loss with all its settings, free of its tensors: what a kernel runs, and the formula of the same.
+"""A loss with all its settings, free of its tensors: what a kernel runs, and its formula.
 
-There is one class for each kernel family. The tensors travel beside a call, so that autograd sees them.
+There is one class for each kernel family. The tensors travel beside a call, where autograd sees
+them. A call is made anew each time and never changed; to freeze the classes would triple the time
+that it takes.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,9 +18,9 @@ from . import formula, reduce
 from .define import Pointwise
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PointwiseCall:
-    """Tensors: the formula's operands, then a weight or None. Operands broadcast; so does the weight."""
+    """Tensors: the formula's operands, then a weight or None. They broadcast."""
 
     formula: Pointwise
     params: tuple[float, ...]
@@ -49,7 +52,7 @@ class PointwiseCall:
         return incoming
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RowsCall:
     """Tensors: input, target (class indices or probabilities), and the class weight or None."""
 
@@ -74,58 +77,62 @@ class RowsCall:
     def shape(self, input: Tensor, target: Tensor, weight: Tensor | None = None) -> torch.Size:
         """Of the unreduced losses."""
         if not self.probabilities:
-            return target.shape
+            return target.shape if input.dim() > 1 else input.shape[:0]
         return input.shape[: min(input.dim() - 1, 1)] + input.shape[2:]
 
     def by_formula(self, input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         compute = reduce.wide(input, target) if self.probabilities else reduce.wide(input)
-        x = input.to(compute)
+        x, axis = input.to(compute), min(input.dim() - 1, 1)
         if weight is not None:
             weight = weight.to(compute)
-        if self.loss == "cross_entropy":
-            x = x.log_softmax(0 if x.dim() == 1 else 1)
         if self.probabilities:
-            result = self._soft(x, target.to(compute), weight)
+            result = self._soft(x.log_softmax(axis), target.to(compute), weight)
         else:
-            result = self._hard(x, target, weight)
+            result = self._hard(x, target.reshape(self.shape(input, target)), weight)
         return result.to(self.dtype)
 
     def _soft(self, log_p: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         axis = 0 if log_p.dim() == 1 else 1
-        part = (1 - self.smoothing) * target + self.smoothing / log_p.shape[axis]
+        part = (1 - self.smoothing) * target + self.smoothing / max(log_p.shape[axis], 1)
         if weight is not None:
             part = part * weight.reshape(-1, *(1,) * (log_p.dim() - axis - 1))
         # A class without probability does not count, not even where its log-probability is -inf.
         absent = (part == 0) & (log_p == -formula.inf)
         losses = -(part * log_p.masked_fill(absent, 0)).sum(axis)
-        return reduce.total(losses, self.reduction)
+        # Without classes there are no rows either: PyTorch's mean over none is NaN.
+        return reduce.total(losses, self.reduction, None if log_p.shape[axis] else math.nan)
 
-    def _hard(self, log_p: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-        axis = 0 if log_p.dim() == 1 else 1
+    def _hard(self, x: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        axis = min(x.dim() - 1, 1)
         index = target.to(torch.int64)
-        if log_p.dim() == 1:
-            index = index.reshape(())  # PyTorch takes a target of shape (1) too
         counted = index != self.ignore_index
-        index = index.where(counted, 0).unsqueeze(axis)
+        outside = counted & ((index < 0) | (index >= x.shape[axis]))
+        index = index.where(counted & ~outside, 0).unsqueeze(axis)
+        # What an ignored row holds reaches neither the loss nor, as 0 * inf, a gradient.
+        log_p = torch.where(counted.unsqueeze(axis), x, 0)
+        if self.loss == "cross_entropy":
+            log_p = log_p.log_softmax(axis)
         own = log_p.gather(axis, index).squeeze(axis)
         own_weight = torch.ones_like(own) if weight is None else weight[index.squeeze(axis)]
         losses = -own_weight * own
         if self.smoothing > 0:
-            spread = log_p if weight is None else log_p * weight.reshape(
-                -1, *(1,) * (log_p.dim() - axis - 1)
-            )
-            losses = (1 - self.smoothing) * losses - self.smoothing / log_p.shape[axis] * spread.sum(axis)
-        losses = torch.where(counted, losses, 0)
-        denominator = torch.where(counted, own_weight, 0).sum() if self.reduction == "mean" else None
-        return reduce.total(losses, self.reduction, denominator).reshape(
-            target.shape if self.reduction == "none" else ()
-        )
+            spread = log_p
+            if weight is not None:
+                spread = log_p * weight.reshape(-1, *(1,) * (log_p.dim() - axis - 1))
+            flat = self.smoothing / max(log_p.shape[axis], 1)
+            losses = (1 - self.smoothing) * losses - flat * spread.sum(axis)
+        # On the CPU the index was checked; elsewhere NaN says so, and no device-side assertion.
+        losses = torch.where(counted, losses.masked_fill(outside, float("nan")), 0)
+        denominator = None
+        if self.reduction == "mean":
+            denominator = torch.where(counted, own_weight, 0).sum()
+        return reduce.total(losses, self.reduction, denominator)
 
     def spread(self, incoming: Tensor) -> Tensor:
         return incoming.unsqueeze(min(incoming.dim(), 1))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TripletCall:
     """Tensors: anchor, positive, negative. They broadcast."""
 

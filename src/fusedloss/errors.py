@@ -18,6 +18,11 @@ def fail(kind: type[Exception], function: str, message: str) -> NoReturn:
     raise kind(f"{function}: {message}")
 
 
+def scalar_type(dtype: torch.dtype) -> str:
+    """`Float` for torch.float32: the name that PyTorch's messages use."""
+    return torch.empty(0, dtype=dtype).type().split(".")[-1].removesuffix("Tensor")
+
+
 def warn(message: str, stacklevel: int = 3) -> None:
     """Warns the caller of the caller, but not under torch.compile, which cannot trace a warning."""
     if not torch.compiler.is_compiling():
@@ -34,18 +39,25 @@ def not_tensors(function: str, kind: type[Exception], **arguments: object) -> No
     raise AssertionError("all arguments are tensors")
 
 
+def integer(function: str, **numbers: object) -> None:
+    """Each must be an integer of 64 bits."""
+    for name, value in numbers.items():
+        if not isinstance(value, (int, torch.SymInt)):
+            fail(TypeError, function, f"argument '{name}' must be int, not {type(value).__name__}")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            fail(ValueError, function, f"{name} = {value} does not fit into 64 bits")
+
+
 def not_floating(function: str, kind: type[Exception], words: str, **tensors: Tensor) -> NoReturn:
     """Refuses the tensor that is not real floating point."""
     name, tensor = next(
         ((n, t) for n, t in tensors.items() if t.is_complex()), next(iter(tensors.items()))
     )
-    scalar = {torch.int64: "Long", torch.int32: "Int", torch.bool: "Bool", torch.uint8: "Byte"}
-    dtype = scalar.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
     fail(
         kind,
         function,
-        f"{name} must be real floating point, got {tensor.dtype} (\"{words}\" not implemented for "
-        f"'{dtype}')",
+        f'{name} must be real floating point, got {tensor.dtype} ("{words}" not implemented for '
+        f"'{scalar_type(tensor.dtype)}')",
     )
 
 
@@ -113,8 +125,11 @@ def out_of_range(
     function: str, input: Tensor, target: Tensor, linear: int, ignore_index: int
 ) -> NoReturn:
     """Refuses the class index at a linear position of the target."""
-    classes = input.shape[0] if input.dim() == 1 else input.shape[1]
-    value = int(target.flatten()[linear])
+    classes = input.shape[min(input.dim() - 1, 1)]
+    unsigned = target.dtype is torch.uint64  # whose larger values torch cannot hand over
+    value = int((target.view(torch.int64) if unsigned else target).flatten()[linear])
+    if unsigned:
+        value %= 2**64
     fail(
         IndexError,
         function,
@@ -126,9 +141,9 @@ def out_of_range(
 def expands(function: str, shape: torch.Size, **tensors: Tensor) -> None:
     """Each tensor must broadcast to `shape` without enlarging it."""
     for name, tensor in tensors.items():
-        if tensor.shape == shape:
-            continue
         own = tensor.shape
+        if len(own) == len(shape) and own == shape:
+            continue
         if len(own) > len(shape) or any(
             a not in (1, b) for a, b in zip(reversed(own), reversed(shape), strict=False)
         ):

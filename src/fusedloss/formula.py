@@ -20,19 +20,30 @@ __all__ = [
     "inf",
     "log",
     "log1p",
+    "log_or_zero",
     "log_sigmoid",
     "maximum",
     "sigmoid",
     "where",
 ]
 
+
+class OutsideDomain(Exception):
+    """Some element lies where the formula is not defined."""
+
+
 inf = float("inf")
 exp = torch.exp
 log = torch.log
 log1p = torch.log1p
-abs = torch.abs  # noqa: A001 - the formulas say m.abs
+abs = torch.abs
 sigmoid = torch.sigmoid
 where = torch.where
+
+
+def log_or_zero(a: Tensor) -> Tensor:
+    """log a, but 0 at 0, with derivatives that are finite there."""
+    return torch.log(torch.where(a == 0, 1.0, a))
 
 
 def maximum(a: Tensor, b: float) -> Tensor:
@@ -86,22 +97,35 @@ def apply(formula: Pointwise, operands: tuple[Tensor, ...], params: dict[str, fl
     operands = torch.broadcast_tensors(*operands)
     check_domain(formula, operands, params)
     if torch.compiler.is_compiling():
-        return _Traced.apply(formula, params, *operands)
+        # It traces an autograd function where autograd runs, and maps none.
+        if not torch._C._are_functorch_transforms_active() and _differentiated(operands):
+            return _Traced.apply(formula, params, *operands)
+        return formula.value(*operands, **params)
     if torch._C._get_tracing_state() is not None:
-        return formula.value(*operands, **params)  # an autograd function would not be saved
+        return formula.value(*operands, **params)  # a saved trace holds no autograd function
     return _Formula.apply(formula, params, *operands)
+
+
+def _differentiated(tensors: tuple[Tensor, ...]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def check_domain(
     formula: Pointwise, operands: tuple[Tensor, ...], params: dict[str, float]
 ) -> None:
-    """RuntimeError where the formula is not defined; without a synchronisation, so that it traces."""
+    """RuntimeError where the formula is not defined; synchronises nothing, so that it traces."""
     if formula.domain is None or operands[0].device.type == "cuda":
         return  # a failed assertion on the GPU would take the CUDA context with it
     inside = formula.domain(*operands, **params)
-    if torch._C._are_functorch_transforms_active():
-        if torch.compiler.is_compiling():
+    transformed = torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling():
+        if transformed:
             return  # an assertion has no batching rule, and a traced tensor cannot be unwrapped
+    elif transformed:
         while torch._C._functorch.is_functorch_wrapped_tensor(inside):
             inside = torch._C._functorch.get_unwrapped(inside)
+    elif type(inside) is Tensor and inside.is_cpu and not torch._C._len_torch_dispatch_stack():
+        if not inside.all():
+            raise OutsideDomain
+        return
     torch._assert_async(inside.all(), f"{formula.name}: {formula.domain.__doc__}")

@@ -19,7 +19,7 @@ def resolve(
     reduce: bool | None = None,
     allowed: tuple[str, ...] = REDUCTIONS,
 ) -> str:
-    """The reduction that is meant; `size_average` and `reduce` override it and warn, as PyTorch's do.
+    """The reduction that is meant; `size_average` and `reduce` override it, and warn.
 
     Raises:
         ValueError: `reduction` is none of `allowed`.
@@ -58,7 +58,7 @@ def wide(*tensors: Tensor) -> torch.dtype:
 
 
 def promoted(a: Tensor, b: Tensor) -> torch.dtype:
-    """`torch.result_type`, which torch.compile cannot trace: a 0-dim tensor yields to others of its kind."""
+    """`torch.result_type` (torch.compile cannot trace it): a 0-dim tensor yields to its kind."""
     if a.dtype == b.dtype or (a.dim() > 0) == (b.dim() > 0):
         return torch.promote_types(a.dtype, b.dtype)
     array, scalar = (a, b) if a.dim() else (b, a)
@@ -73,7 +73,6 @@ def _kind(dtype: torch.dtype) -> int:
 
 def result_dtype(dtype: torch.dtype, tensor: Tensor) -> torch.dtype:
     """`dtype`, or float32 under autocast, which runs every loss in it."""
-    if dtype in (torch.bfloat16, torch.float16) and torch._C._is_any_autocast_enabled():
-        if torch.is_autocast_enabled(tensor.device.type):
-            return torch.float32
-    return dtype
+    if dtype not in (torch.bfloat16, torch.float16) or not torch._C._is_any_autocast_enabled():
+        return dtype
+    return torch.float32 if torch.is_autocast_enabled(tensor.device.type) else dtype

@@ -1,6 +1,6 @@
-"""Which path a call takes, and why: the kernel for plain tensors, the formula where autograd needs it.
+"""Which path a call takes, and why: the kernel for plain tensors, the formula for the rest.
 
-The formula is torch code, so whatever traces, maps or differentiates a call sees operations it knows.
+The formula is torch code: whatever traces, maps or differentiates it sees operations it knows.
 """
 
 from __future__ import annotations
@@ -14,11 +14,17 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import autograd, cpu, ops
-from .calls import Call
+from . import autograd, cpu, errors, ops
+from .calls import Call, RowsCall
 from .cpu.load import FLOATS
 
 PLAIN = (Tensor, torch.nn.Parameter)
+MOST_DIMS = 16  # max_dims of csrc/pointwise.h
+
+# Asked at every call: bound here once.
+_transforms_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_tracing = torch._C._is_tracing
 
 
 @dataclass(frozen=True)
@@ -40,13 +46,13 @@ _trace: list[Route] | None = None
 
 def formula_reason(*tensors: Tensor | None) -> str | None:
     """Why these tensors need the formula, or None where a kernel serves."""
-    if torch._C._are_functorch_transforms_active():
+    if _transforms_active():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    if torch._C._len_torch_dispatch_stack():
+    if _dispatch_modes():
         return "a TorchDispatchMode is active"
-    if torch._C._get_tracing_state() is not None:
+    if _is_tracing():
         return "torch.jit.trace is tracing"
     for tensor in tensors:
         if tensor is None:
@@ -57,8 +63,8 @@ def formula_reason(*tensors: Tensor | None) -> str | None:
             return f"there are no kernels for {tensor.device.type} tensors"
         if tensor.layout is not torch.strided:
             return f"the layout is {tensor.layout}"
-        if tensor.is_neg() or tensor.is_conj():
-            return "a tensor has a lazy sign or conjugation"
+        if tensor.is_neg():
+            return "a tensor has a lazy sign"
     return cpu.problem()
 
 
@@ -68,19 +74,17 @@ def count_kernel(loss: str) -> None:
 
 
 def _operator_serves(call: Call, tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether a call that torch.compile traces becomes an operator of `ops`; an exported one does not."""
+    """Whether a traced call becomes an operator of `ops`; an exported one does not."""
     return (
         call.family != "pointwise"
         and not torch.compiler.is_exporting()
-        and not torch._C._are_functorch_transforms_active()
+        and not _transforms_active()
         and all(t is None or t.device.type == "cpu" for t in tensors)
         and _kernel_gap(call, tensors) is None
     )
 
 
-def dispatch(
-    loss: str, call: Call, tensors: tuple[Tensor | None, ...], why: str | None = None
-) -> Tensor:
+def dispatch(loss: str, call: Call, tensors: tuple[Any, ...], why: str | None = None) -> Tensor:
     """Runs the call by its kernel, or by the formula: for the reason `why`, or one found here."""
     if torch.compiler.is_compiling():
         if why is None and _operator_serves(call, tensors):
@@ -91,7 +95,21 @@ def dispatch(
         _note(loss, call.name, "the tensors are plain CPU tensors")
         return autograd.run(call, tensors)
     _note(loss, None, why)
+    if isinstance(call, RowsCall) and not call.probabilities:
+        _check_range(call, *tensors[:2])
     return call.by_formula(*tensors)
+
+
+def _check_range(call: RowsCall, input: Tensor, target: Tensor) -> None:
+    """What the kernels check, where the formula runs and the class indices can be read."""
+    if not (target.is_cpu and autograd.is_plain(target)) or _is_tracing():
+        return
+    classes = input.shape[min(input.dim() - 1, 1)]
+    index = target.to(torch.int64)
+    outside = (index != call.ignore_index) & ((index < 0) | (index >= classes))
+    if outside.any():
+        position = int(outside.flatten().nonzero()[0])
+        errors.out_of_range(call.loss, input, target, position, call.ignore_index)
 
 
 def _kernel_gap(call: Call, tensors: tuple[Tensor | None, ...]) -> str | None:
@@ -100,7 +118,11 @@ def _kernel_gap(call: Call, tensors: tuple[Tensor | None, ...]) -> str | None:
         if tensor is not None and tensor.requires_grad:
             return "a weight requires a gradient"
     for tensor in tensors:
-        if tensor is None or tensor.dtype in FLOATS:
+        if tensor is None:
+            continue
+        if tensor.dim() > MOST_DIMS:
+            return f"there are no kernels for more than {MOST_DIMS} dimensions"
+        if tensor.dtype in FLOATS:
             continue
         if call.family == "rows" and tensor is tensors[1]:
             continue  # class indices

@@ -33,7 +33,9 @@ def capability() -> str:
 
 
 def path() -> Path:
-    from . import __path__ as folders  # an editable install has two: the sources and the built files
+    from . import (
+        __path__ as folders,
+    )  # an editable install has two: the sources and the built files
 
     name = f"libfusedloss_{capability()}.so"
     found = [Path(folder) / "lib" / name for folder in folders]
@@ -50,7 +52,10 @@ def _load() -> tuple[ctypes.CDLL | None, str | None, str | None]:
     for name in ("pointwise", "cross_entropy", "nll_loss", "triplet"):
         function = getattr(lib, f"fusedloss_{name}")
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int64
-    lib.fusedloss_formula.argtypes, lib.fusedloss_formula.restype = [ctypes.c_int64], ctypes.c_char_p
+    lib.fusedloss_formula.argtypes, lib.fusedloss_formula.restype = (
+        [ctypes.c_int64],
+        ctypes.c_char_p,
+    )
     lib.fusedloss_set_parallel_for.argtypes = [ctypes.c_void_p]
     return lib, None, _share_threads(lib)
 

@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 from ..calls import PointwiseCall
+from ..formula import OutsideDomain
 from .load import DTYPES, formula_numbers, library
 
 SLOTS = 8  # the arrays that have strides: three inputs, two multipliers, losses, two gradients
 DENSE = (1,) * SLOTS
+ABSENT = (0, 0)
 
 Slot = Tensor | None
-
-
-class OutsideDomain(Exception):
-    """Some element lies where the formula is not defined."""
 
 
 def forward(
@@ -49,9 +47,10 @@ def backward(
 
 def _broadcast(operands: Sequence[Slot]) -> torch.Size:
     shapes = [o.shape for o in operands if o is not None]
-    if all(s == shapes[0] for s in shapes):
-        return shapes[0]
-    return torch.broadcast_shapes(*shapes)
+    for shape in shapes:
+        if shape != shapes[0]:
+            return torch.broadcast_shapes(*shapes)
+    return shapes[0]
 
 
 def _empty_like(operand: Slot, shape: torch.Size, dtype: torch.dtype | None = None) -> Tensor:
@@ -62,9 +61,10 @@ def _empty_like(operand: Slot, shape: torch.Size, dtype: torch.dtype | None = No
 
 
 def _gradients(operands: Sequence[Slot], needed: Sequence[bool], shape: torch.Size) -> list[Slot]:
-    pairs = list(zip(operands[:2], needed, strict=False))
-    grads: list[Slot] = [_empty_like(o, shape) if need else None for o, need in pairs]
-    return grads or [None, None]
+    if not needed:
+        return [None, None]
+    pairs = zip(operands[:2], needed, strict=False)
+    return [_empty_like(o, shape) if need else None for o, need in pairs]
 
 
 def _coalesce(
@@ -108,14 +108,20 @@ def _launch(
     numel = shape.numel()
     sizes: Sequence[int]
     strides: Sequence[int]
-    if all(t is None or (t.shape == shape and t.is_contiguous()) for t in slots):
+    arrays: list[int] = []
+    dense = True
+    for t in slots:
+        if t is None:
+            arrays += ABSENT
+        else:
+            arrays += t.data_ptr(), DTYPES[t.dtype]
+            dense = dense and t.is_contiguous() and t.shape == shape
+    arrays[12:12] = ABSENT if total is None else (total.data_ptr(), DTYPES[total.dtype])
+    if dense:
         sizes, strides = (numel,), DENSE
     else:
         spread = [None if t is None else t.expand(shape).stride() for t in slots]
         sizes, strides = _coalesce(shape, spread)
-    arrays: list[int] = []
-    for t in (*slots[:6], total, *slots[6:]):
-        arrays += (0, 0) if t is None else (t.data_ptr(), DTYPES[t.dtype])
     denominator = 1.0
     if call.reduction == "mean":
         denominator = float(numel if call.denominator is None else call.denominator)

@@ -26,7 +26,17 @@ OPERATORS = {
     ast.NotEq: "!=",
     ast.USub: "-",
 }
-FUNCTIONS = {"abs", "exp", "log", "log1p", "log_sigmoid", "maximum", "sigmoid", "where"}
+FUNCTIONS = {
+    "abs",
+    "exp",
+    "log",
+    "log1p",
+    "log_or_zero",
+    "log_sigmoid",
+    "maximum",
+    "sigmoid",
+    "where",
+}
 INPUTS = 3
 
 
@@ -64,7 +74,7 @@ def body(function: ast.FunctionDef, path: str, results: list[str]) -> list[str]:
                 pass
             case ast.Assign([ast.Name(name)], value):
                 lines.append(f"const T {name} = {expression(value, path)};")
-            case ast.Return(ast.Tuple(values)) if results:
+            case ast.Return(ast.Tuple(values)) if results and len(values) >= len(results):
                 # Derivatives by operands beyond the second belong to the torch formula alone.
                 lines += [
                     f"{result} = {expression(value, path)};"
@@ -75,6 +85,8 @@ def body(function: ast.FunctionDef, path: str, results: list[str]) -> list[str]:
             case _:
                 text = ast.unparse(statement).splitlines()[0]
                 raise CannotPrint(f"{path}:{statement.lineno}: cannot print `{text}` as C++")
+    if not isinstance(function.body[-1], ast.Return):
+        raise CannotPrint(f"{path}:{function.lineno}: {function.name} does not end in a return")
     return lines
 
 
@@ -84,20 +96,28 @@ def struct(call: ast.Call, functions: dict[str, ast.FunctionDef], path: str) -> 
     def function(node: ast.expr) -> ast.FunctionDef:
         if isinstance(node, ast.Name) and node.id in functions:
             return functions[node.id]
-        raise CannotPrint(f"{path}:{node.lineno}: `{ast.unparse(node)}` is not a function of this file")
+        raise CannotPrint(
+            f"{path}:{node.lineno}: `{ast.unparse(node)}` is not a function of this file"
+        )
 
     named = dict(zip(("value", "grad", "domain"), call.args, strict=False))
     named |= {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
+    if not {"value", "grad"} <= named.keys():
+        raise CannotPrint(f"{path}:{call.lineno}: Pointwise needs a value and a grad")
     value, grad = function(named["value"]), function(named["grad"])
     domain = function(named["domain"]) if "domain" in named else None
 
     operands = [a.arg for a in value.args.args]
     params = [a.arg for a in value.args.kwonlyargs]
     if not 2 <= len(operands) <= INPUTS:
-        raise CannotPrint(f"{path}:{value.lineno}: {value.name} takes {len(operands)} operands, not 2 or 3")
+        raise CannotPrint(
+            f"{path}:{value.lineno}: {value.name} takes {len(operands)} operands, not 2 or 3"
+        )
     for other in filter(None, (grad, domain)):
         if [a.arg for a in other.args.args] != operands:
-            raise CannotPrint(f"{path}:{other.lineno}: {other.name} and {value.name} take different operands")
+            raise CannotPrint(
+                f"{path}:{other.lineno}: {other.name} and {value.name} take different operands"
+            )
     arguments = ", ".join([f"T {o}" for o in operands] + ["T"] * (INPUTS - len(operands)))
 
     def method(kind: str, definition: ast.FunctionDef, outputs: list[str]) -> list[str]:

@@ -27,7 +27,7 @@ def forward(
     assert input is not None and target is not None
     grads = _gradients(call, input, target, needed)
     unreduced = call.reduction == "none"
-    shape = _loss_shape(call, input, target) if unreduced else ()
+    shape = call.shape(input, target) if unreduced else ()
     result = torch.empty(shape, dtype=call.dtype)
     _launch(
         call,
@@ -52,15 +52,7 @@ def backward(
     return grads
 
 
-def _loss_shape(call: RowsCall, input: Tensor, target: Tensor) -> torch.Size:
-    if not call.probabilities:
-        return target.shape
-    return input.shape[:1][: input.dim() - 1] + input.shape[2:]
-
-
-def _gradients(
-    call: RowsCall, input: Tensor, target: Tensor, needed: Sequence[bool]
-) -> list[Slot]:
+def _gradients(call: RowsCall, input: Tensor, target: Tensor, needed: Sequence[bool]) -> list[Slot]:
     """Memory for the gradients that are needed; its dimensions d1, ... are always collapsible."""
     grads: list[Slot] = [None, None]
     # The kernel of nll writes the target's entry alone.

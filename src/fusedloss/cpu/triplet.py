@@ -22,7 +22,13 @@ def forward(
     unreduced = call.reduction == "none"
     result = torch.empty(shape[:-1] if unreduced else (), dtype=call.dtype)
     _launch(
-        call, inputs, None, result if unreduced else None, None if unreduced else result, grads, shape
+        call,
+        inputs,
+        None,
+        result if unreduced else None,
+        None if unreduced else result,
+        grads,
+        shape,
     )
     return result, grads
 
@@ -89,6 +95,10 @@ def _launch(
         *_matrix(arrived, 1),
         *_matrix(None if losses is None else losses.reshape(rows, 1), 1),
         *_matrix(None if total is None else total.reshape(1, 1), 1),
-        *(n for g in grads for n in _matrix(None if g is None else g.reshape(rows, features), features)),
+        *(
+            n
+            for g in grads
+            for n in _matrix(None if g is None else g.reshape(rows, features), features)
+        ),
     )
     library().fusedloss_triplet(arguments)

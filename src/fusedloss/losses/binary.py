@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import errors, route
 from .. import formula as m
 from ..calls import PointwiseCall
-from ..cpu.pointwise import OutsideDomain
 from ..define import Loss, Pointwise, normal, plain, register, uniform
+from ..formula import OutsideDomain
 from ..reduce import resolve, result_dtype
 
 
@@ -101,6 +100,8 @@ def binary_cross_entropy(
     name = "binary_cross_entropy"
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         errors.not_tensors(name, AttributeError, input=input, target=target)
+    if not (weight is None or isinstance(weight, Tensor)):
+        errors.not_tensors(name, AttributeError, weight=weight)
     reduction = resolve(name, reduction, size_average, reduce)
     if target.shape != input.shape:
         errors.fail(
@@ -133,7 +134,9 @@ def binary_cross_entropy(
                 name,
                 f"all elements of {argument} should be between 0 and 1, but "
                 f"{argument}[{', '.join(map(str, at))}] = {tensor[at].item():g}"
-                + (" (for logits: binary_cross_entropy_with_logits)" if argument == "input" else ""),
+                + (
+                    " (for logits: binary_cross_entropy_with_logits)" if argument == "input" else ""
+                ),
             )
     raise AssertionError("an element was outside [0, 1]")
 
@@ -188,6 +191,9 @@ def binary_cross_entropy_with_logits(
     name = "binary_cross_entropy_with_logits"
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         errors.not_tensors(name, AttributeError, input=input, target=target)
+    for argument, other in (("weight", weight), ("pos_weight", pos_weight)):
+        if not (other is None or isinstance(other, Tensor)):
+            errors.not_tensors(name, TypeError, **{argument: other})
     reduction = resolve(name, reduction, size_average, reduce)
     if target.shape != input.shape:
         errors.fail(

@@ -87,6 +87,9 @@ def cross_entropy(
     name = "cross_entropy"
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         errors.not_tensors(name, TypeError, input=input, target=target)
+    if not (weight is None or isinstance(weight, Tensor)):
+        errors.not_tensors(name, TypeError, input=input, target=target, weight=weight)
+    errors.integer(name, ignore_index=ignore_index)
     reduction = resolve(name, reduction, size_average, reduce)
     errors.same_device(name, input=input, target=target, weight=weight)
     if not 0.0 <= label_smoothing <= 1.0:
@@ -177,6 +180,9 @@ def nll_loss(
     name = "nll_loss"
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         errors.not_tensors(name, TypeError, input=input, target=target)
+    if not (weight is None or isinstance(weight, Tensor)):
+        errors.not_tensors(name, TypeError, input=input, target=target, weight=weight)
+    errors.integer(name, ignore_index=ignore_index)
     reduction = resolve(name, reduction, size_average, reduce)
     errors.same_device(name, input=input, target=target, weight=weight)
     dtype = result_dtype(input.dtype, input)
@@ -223,7 +229,7 @@ def _check_indices(
             ),
         )
     _check_weight(name, input, weight)
-    if weight is not None and weight.dtype != dtype:
+    if weight is not None and weight.dtype not in (dtype, input.dtype):
         errors.fail(
             RuntimeError,
             name,

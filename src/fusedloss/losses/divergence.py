@@ -14,13 +14,11 @@ from ..reduce import REDUCTIONS, promoted, resolve, result_dtype
 
 
 def kl(x, t):
-    log_t = m.log(m.where(t == 0.0, 1.0, t))
-    return m.where(t == 0.0, 0.0, t * (log_t - x))
+    return m.where(t == 0.0, 0.0, t * (m.log_or_zero(t) - x))
 
 
 def kl_grad(x, t):
-    log_t = m.log(m.where(t == 0.0, 1.0, t))
-    return -t, m.where(t == 0.0, 0.0, log_t - x + 1.0)
+    return -t, m.where(t == 0.0, 0.0, m.log_or_zero(t) - x + 1.0)
 
 
 KL = Pointwise(kl, kl_grad)
@@ -130,9 +128,7 @@ def _log_example(shape, dtype, generator):
     return x.log_softmax(-1).to(dtype), t.log_softmax(-1).to(dtype)
 
 
-register(
-    Loss(kl_div, "KLDivLoss", _example, reductions=("none", "batchmean", "mean", "sum"))
-)
+register(Loss(kl_div, "KLDivLoss", _example, reductions=("none", "batchmean", "mean", "sum")))
 register(
     Loss(
         kl_div,

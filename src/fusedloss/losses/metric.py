@@ -162,7 +162,10 @@ def triplet_margin_with_distance_loss(
 
 def _norm(distance: Distance | None) -> tuple[float, float] | None:
     """Degree and eps of a distance that the kernel knows, or None."""
-    if distance is None or distance in (torch.pairwise_distance, torch.nn.functional.pairwise_distance):
+    if distance is None or distance in (
+        torch.pairwise_distance,
+        torch.nn.functional.pairwise_distance,
+    ):
         return 2.0, 1e-6
     if type(distance) is torch.nn.PairwiseDistance and not distance.keepdim and distance.norm > 0:
         return distance.norm, distance.eps

@@ -9,7 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import errors, route
 from ..calls import PointwiseCall
 from ..define import Loss, Pointwise, normal, plain, register, uniform
-from ..reduce import promoted, resolve, result_dtype, wide
+from ..reduce import resolve, result_dtype, wide
 
 
 def mse(x, t):
@@ -75,7 +75,7 @@ def mse_loss(
     errors.same_device(name, input=input, target=target, weight=weight)
     dtype = input.dtype
     if target.dtype != dtype:
-        dtype = promoted(input, target)
+        dtype = torch.promote_types(dtype, target.dtype)  # of 0-dim tensors too
     if not dtype.is_floating_point:
         errors.not_floating(name, NotImplementedError, "mse_cpu", input=input, target=target)
     denominator = None

@@ -1,0 +1,88 @@
+"""The kernels of the row losses as operators of torch, so that torch.compile keeps them whole.
+
+Each family has two, `fusedloss::<family>` and `fusedloss::<family>_backward`, whose arguments are
+the tensors of its call and then the settings, field by field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import autograd
+from .calls import Call, RowsCall, TripletCall
+
+KINDS = {"str": "str", "bool": "bool", "int": "int", "float": "float", "torch.dtype": "ScalarType"}
+TENSORS = {
+    RowsCall: ("Tensor input", "Tensor target", "Tensor? weight"),
+    TripletCall: ("Tensor anchor", "Tensor positive", "Tensor negative"),
+}
+LIBRARY = torch.library.Library("fusedloss", "DEF")
+
+
+def settings(call: Call) -> tuple[Any, ...]:
+    return tuple(getattr(call, field.name) for field in dataclasses.fields(call))
+
+
+def run(call: Call, tensors: tuple[Tensor | None, ...]) -> Tensor:
+    """The loss by its operator: what `autograd.run` is to eager calls."""
+    return getattr(torch.ops.fusedloss, call.family)(*tensors, *settings(call))
+
+
+def _define(kind: type[RowsCall] | type[TripletCall]) -> None:
+    name, count = kind.family, len(TENSORS[kind])
+    fields = [f"{KINDS[str(field.type)]} {field.name}" for field in dataclasses.fields(kind)]
+    arguments = ", ".join([*TENSORS[kind], *fields])
+    LIBRARY.define(f"{name}({arguments}) -> Tensor")
+    LIBRARY.define(f"{name}_backward(Tensor incoming, bool[] needed, {arguments}) -> Tensor[]")
+
+    def forward(*arguments: Any) -> Tensor:
+        from .route import count_kernel
+
+        call, tensors = kind(*arguments[count:]), arguments[:count]
+        count_kernel(call.loss)
+        return autograd.engine(call).forward(call, tensors, ())[0]
+
+    def forward_fake(*arguments: Any) -> Tensor:
+        call, tensors = kind(*arguments[count:]), arguments[:count]
+        shape = call.shape(*tensors) if call.reduction == "none" else ()
+        return tensors[0].new_empty(shape, dtype=call.dtype)
+
+    def backward(incoming: Tensor, needed: list[bool], *arguments: Any) -> list[Tensor]:
+        call, tensors = kind(*arguments[count:]), arguments[:count]
+        grads = autograd.engine(call).backward(call, tensors, needed, incoming)
+        pairs = zip(grads, tensors, strict=False)
+        return [g.sum_to_size(t.shape) for g, t in pairs if g is not None]
+
+    def backward_fake(incoming: Tensor, needed: list[bool], *arguments: Any) -> list[Tensor]:
+        pairs = zip(arguments[:count], needed, strict=True)
+        return [t.new_empty(t.shape) for t, need in pairs if need]
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.call = kind(*inputs[count:])
+        ctx.save_for_backward(*inputs[:count])
+
+    def differentiate(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[:count]
+        if torch.is_grad_enabled():
+            grads = autograd.redo(ctx.call, ctx.saved_tensors, needed, incoming)
+        else:
+            operator = getattr(torch.ops.fusedloss, f"{name}_backward")
+            found = iter(operator(incoming, needed, *ctx.saved_tensors, *settings(ctx.call)))
+            grads = [next(found) if need else None for need in needed]
+        return (*grads, *(None,) * len(fields))
+
+    LIBRARY.impl(name, forward, "CPU")
+    LIBRARY.impl(f"{name}_backward", backward, "CPU")
+    torch.library.register_fake(f"fusedloss::{name}", forward_fake, lib=LIBRARY)
+    torch.library.register_fake(f"fusedloss::{name}_backward", backward_fake, lib=LIBRARY)
+    torch.library.register_autograd(
+        f"fusedloss::{name}", differentiate, setup_context=keep, lib=LIBRARY
+    )
+
+
+for _kind in TENSORS:
+    _define(_kind)

@@ -1,0 +1,272 @@
+"""What the tests share: the registry as parameters, one way to run a call, and the error bound."""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from fusedloss import cpu, route
+from fusedloss.cpu import load
+from fusedloss.define import REGISTRY, Loss
+from fusedloss.reduce import wide
+
+pytest_plugins = ["records_summary"]
+
+FLOATS = load.FLOATS
+HALVES = (torch.bfloat16, torch.float16)
+
+# Where the reference is no wider than what it judges, its own sums of thousands of terms count.
+FLOAT64_ROUNDINGS = 8192
+
+Tensors = tuple[Tensor, ...]
+Options = dict[str, Any]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "error")
+    for expected in (
+        "'mean' divides the total loss by both",  # kl_div, as PyTorch's does
+        "`torch.jit.script` is deprecated",  # torch itself, on its first forward-mode derivative
+    ):
+        config.addinivalue_line("filterwarnings", f"ignore:.*{expected}")
+
+
+def pytest_report_header() -> str:
+    return f"kernels: {cpu.problem() or load.path().name}, torch {torch.__version__}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """The suite runs in as many processes as there are cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def generator(request: pytest.FixtureRequest) -> Generator:
+    """Seeded by the test's name: its numbers do not depend on which tests ran before."""
+    return Generator().manual_seed(zlib.crc32(request.node.name.encode()))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the registry with one of its option sets."""
+
+    loss: Loss
+    option: str
+
+    def __str__(self) -> str:
+        return f"{self.loss.key}-{self.option}"
+
+    @property
+    def family(self) -> str:
+        if not self.loss.rows:
+            return "pointwise"
+        return "triplet" if len(self.loss.differentiable) == 3 else "rows"
+
+    @property
+    def takes_indices(self) -> bool:
+        return self.family == "rows" and 1 not in self.loss.differentiable
+
+    def example(
+        self, shape: Sequence[int], dtype: torch.dtype, generator: Generator
+    ) -> tuple[Tensors, Options]:
+        tensors = self.loss.example(tuple(shape), dtype, generator)
+        return tensors, self.loss.options[self.option](tensors, generator)
+
+
+CASES = [Case(loss, option) for loss in REGISTRY.values() for option in loss.options]
+
+
+def parameters(keep: Callable[[Case], bool] = lambda _: True) -> pytest.MarkDecorator:
+    """Registry rows x options."""
+    cases = [case for case in CASES if keep(case)]
+    return pytest.mark.parametrize("case", cases, ids=str)
+
+
+def parameters_reduced(keep: Callable[[Case], bool] = lambda _: True) -> pytest.MarkDecorator:
+    """Registry rows x options x reductions."""
+    pairs = [(case, r) for case in CASES if keep(case) for r in case.loss.reductions]
+    return pytest.mark.parametrize(
+        ("case", "reduction"), pairs, ids=[f"{case}-{reduction}" for case, reduction in pairs]
+    )
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+each_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+
+
+@contextlib.contextmanager
+def formula_path() -> Iterator[None]:
+    """Inside, every call takes the formula."""
+    original = route.formula_reason
+    route.formula_reason = lambda *_: "the test asks for it"  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        route.formula_reason = original
+
+
+class Outcome(NamedTuple):
+    value: Tensor
+    grads: tuple[Tensor, ...]
+
+    def named(self) -> list[tuple[str, Tensor]]:
+        return [("value", self.value), *((f"gradient {k}", g) for k, g in enumerate(self.grads))]
+
+
+def leaves(tensors: Tensors, wanted: Sequence[int]) -> Tensors:
+    """The same memory and strides as new leaves, those at `wanted` requiring gradients."""
+    return tuple(t.detach().requires_grad_(k in wanted) for k, t in enumerate(tensors))
+
+
+def run(
+    function: Callable[..., Tensor],
+    tensors: Tensors,
+    options: Options,
+    wanted: Sequence[int] = (),
+    incoming: Tensor | None = None,
+) -> Outcome:
+    """The value, and the gradients of the tensors at `wanted`. The inputs must stay as they are."""
+    inputs = leaves(tensors, wanted)
+    given = [t.detach() for t in (*inputs, *options.values()) if isinstance(t, Tensor)]
+    before = [t.clone() for t in given]
+    value = function(*inputs, **options)
+    grads: Tensors = ()
+    if wanted:
+        arrives = torch.ones_like(value) if incoming is None else incoming
+        grads = torch.autograd.grad(value, [inputs[k] for k in wanted], arrives)
+    for tensor, copy in zip(given, before, strict=True):
+        assert same_bits(tensor, copy), "an input was written to"
+    return Outcome(value.detach(), grads)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal, with NaN equal to itself."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def assert_same_bits(actual: Outcome, expected: Outcome) -> None:
+    for (name, a), (_, e) in zip(actual.named(), expected.named(), strict=True):
+        assert same_bits(a, e), f"{name}: {int((a != e).sum())} of {a.numel()} elements differ"
+
+
+def draw_incoming(value: Tensor, generator: Generator) -> Tensor:
+    """A gradient to send back through `value`."""
+    return torch.randn(value.shape, dtype=torch.float64, generator=generator).to(value.dtype)
+
+
+class Reference(NamedTuple):
+    """The formula in float64, and the scale of the rounding errors to expect beside it."""
+
+    exact: Outcome
+    scale: Outcome  # for one rounding
+
+
+def reference(
+    case: Case,
+    tensors: Tensors,
+    options: Options,
+    wanted: Sequence[int],
+    incoming: Tensor | None,
+    generator: Generator,
+) -> Reference:
+    """The scale is that of the largest result, and what a rounding of the inputs does to it."""
+    compute = wide(*(t for t in tensors if t.is_floating_point()))
+    eps = torch.finfo(compute).eps
+    inputs: Tensors = tuple(_widened(t, tensors[0].dtype) for t in tensors)
+    settings = {name: _widened(v, tensors[0].dtype) for name, v in options.items()}
+    arrives = None if incoming is None else incoming.double()
+    with formula_path():
+        exact = run(case.loss.function, inputs, settings, wanted, arrives)
+        losses = case.loss.function(*inputs, **{**settings, "reduction": "none"})
+        # Gradients may cancel: the scale is at least that of a slope of 1.
+        parts = {"mean": losses.numel(), "batchmean": inputs[0].shape[:1].numel()}
+        slope = 1.0 if arrives is None else _greatest(arrives)
+        slope /= max(parts.get(options.get("reduction", "mean"), 1), 1)
+        scale = Outcome(
+            torch.full_like(exact.value, eps * _greatest(exact.value)),
+            tuple(torch.full_like(g, eps * max(_greatest(g), slope)) for g in exact.grads),
+        )
+        for _ in range(2):  # the effects of two arguments can cancel, but not twice
+            moved = tuple(_moved(t, eps, generator) for t in inputs)
+            shifted = run(case.loss.function, moved, settings, wanted, arrives)
+            for (_, s), (_, a), (_, b) in zip(
+                scale.named(), shifted.named(), exact.named(), strict=True
+            ):
+                s += (a - b).abs()
+    return Reference(exact, scale)
+
+
+def _moved(tensor: Tensor, eps: float, generator: Generator) -> Tensor:
+    """One or two roundings towards 0 of each element: a probability stays one."""
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor * (1 - eps * torch.randint(1, 3, tensor.shape, generator=generator))
+
+
+def _greatest(tensor: Tensor) -> float:
+    return tensor.abs().max().item() if tensor.numel() else 0.0
+
+
+def _widened(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if callable(value) and not isinstance(value, torch.nn.Module):
+        # A distance of the user's own is taken in the type of the inputs, whatever follows.
+        return lambda a, b: value(a.to(dtype), b.to(dtype)).double()
+    return value
+
+
+def assert_exact(actual: Outcome, expected: Reference, roundings: int = 8) -> None:
+    """So many roundings in the type computed in, and the one to the type of the result."""
+    for (name, a), (_, e), (_, s) in zip(
+        actual.named(), expected.exact.named(), expected.scale.named(), strict=True
+    ):
+        assert a.shape == e.shape, f"{name}: shape {list(a.shape)}, not {list(e.shape)}"
+        info = torch.finfo(a.dtype)
+        if a.dtype is torch.float64:
+            roundings = FLOAT64_ROUNDINGS
+        stored = info.eps / 2 if a.dtype in HALVES else 0.0
+        bound = roundings * s + stored * e.abs() + info.smallest_normal * info.eps
+        error = (a.double() - e).abs()
+        bad = ~((error <= bound) | (a == e.to(a.dtype)) | (a.isnan() & e.isnan()))
+        if bad.any():
+            at = tuple(bad.nonzero()[0].tolist())
+            raise AssertionError(
+                f"{name}{list(at)} = {a[at].item():.9g}, not {e[at].item():.9g}: off by "
+                f"{error[at].item():.3g}, allowed {bound[at].item():.3g} ({int(bad.sum())} of "
+                f"{a.numel()} elements)"
+            )
+
+
+def check(
+    case: Case,
+    tensors: Tensors,
+    options: Options,
+    generator: Generator,
+    incoming: Tensor | None = None,
+    roundings: int = 8,
+) -> None:
+    """The value and all gradients against the formula in float64."""
+    wanted = case.loss.differentiable
+    actual = run(case.loss.function, tensors, options, wanted, incoming)
+    expected = reference(case, tensors, options, wanted, incoming, generator)
+    assert_exact(actual, expected, roundings)

@@ -1,0 +1,257 @@
+"""PyTorch's own records of its losses, and samples of ours where those have holes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fusedloss
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # hypothesis is missing, and not needed
+    from torch.testing._internal import common_nn
+    from torch.testing._internal.common_methods_invocations import op_db
+    from torch.testing._internal.common_modules import ErrorModuleInput, ModuleInput, module_db
+    from torch.testing._internal.opinfo.core import ErrorInput, OpInfo, SampleInput
+
+# Each loss function and its module.
+LOSSES = {
+    "mse_loss": "MSELoss",
+    "binary_cross_entropy": "BCELoss",
+    "binary_cross_entropy_with_logits": "BCEWithLogitsLoss",
+    "kl_div": "KLDivLoss",
+    "cross_entropy": "CrossEntropyLoss",
+    "nll_loss": "NLLLoss",
+    "triplet_margin_loss": "TripletMarginLoss",
+    "triplet_margin_with_distance_loss": "TripletMarginWithDistanceLoss",
+}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+SINGULAR = "singular"  # the name of samples where finite differences fail
+
+
+def operator(name: str) -> OpInfo:
+    """PyTorch's record of the function, with ours in its place (`.op`)."""
+    mine = copy(next(op for op in op_db if op.name == f"nn.functional.{name}"))
+    mine.op = getattr(fusedloss.functional, name)
+    return mine
+
+
+def op_dtypes(name: str) -> list[torch.dtype]:
+    return sorted(operator(name).supported_dtypes("cpu"), key=str)
+
+
+def op_samples(name: str, dtype: torch.dtype) -> list[SampleInput]:
+    torch.manual_seed(0)
+    grad = dtype.is_floating_point or dtype.is_complex
+    # By default the reference inputs are the samples; an operator that has more lists them all.
+    return list(operator(name).reference_inputs("cpu", dtype, requires_grad=grad))
+
+
+def op_errors(name: str) -> list[ErrorInput]:
+    record = operator(name)
+    return list(record.error_inputs("cpu")) if record.error_inputs_func else []
+
+
+def module(name: str) -> Any:
+    """PyTorch's record of the module, with ours in its place, or None."""
+    theirs = getattr(torch.nn, LOSSES[name])
+    mine = copy(next((m for m in module_db if m.module_cls is theirs), None))
+    if mine:
+        mine.module_cls = getattr(fusedloss.nn, LOSSES[name])
+    return mine
+
+
+def module_dtypes(name: str) -> list[torch.dtype]:
+    return sorted(module(name).supported_dtypes("cpu"), key=str) if module(name) else []
+
+
+def module_samples(name: str, dtype: torch.dtype) -> list[ModuleInput]:
+    torch.manual_seed(0)
+    record = module(name)
+    return record.module_inputs_func(
+        record, device="cpu", dtype=dtype, requires_grad=True, training=True
+    )
+
+
+def module_errors(name: str, dtype: torch.dtype) -> list[ErrorModuleInput]:
+    torch.manual_seed(0)
+    record = module(name)
+    if not (record and record.module_error_inputs_func):
+        return []
+    return record.module_error_inputs_func(
+        record, device="cpu", dtype=dtype, requires_grad=False, training=True
+    )
+
+
+def nn_samples(name: str) -> list[dict[str, Any]]:
+    """What PyTorch's test_nn.py adds: functional calls, and criteria without a batch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        everything = [*common_nn.get_new_module_tests(), *common_nn.criterion_tests]
+    found = []
+    for record in everything:
+        title = record.get("fullname", record.get("module_name", ""))
+        if title.split("_")[0].removesuffix("2d").removesuffix("Nd") == LOSSES[name]:
+            found.append(record)
+    return found
+
+
+def own_samples(name: str, dtype: torch.dtype) -> list[SampleInput]:
+    """What PyTorch's records leave out."""
+    torch.manual_seed(0)
+    return list(_own(name, dtype))
+
+
+def _own(name: str, dtype: torch.dtype) -> Iterator[SampleInput]:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
+
+    def unit(*shape: int) -> Tensor:
+        return torch.rand(shape, dtype=torch.float64).mul(0.98).add(0.01).to(dtype).requires_grad_()
+
+    def positive(*shape: int) -> Tensor:
+        return unit(*shape).detach()
+
+    def tensor(values: Any) -> Tensor:
+        return torch.tensor(values, dtype=dtype, requires_grad=True)
+
+    reductions = ("none", "mean", "sum")
+    match name:
+        case "mse_loss":
+            for reduction in reductions:
+                yield SampleInput(
+                    normal(4, 3), normal(4, 3), reduction=reduction, weight=positive(4, 3)
+                )
+            yield SampleInput(normal(0, 3), normal(0, 3), reduction="sum")
+            yield SampleInput(normal(4, 3), normal(4, 3), size_average=False)
+        case "binary_cross_entropy":
+            # The clamps at x = 0 and 1. PyTorch's gradient by the target has none: left out.
+            x, t = tensor([0.0, 1.0, 0.0, 1.0, 0.5]), tensor([0.0, 1.0, 1.0, 0.0, 0.3]).detach()
+            for reduction in reductions:
+                yield SampleInput(x, args=(t,), kwargs={"reduction": reduction}, name=SINGULAR)
+                yield SampleInput(unit(4, 3), unit(4, 3), weight=positive(3), reduction=reduction)
+                yield SampleInput(
+                    unit(4, 3), unit(4, 3), weight=positive(4, 1), reduction=reduction
+                )
+            yield SampleInput(unit(2), unit(2), reduce=False)
+        case "binary_cross_entropy_with_logits":
+            big = tensor([80.0, -80.0, 1000.0, -1000.0])
+            for reduction in reductions:
+                yield SampleInput(big, unit(4), reduction=reduction)
+                yield SampleInput(
+                    normal(2, 4, 3),
+                    unit(2, 4, 3),
+                    weight=positive(4, 1),
+                    pos_weight=positive(4, 3),
+                    reduction=reduction,
+                )
+            yield SampleInput(normal(4), normal(4))  # targets outside [0, 1]
+        case "kl_div":
+            for reduction in ("none", "mean", "batchmean", "sum"):
+                x, t = normal(4, 3).log_softmax(-1), normal(4, 3)
+                yield SampleInput(_leaf(x), _leaf(t.softmax(-1)), reduction=reduction)
+                yield SampleInput(
+                    _leaf(x), _leaf(t.log_softmax(-1)), reduction=reduction, log_target=True
+                )
+                yield SampleInput(_leaf(x), _leaf(t[:1].softmax(-1)), reduction=reduction)
+            yield SampleInput(_leaf(x[0, 0]), _leaf(t.softmax(-1)[0, 0]), reduction="batchmean")
+        case "cross_entropy":
+            index = torch.tensor([2, 0, 4, 2, 1, 2])
+            for reduction in reductions:
+                for smoothing in (0.0, 0.3, 1.0):
+                    yield SampleInput(
+                        normal(6, 5),
+                        index,
+                        weight=positive(5),
+                        ignore_index=2,
+                        label_smoothing=smoothing,
+                        reduction=reduction,
+                    )
+                    yield SampleInput(
+                        normal(2, 5, 3),
+                        index.reshape(2, 3),
+                        weight=positive(5),
+                        ignore_index=2,
+                        label_smoothing=smoothing,
+                        reduction=reduction,
+                    )
+                    yield SampleInput(
+                        normal(2, 5, 3),
+                        _leaf(normal(2, 5, 3).softmax(1)),
+                        weight=positive(5),
+                        label_smoothing=smoothing,
+                        reduction=reduction,
+                    )
+                yield SampleInput(
+                    normal(5), torch.tensor(3), weight=positive(5), reduction=reduction
+                )
+                yield SampleInput(normal(5), _leaf(normal(5).softmax(0)), reduction=reduction)
+            yield SampleInput(tensor([[80.0, -80.0], [-1000.0, 1000.0]]), torch.tensor([0, 1]))
+            yield SampleInput(tensor([[80.0, -80.0], [-1000.0, 1000.0]]), torch.tensor([1, 0]))
+            yield SampleInput(normal(6, 5), index.to(torch.uint8))
+        case "nll_loss":
+            index = torch.tensor([2, 0, 4, 2, 1, 2])
+            for reduction in reductions:
+                yield SampleInput(
+                    normal(6, 5), index, weight=positive(5), ignore_index=2, reduction=reduction
+                )
+                yield SampleInput(
+                    normal(2, 5, 3), index.reshape(2, 3), weight=positive(5), reduction=reduction
+                )
+            yield SampleInput(normal(6, 5), index.to(torch.uint8))
+            yield SampleInput(normal(0, 5), index[:0], reduction="sum")
+        case _:
+            settings: list[dict[str, Any]] = [{"margin": 2.0, "swap": True}]
+            if name == "triplet_margin_loss":
+                settings += [
+                    {"p": p, "margin": 3.0, "swap": swap}
+                    for p in (1.0, 1.5, 3.0, float("inf"))
+                    for swap in (False, True)
+                ]
+                settings.append({"eps": 0.1})
+            else:
+                distances = (
+                    torch.nn.PairwiseDistance(p=1),
+                    _manhattan,
+                    torch.nn.CosineSimilarity(),
+                )
+                settings += [{"distance_function": d, "margin": 2.5} for d in distances]
+            for kwargs in settings:
+                for reduction in reductions:
+                    yield SampleInput(
+                        normal(3, 4),
+                        args=(normal(3, 4), normal(3, 4)),
+                        kwargs={**kwargs, "reduction": reduction},
+                    )
+            yield SampleInput(normal(4), args=(normal(4), normal(4)))
+            yield SampleInput(normal(3, 1, 4), args=(normal(1, 2, 4), normal(3, 2, 4)))
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
+
+
+def _manhattan(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).abs().sum(-1)
+
+
+def counts() -> dict[str, dict[str, int]]:
+    """The number of records of each loss by kind, without running them."""
+    return {
+        name: {
+            "op_db": sum(len(op_samples(name, dtype)) for dtype in op_dtypes(name)),
+            "op_db errors": len(op_errors(name)),
+            "module_db": sum(len(module_samples(name, dtype)) for dtype in module_dtypes(name)),
+            "module_db errors": sum(len(module_errors(name, d)) for d in module_dtypes(name)),
+            "common_nn": len(nn_samples(name)),
+            "own": sum(len(own_samples(name, dtype)) for dtype in DTYPES),
+        }
+        for name in LOSSES
+    }

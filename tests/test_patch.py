@@ -1,0 +1,345 @@
+"""`fusedloss.patch()`: unedited code runs our losses, and all else about them is PyTorch's."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import pickle
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from conftest import Case, parameters, run
+from records import LOSSES, module_errors, op_errors
+from torch import Generator, Tensor
+
+# Bound before any patch, as in a library that was imported earlier.
+from torch.nn import CrossEntropyLoss
+from torch.nn.functional import cross_entropy, mse_loss
+from torch.testing import assert_close
+
+import fusedloss
+from fusedloss import route
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# torch.compile's own, of any autograd function.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    yield
+    fusedloss.unpatch()
+
+
+def counted(function: Callable[[], Any]) -> tuple[Any, Counter[tuple[str, str]]]:
+    """The result, and the calls of our losses that it took."""
+    before = route.calls.copy()
+    result = function()
+    return result, route.calls - before
+
+
+def example(generator: Generator) -> tuple[Tensor, Tensor]:
+    return torch.randn(3, 5, generator=generator), torch.tensor([0, 4, 2])
+
+
+@parameters()
+def test_functions_and_modules_run_our_kernels(case: Case, generator: Generator) -> None:
+    tensors, options = case.example((4, 5), torch.float32, generator)
+    wanted = case.loss.differentiable
+    expected = run(case.loss.torch_function, tensors, options, wanted)
+    with fusedloss.patched():
+        found, calls = counted(lambda: run(case.loss.torch_function, tensors, options, wanted))
+    assert calls == {(case.loss.name, "kernel"): 1}
+    assert_close(found.value, expected.value)
+    assert_close(found.grads, expected.grads)
+    if set(options) <= set(inspect.signature(getattr(torch.nn, case.loss.module)).parameters):
+        module = getattr(torch.nn, case.loss.module)(**options)
+        with fusedloss.patched():
+            found, calls = counted(lambda: run(module, tensors, {}, wanted))
+        assert calls == {(case.loss.name, "kernel"): 1}
+        assert_close(found.value, expected.value)
+
+
+def test_names_bound_earlier_run_ours_too(generator: Generator) -> None:
+    x, target = example(generator)
+    subclass = type("Mine", (CrossEntropyLoss,), {})()
+    made_before = CrossEntropyLoss()
+    calls_of = [cross_entropy, F.cross_entropy, CrossEntropyLoss(), made_before, subclass]
+    with fusedloss.patched():
+        for call in calls_of:
+            assert counted(lambda call=call: call(x, target))[1] == {("cross_entropy", "kernel"): 1}
+    for call in calls_of:
+        assert not counted(lambda call=call: call(x, target))[1]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_patched_function_looks_the_same(name: str) -> None:
+    function = getattr(F, name)
+    facts = [
+        lambda: function.__name__,
+        lambda: function.__qualname__,
+        lambda: function.__module__,
+        lambda: function.__doc__,
+        lambda: function.__defaults__,
+        lambda: function.__kwdefaults__,
+        lambda: inspect.signature(function),
+        lambda: function.__code__.co_varnames[: function.__code__.co_argcount],
+        lambda: pickle.loads(pickle.dumps(function)) is function,
+        lambda: torch.overrides.resolve_name(function),
+    ]
+    before, attributes = [fact() for fact in facts], dict(vars(function))
+    with fusedloss.patched():
+        assert getattr(F, name) is function
+        assert [fact() for fact in facts] == before
+    assert dict(vars(function)) == attributes
+    assert inspect.signature(getattr(fusedloss, name)).parameters.keys() == (
+        inspect.signature(function).parameters.keys()
+    )
+
+
+def test_patch_and_unpatch(generator: Generator) -> None:
+    x, target = example(generator)
+    code = cross_entropy.__code__
+
+    def kernels() -> int:
+        return counted(lambda: cross_entropy(x, target))[1].total()
+
+    fusedloss.unpatch()
+    fusedloss.patch()
+    fusedloss.patch()
+    assert kernels() == 1
+    with fusedloss.patched():
+        assert kernels() == 1
+    assert kernels() == 1
+    fusedloss.unpatch()
+    fusedloss.unpatch()
+    assert kernels() == 0
+    with pytest.raises(ZeroDivisionError), fusedloss.patched(), fusedloss.patched():
+        raise ZeroDivisionError
+    assert cross_entropy.__code__ is code
+    assert not hasattr(F, "_fusedloss")
+    assert not hasattr(cross_entropy, "__prepare_scriptable__")
+
+
+def test_torchscript_finds_the_originals(generator: Generator) -> None:
+    x, y = torch.randn(2, 3, 5, generator=generator).softmax(-1)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loss = torch.nn.MSELoss()
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.loss(a, b) + F.mse_loss(a, b) + F.kl_div(a, b, reduction="sum")
+
+    expected = Model()(x, y)
+    with fusedloss.patched(), pytest.warns(DeprecationWarning):
+        scripted = torch.jit.script(Model())
+        result, calls = counted(lambda: scripted(x, y))
+        direct = torch.jit.script(F.mse_loss)
+        assert_close(direct(x, y), mse_loss(x, y))
+    assert not calls
+    assert_close(result, expected)
+    assert "aten::mse_loss" in str(scripted.inlined_graph)
+
+
+def test_fx_records_the_function_of_torch() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return F.mse_loss(a, b)
+
+    with fusedloss.patched():
+        graph = torch.fx.symbolic_trace(Model()).graph
+    assert F.mse_loss in [node.target for node in graph.nodes]
+
+
+class Strict(Tensor):
+    """Knows functions by identity, as many a library's subclass does."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.mse_loss:
+            return "known"
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_subclasses_get_the_functions_of_torch(generator: Generator) -> None:
+    x, y = torch.randn(2, 3, 5, generator=generator)
+    with fusedloss.patched():
+        assert F.mse_loss(x.as_subclass(Strict), y) == "known"
+        assert not counted(lambda: F.mse_loss(x.to("meta"), y.to("meta")))[1]["mse_loss", "kernel"]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_error_inputs_through_the_patched_doors(name: str) -> None:
+    with fusedloss.patched():
+        for error in op_errors(name):
+            sample = error.sample_input
+            with pytest.raises(error.error_type, match=error.error_regex) as caught:
+                getattr(F, name)(sample.input, *sample.args, **sample.kwargs)
+            assert str(caught.value).startswith(f"{name}: ")
+            settings = {k: v for k, v in sample.kwargs.items() if k != "swap"}
+            if "margin" in settings:
+                continue  # the module's constructor, which stays PyTorch's, refuses it
+            with pytest.raises(error.error_type, match=error.error_regex):
+                getattr(torch.nn, LOSSES[name])(**settings)(sample.input, *sample.args)
+        for error in module_errors(name, torch.float32):
+            given = error.module_error_input
+            module = getattr(torch.nn, LOSSES[name])(
+                *given.constructor_input.args, **given.constructor_input.kwargs
+            )
+            with pytest.raises(error.error_type, match=error.error_regex) as caught:
+                module(*given.forward_input.args)
+            assert str(caught.value).startswith(f"{name}: ")
+
+
+@parameters()
+def test_compile(case: Case, generator: Generator) -> None:
+    tensors, options = case.example((4, 5), torch.float32, generator)
+    wanted = case.loss.differentiable
+    expected = run(case.loss.torch_function, tensors, options, wanted)
+    torch._dynamo.reset()
+    fast = torch.compile(case.loss.torch_function, fullgraph=True, backend="aot_eager")
+    with fusedloss.patched():
+        found, calls = counted(lambda: run(fast, tensors, options, wanted))
+    assert_close(found.value, expected.value)
+    assert_close(found.grads, expected.grads)
+    if case.loss.rows and "lambda" not in case.option:
+        assert calls.total() == 1
+
+
+def test_what_was_compiled_before_is_compiled_again(generator: Generator) -> None:
+    x, target = example(generator)
+    torch._dynamo.reset()
+    fast = torch.compile(CrossEntropyLoss(), fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        assert not counted(lambda: fast(x, target))[1]
+        with fusedloss.patched():
+            assert counted(lambda: fast(x, target))[1] == {("cross_entropy", "kernel"): 1}
+
+
+# Other people's libraries, as they are
+
+
+def curve(
+    build: Callable[[], tuple[list[Any], Callable[[int], Tensor]]], steps: int
+) -> list[float]:
+    """The losses of so many steps of training from one seed."""
+    torch.manual_seed(0)
+    parameters, loss_of = build()
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    losses = []
+    for step in range(steps):
+        loss = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def check_training(build: Any, name: str, steps: int = 12) -> None:
+    expected = curve(build, steps)
+    with fusedloss.patched():
+        found, calls = counted(lambda: curve(build, steps))
+    assert calls[name, "kernel"] == steps
+    assert not any(path == "formula" for _, path in calls)
+    assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert found[-1] < found[0]
+
+
+def causal_lm() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+    )
+    model = LlamaForCausalLM(config)
+    ids = torch.randint(97, (4, 16))
+    labels = ids.clone()
+    labels[:, :3] = -100
+    return list(model.parameters()), lambda step: model(input_ids=ids, labels=labels).loss
+
+
+def sequence_classifier(problem: str) -> Any:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_labels=3,
+        problem_type=problem,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    model = BertForSequenceClassification(config)
+    ids = torch.randint(97, (8, 12))
+    labels = {
+        "single_label_classification": torch.randint(3, (8,)),
+        "multi_label_classification": torch.randint(2, (8, 3)).float(),
+        "regression": torch.randn(8, 3),
+    }[problem]
+    return list(model.parameters()), lambda step: model(input_ids=ids, labels=labels).loss
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_causal_lm() -> None:
+    pytest.importorskip("transformers")
+    check_training(causal_lm, "cross_entropy")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("problem", "name"),
+    [
+        ("single_label_classification", "cross_entropy"),
+        ("multi_label_classification", "binary_cross_entropy_with_logits"),
+        ("regression", "mse_loss"),
+    ],
+)
+def test_transformers_sequence_classifier(problem: str, name: str) -> None:
+    pytest.importorskip("transformers")
+    check_training(lambda: sequence_classifier(problem), name)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "loss", ["ArcFaceLoss", "CosFaceLoss", "NormalizedSoftmaxLoss", "SoftTripleLoss"]
+)
+def test_pytorch_metric_learning(loss: str) -> None:
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+
+    def build() -> Any:
+        trunk = torch.nn.Linear(20, 8)
+        head = getattr(losses, loss)(num_classes=5, embedding_size=8)
+        x, labels = torch.randn(32, 20), torch.randint(5, (32,))
+        parameters = [*trunk.parameters(), *head.parameters()]
+        return parameters, lambda step: head(trunk(x), labels)
+
+    check_training(build, "cross_entropy")
+
+
+def test_error_message_names_the_function() -> None:
+    with (
+        fusedloss.patched(),
+        pytest.raises(IndexError, match=re.escape("cross_entropy: target[1] = 9")),
+    ):
+        CrossEntropyLoss()(torch.rand(2, 3), torch.tensor([0, 9]))
