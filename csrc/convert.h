@@ -60,9 +60,12 @@ struct f16 {
 
 template <class From, class To>
 inline To convert(From v) {
-    if constexpr (std::is_same_v<To, bf16> || std::is_same_v<To, f16>) return To(float(v));
-    else if constexpr (std::is_same_v<From, bf16> || std::is_same_v<From, f16>) return To(float(v));
-    else return To(v);
+    if constexpr (std::is_same_v<To, bf16> || std::is_same_v<To, f16>)
+        return To(float(v));
+    else if constexpr (std::is_same_v<From, bf16> || std::is_same_v<From, f16>)
+        return To(float(v));
+    else
+        return To(v);
 }
 
 template <class T>

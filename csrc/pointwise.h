@@ -63,7 +63,8 @@ public:
     void store(const Array& array, int slot, int64_t start, int64_t n, const T* from, const T* buffer) const {
         if (!array.data || from != buffer) return;
         runs(slot, start, n, [&](int64_t offset, int64_t done, int64_t count, int64_t inner) {
-            fusedloss::store<T>(at(array.data, array.dtype, offset), array.dtype, inner, count, buffer + done);
+            fusedloss::store<T>(at(array.data, array.dtype, offset), array.dtype, inner, count,
+                                buffer + done);
         });
     }
 
@@ -102,8 +103,8 @@ private:
 
 // The innermost loop. Absent results are not computed: the flags are known to the compiler.
 template <class F, class T, bool value, bool grad0, bool grad1>
-FUSEDLOSS_LOOP void block(const F f, const T* __restrict x, const T* __restrict y, const T* __restrict z, int64_t n,
-                  T scale, T* __restrict loss, T* __restrict g0, T* __restrict g1) {
+FUSEDLOSS_LOOP void block(const F f, const T* __restrict x, const T* __restrict y, const T* __restrict z,
+                          int64_t n, T scale, T* __restrict loss, T* __restrict g0, T* __restrict g1) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
         if constexpr (value) loss[i] = f.value(x[i], y[i], z[i]);
@@ -119,7 +120,7 @@ FUSEDLOSS_LOOP void block(const F f, const T* __restrict x, const T* __restrict 
 // The first element outside the formula's domain, or n.
 template <class F, class T>
 FUSEDLOSS_LOOP int64_t first_outside(const F f, const T* __restrict x, const T* __restrict y,
-                                                const T* __restrict z, int64_t n) {
+                                     const T* __restrict z, int64_t n) {
     int32_t bad = 0;
 #pragma omp simd reduction(| : bad)
     for (int64_t i = 0; i < n; ++i) bad |= f.domain(x[i], y[i], z[i]) ? 0 : 1;
@@ -168,7 +169,8 @@ int64_t pointwise(const PointwiseArgs& a) {
         if constexpr (F::has_domain) {
             if (const int64_t i = first_outside<F, T>(f, x[0], x[1], x[2], n); i < n) {
                 int64_t seen = outside.load();
-                while (start + i < seen && !outside.compare_exchange_weak(seen, start + i)) {}
+                while (start + i < seen && !outside.compare_exchange_weak(seen, start + i)) {
+                }
                 return;
             }
         }

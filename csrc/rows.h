@@ -83,7 +83,8 @@ struct Rows {
                 if (y == a.ignore_index) continue;
                 if (y < 0 || y >= a.c) {
                     int64_t seen = outside.load();
-                    while (i < seen && !outside.compare_exchange_weak(seen, i)) {}
+                    while (i < seen && !outside.compare_exchange_weak(seen, i)) {
+                    }
                     return;
                 }
                 sum += class_weight(y);
@@ -96,7 +97,8 @@ struct Rows {
     }
 
     double incoming(int64_t n, int64_t d) const {
-        const double g = a.incoming.data ? load_one(a.incoming.data, a.incoming.dtype, a.incoming.row(n, d)) : 1.0;
+        const double g =
+            a.incoming.data ? load_one(a.incoming.data, a.incoming.dtype, a.incoming.row(n, d)) : 1.0;
         return a.mean ? g / denominator : g;
     }
 };
@@ -172,9 +174,7 @@ struct RowSums {
     double sum() const { return others + own; }
 
     // -log p of the target class. Where it is the largest, log1p keeps the digits that 1 + others loses.
-    double own_loss() const {
-        return own == 1.0 ? std::log1p(others) : std::log(sum()) + (max - own_x);
-    }
+    double own_loss() const { return own == 1.0 ? std::log1p(others) : std::log(sum()) + (max - own_x); }
     double soft_loss() const { return mass * std::log(sum()) - dot; }
 };
 
@@ -227,7 +227,8 @@ private:
     alignas(64) T x_buffer[row_block], q_buffer[row_block], e_buffer[row_block];
 
     const T* input(int64_t x_row, int64_t c, int64_t count) {
-        return load<T>(a.input.at(x_row + c * a.input.stride[1]), a.input.dtype, a.input.stride[1], count, x_buffer);
+        return load<T>(a.input.at(x_row + c * a.input.stride[1]), a.input.dtype, a.input.stride[1], count,
+                       x_buffer);
     }
     // b_c of the soft part, for classes from c on; null where it is `soft` for all.
     const T* soft_part(int64_t n, int64_t d, int64_t c, int64_t count) {
@@ -378,7 +379,11 @@ template <class T>
 class TileKernel {
 public:
     TileKernel(const Rows<T>& rows, int64_t lanes)
-        : r(rows), a(rows.a), width(lanes), soft(a.probabilities || r.soft != T(0)), tile(size_t(a.c * lanes)) {
+        : r(rows),
+          a(rows.a),
+          width(lanes),
+          soft(a.probabilities || r.soft != T(0)),
+          tile(size_t(a.c * lanes)) {
         if (soft) parts.resize(tile.size());
     }
 
@@ -394,8 +399,8 @@ public:
         std::fill_n(max, padded, -std::numeric_limits<T>::infinity());
         std::fill_n(others, padded, 0.0);
         for (int64_t c = 0; c < a.c; ++c) {
-            load_strided<T>(a.input.at(a.input.row(n, d0) + c * a.input.stride[1]), a.input.dtype, a.input.stride[2],
-                            count, at(c));
+            load_strided<T>(a.input.at(a.input.row(n, d0) + c * a.input.stride[1]), a.input.dtype,
+                            a.input.stride[2], count, at(c));
             std::fill(at(c) + count, at(c) + padded, T(0));
             raise(max, at(c), padded);
         }
@@ -421,7 +426,8 @@ public:
         std::fill(own + count, own + padded, T(0));
         logarithms(others, own, padded, log_sum, log1p_others);
         for (int64_t i = 0; i < count; ++i) {
-            const double own_loss = own[i] == T(1) ? log1p_others[i] : log_sum[i] + (double(max[i]) - double(own_x[i]));
+            const double own_loss =
+                own[i] == T(1) ? log1p_others[i] : log_sum[i] + (double(max[i]) - double(own_x[i]));
             losses[i] = y[i] < 0 ? 0 : own_weight[i] * own_loss;
             if (soft && y[i] != ignored) losses[i] += masses[i] * log_sum[i] - dots[i];
         }
@@ -450,8 +456,8 @@ public:
                 for (int64_t i = 0; i < count; ++i)
                     for (int64_t c = 0; y[i] == ignored && c < a.c; ++c) at(c)[i] = T(0);
             for (int64_t c = 0; c < a.c; ++c)
-                store(a.grad.at(a.grad.row(n, d0) + c * a.grad.stride[1]), a.grad.dtype, a.grad.stride[2], count,
-                      at(c));
+                store(a.grad.at(a.grad.row(n, d0) + c * a.grad.stride[1]), a.grad.dtype, a.grad.stride[2],
+                      count, at(c));
         }
         if (a.grad_target.data) target_gradient(n, d0, count);
     }
@@ -464,7 +470,8 @@ private:
     const bool soft;
     std::vector<T> tile, parts;
     alignas(64) T max[most], own_x[most], own[most], factor[most] = {}, g[most] = {}, top[most];
-    alignas(64) double others[most], dots[most], masses[most], own_weight[most], log_sum[most], log1p_others[most];
+    alignas(64) double others[most], dots[most], masses[most], own_weight[most], log_sum[most],
+        log1p_others[most];
     int64_t y[most];
 
     T* at(int64_t c) { return tile.data() + c * width; }
@@ -491,12 +498,12 @@ private:
     void target_gradient(int64_t n, int64_t d0, int64_t count) {
         alignas(64) T x[most];
         for (int64_t c = 0; c < a.c; ++c) {
-            load_strided<T>(a.input.at(a.input.row(n, d0) + c * a.input.stride[1]), a.input.dtype, a.input.stride[2],
-                            count, x);
+            load_strided<T>(a.input.at(a.input.row(n, d0) + c * a.input.stride[1]), a.input.dtype,
+                            a.input.stride[2], count, x);
             const T scale = r.hard * (r.weight ? r.weight[c] : T(1));
             for (int64_t i = 0; i < count; ++i) x[i] = g[i] * scale * (top[i] - x[i]);
-            store(a.grad_target.at(a.grad_target.row(n, d0) + c * a.grad_target.stride[1]), a.grad_target.dtype,
-                  a.grad_target.stride[2], count, x);
+            store(a.grad_target.at(a.grad_target.row(n, d0) + c * a.grad_target.stride[1]),
+                  a.grad_target.dtype, a.grad_target.stride[2], count, x);
         }
     }
 };

@@ -62,7 +62,10 @@ public:
             int64_t ties = 0;
             for (int64_t i = 0; i < n_; ++i) ties += double(math::abs(v[i])) == value_;
             const T share = T(scale / double(ties));
-            apply([&](T x) { return double(math::abs(x)) == value_ ? share * sign(x) : x != x ? x : T(0); }, plus, minus);
+            apply([&](T x) { return double(math::abs(x)) == value_ ? share * sign(x)
+                                    : x != x                       ? x
+                                                                   : T(0); },
+                  plus, minus);
         } else {
             // Of the ratio to the distance, so that no power leaves the range; 0 where a coordinate is.
             apply(
@@ -145,50 +148,53 @@ int64_t triplet(const TripletArgs& a) {
     std::vector<double> sums(static_cast<size_t>(blocks));
     for (const Matrix& g : a.grad) advise_huge_pages(g.data, a.rows * f * size_of(g.dtype));
 
-    parallel_ranges(blocks, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, per_block * f)), [&](int64_t begin,
-                                                                                                  int64_t end) {
-        Distance<T> to_positive(a.p, a.eps, f), to_negative(a.p, a.eps, f), swapped(a.p, a.eps, f);
-        std::vector<T> rows[3], slopes[3];
-        for (int k = 0; k < 3; ++k) {
-            rows[k].resize(size_t(f));
-            slopes[k].resize(size_t(f));
-        }
-        std::vector<double> losses(static_cast<size_t>(per_block));
-        const bool wanted = a.grad[0].data || a.grad[1].data || a.grad[2].data;
-        for (int64_t b = begin; b < end; ++b) {
-            const int64_t first = b * per_block, count = std::min(per_block, a.rows - first);
-            for (int64_t i = 0; i < count; ++i) {
-                const int64_t row = first + i;
-                const T* x[3];
-                for (int k = 0; k < 3; ++k)
-                    x[k] = load<T>(a.input[k].row(row), a.input[k].dtype, a.input[k].stride, f, rows[k].data());
-                const double near = to_positive(x[0], x[1]);
-                double far = to_negative(x[0], x[2]), other = 0, by_far = 1;
-                if (a.swap) {
-                    other = swapped(x[1], x[2]);
-                    // As torch.minimum: NaN passes on, a tie shares the derivative.
-                    by_far = far < other ? 1 : other < far ? 0 : 0.5;
-                    far = other < far || other != other ? other : far;
-                }
-                const double hinge = a.margin + near - far;
-                losses[size_t(i)] = hinge < 0 ? 0 : hinge;
-                if (a.loss.data) store_one(a.loss.data, a.loss.dtype, row, losses[size_t(i)]);
-                if (!wanted) continue;
-                double g = a.grad_scale;
-                if (a.incoming.data) g *= load_one(a.incoming.data, a.incoming.dtype, row * a.incoming.row_stride);
-                for (auto& s : slopes) std::fill(s.begin(), s.end(), T(0));
-                if (!(hinge < 0)) {
-                    to_positive.add_slope(g, slopes[0].data(), slopes[1].data());
-                    to_negative.add_slope(-g * by_far, slopes[0].data(), slopes[2].data());
-                    if (a.swap) swapped.add_slope(-g * (1 - by_far), slopes[1].data(), slopes[2].data());
-                }
-                for (int k = 0; k < 3; ++k)
-                    if (a.grad[k].data)
-                        store(a.grad[k].row(row), a.grad[k].dtype, a.grad[k].stride, f, slopes[k].data());
+    parallel_ranges(
+        blocks, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, per_block * f)),
+        [&](int64_t begin, int64_t end) {
+            Distance<T> to_positive(a.p, a.eps, f), to_negative(a.p, a.eps, f), swapped(a.p, a.eps, f);
+            std::vector<T> rows[3], slopes[3];
+            for (int k = 0; k < 3; ++k) {
+                rows[k].resize(size_t(f));
+                slopes[k].resize(size_t(f));
             }
-            sums[size_t(b)] = ordered_sum(losses.data(), count);
-        }
-    });
+            std::vector<double> losses(static_cast<size_t>(per_block));
+            const bool wanted = a.grad[0].data || a.grad[1].data || a.grad[2].data;
+            for (int64_t b = begin; b < end; ++b) {
+                const int64_t first = b * per_block, count = std::min(per_block, a.rows - first);
+                for (int64_t i = 0; i < count; ++i) {
+                    const int64_t row = first + i;
+                    const T* x[3];
+                    for (int k = 0; k < 3; ++k)
+                        x[k] = load<T>(a.input[k].row(row), a.input[k].dtype, a.input[k].stride, f,
+                                       rows[k].data());
+                    const double near = to_positive(x[0], x[1]);
+                    double far = to_negative(x[0], x[2]), other = 0, by_far = 1;
+                    if (a.swap) {
+                        other = swapped(x[1], x[2]);
+                        // As torch.minimum: NaN passes on, a tie shares the derivative.
+                        by_far = far < other ? 1 : other < far ? 0 : 0.5;
+                        far = other < far || other != other ? other : far;
+                    }
+                    const double hinge = a.margin + near - far;
+                    losses[size_t(i)] = hinge < 0 ? 0 : hinge;
+                    if (a.loss.data) store_one(a.loss.data, a.loss.dtype, row, losses[size_t(i)]);
+                    if (!wanted) continue;
+                    double g = a.grad_scale;
+                    if (a.incoming.data)
+                        g *= load_one(a.incoming.data, a.incoming.dtype, row * a.incoming.row_stride);
+                    for (auto& s : slopes) std::fill(s.begin(), s.end(), T(0));
+                    if (!(hinge < 0)) {
+                        to_positive.add_slope(g, slopes[0].data(), slopes[1].data());
+                        to_negative.add_slope(-g * by_far, slopes[0].data(), slopes[2].data());
+                        if (a.swap) swapped.add_slope(-g * (1 - by_far), slopes[1].data(), slopes[2].data());
+                    }
+                    for (int k = 0; k < 3; ++k)
+                        if (a.grad[k].data)
+                            store(a.grad[k].row(row), a.grad[k].dtype, a.grad[k].stride, f, slopes[k].data());
+                }
+                sums[size_t(b)] = ordered_sum(losses.data(), count);
+            }
+        });
     if (a.total.data)
         store_one(a.total.data, a.total.dtype, 0, ordered_sum(sums.data(), blocks) / a.denominator);
     return -1;
