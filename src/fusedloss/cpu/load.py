@@ -33,9 +33,8 @@ def capability() -> str:
 
 
 def path() -> Path:
-    from . import (
-        __path__ as folders,
-    )  # an editable install has two: the sources and the built files
+    # An editable install has two folders: the sources and the built files.
+    from . import __path__ as folders
 
     name = f"libfusedloss_{capability()}.so"
     found = [Path(folder) / "lib" / name for folder in folders]
