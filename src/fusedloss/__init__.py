@@ -18,6 +18,7 @@ from .nn import (
 )
 from .patch import patch, patched, unpatch
 from .route import Route, explain
+from .strictness import checks
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "Route",
     "TripletMarginLoss",
     "TripletMarginWithDistanceLoss",
+    "checks",
     "explain",
     "functional",
     "nn",
