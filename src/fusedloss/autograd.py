@@ -24,7 +24,7 @@ def run(call: Call, tensors: tuple[Tensor | None, ...]) -> Tensor:
     if torch.is_grad_enabled():
         for tensor in tensors[: call.gradients]:
             if tensor is not None and tensor.requires_grad:
-                return _Fused.apply(call, *tensors)
+                return _apply(call, *tensors)
     return engine(call).forward(call, tensors, ())[0]
 
 
@@ -41,16 +41,16 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
-        call, (arrived,) = ctx.call, incoming
+        call, arrived = ctx.call, incoming[0]
         needed = ctx.needs_input_grad[1:]
         saved = ctx.saved_tensors
-        tensors = saved[: len(needed)]
+        tensors, stored = saved[: len(needed)], saved[len(needed) :]
         if torch.is_grad_enabled():
             return (None, *redo(call, tensors, needed, arrived))
-        stored = saved[len(needed) :]
-        if ctx.stored and (not is_plain(arrived) or _scales_exactly(stored, arrived)):
-            grads = [None if g is None else scaled(g, arrived) for g in stored]
-        elif is_plain(arrived):
+        plain = is_plain(arrived)
+        if ctx.stored and (not plain or _scales_exactly(stored, arrived)):
+            grads = [g if g is None else scaled(g, arrived, plain) for g in stored]
+        elif plain:
             grads = engine(call).backward(call, tensors, needed, arrived)
         else:
             one = torch.ones(arrived.shape, dtype=arrived.dtype)
@@ -59,24 +59,33 @@ class _Fused(torch.autograd.Function):
                 None if g is None else g * spread
                 for g in engine(call).backward(call, tensors, needed, one)
             ]
-        shaped = [
-            g if g is None or t is None or g.shape == t.shape else g.sum_to_size(t.shape)
-            for g, t in zip(grads, tensors, strict=False)
-        ]
-        return (None, *shaped, *(None,) * (len(tensors) - len(shaped)))
+        for k, grad in enumerate(grads):
+            if grad is not None and grad.shape != tensors[k].shape:
+                grads[k] = grad.sum_to_size(tensors[k].shape)
+        return (None, *grads, *(None,) * (len(tensors) - len(grads)))
+
+
+# No transform is active here: what `Function.apply` does for them is left out.
+_apply = super(torch.autograd.Function, _Fused).apply
 
 
 def _narrow(tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> bool:
     """Whether a float16 gradient is needed: one stored before it is scaled would underflow."""
-    pairs = zip(tensors, needed, strict=True)
-    return any(need and t is not None and t.dtype is torch.float16 for t, need in pairs)
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype is torch.float16:
+            return any(
+                need and t is not None and t.dtype is torch.float16
+                for t, need in zip(tensors, needed, strict=True)
+            )
+    return False
 
 
 def _scales_exactly(grads: Sequence[Tensor | None], incoming: Tensor) -> bool:
     """Whether scaling loses nothing that counts; a bfloat16 gradient would be rounded twice."""
-    if all(g is None or g.dtype is not torch.bfloat16 for g in grads):
-        return True
-    return abs(math.frexp(incoming.item())[0]) == 0.5
+    for grad in grads:
+        if grad is not None and grad.dtype is torch.bfloat16:
+            return abs(math.frexp(incoming.item())[0]) == 0.5
+    return True
 
 
 def is_plain(incoming: Tensor) -> bool:
@@ -89,13 +98,13 @@ def is_plain(incoming: Tensor) -> bool:
     )
 
 
-def scaled(grad: Tensor, incoming: Tensor) -> Tensor:
-    """The stored gradient times the scalar that arrives.
+def scaled(grad: Tensor, incoming: Tensor, plain: bool) -> Tensor:
+    """The stored gradient times the scalar that arrives, which may be `plain`.
 
     The stored tensor itself is given away only when the graph is freed: another backward would
     otherwise find it changed by whoever accumulates into it.
     """
-    if torch._C._autograd._get_current_graph_task_keep_graph() or not is_plain(incoming):
+    if not plain or torch._C._autograd._get_current_graph_task_keep_graph():
         return grad * incoming
     return grad if incoming.item() == 1.0 else grad.mul_(incoming)
 

@@ -34,22 +34,20 @@ class Pointwise:
     value: Callable[..., Any]
     grad: Callable[..., Any]
     domain: Callable[..., Any] | None = None
+    name: str = field(init=False)
     operands: tuple[str, ...] = field(init=False)
     params: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         parameters = inspect.signature(self.value).parameters.values()
         keyword_only = inspect.Parameter.KEYWORD_ONLY
+        object.__setattr__(self, "name", self.value.__name__)
         object.__setattr__(
             self, "operands", tuple(p.name for p in parameters if p.kind is not keyword_only)
         )
         object.__setattr__(
             self, "params", tuple(p.name for p in parameters if p.kind is keyword_only)
         )
-
-    @property
-    def name(self) -> str:
-        return self.value.__name__
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,8 @@ calls: Counter[tuple[str, str]] = Counter()
 _trace: list[Route] | None = None
 
 
-def formula_reason(*tensors: Tensor | None) -> str | None:
-    """Why these tensors need the formula, or None where a kernel serves."""
+def formula_reason(call: Call, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """Why this call needs the formula, or None where a kernel serves."""
     if _transforms_active():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
@@ -65,11 +65,10 @@ def formula_reason(*tensors: Tensor | None) -> str | None:
             return f"the layout is {tensor.layout}"
         if tensor.is_neg():
             return "a tensor has a lazy sign"
-    return cpu.problem()
+    return _kernel_gap(call, tensors) or cpu.problem()
 
 
 def count_kernel(loss: str) -> None:
-    """Counts a call that compiled code makes."""
     calls[loss, "kernel"] += 1
 
 
@@ -90,11 +89,15 @@ def dispatch(loss: str, call: Call, tensors: tuple[Any, ...], why: str | None = 
         if why is None and _operator_serves(call, tensors):
             return ops.run(call, tensors)
         return call.by_formula(*tensors)
-    why = why or formula_reason(*tensors) or _kernel_gap(call, tensors)
+    why = why or formula_reason(call, tensors)
     if why is None:
-        _note(loss, call.name, "the tensors are plain CPU tensors")
+        count_kernel(loss)
+        if _trace is not None:
+            _trace.append(Route(loss, call.name, "the tensors are plain CPU tensors"))
         return autograd.run(call, tensors)
-    _note(loss, None, why)
+    calls[loss, "formula"] += 1
+    if _trace is not None:
+        _trace.append(Route(loss, None, why))
     if isinstance(call, RowsCall) and not call.probabilities:
         _check_range(call, *tensors[:2])
     return call.by_formula(*tensors)
@@ -114,27 +117,17 @@ def _check_range(call: RowsCall, input: Tensor, target: Tensor) -> None:
 
 def _kernel_gap(call: Call, tensors: tuple[Tensor | None, ...]) -> str | None:
     """What the kernels of this call cannot do, or None."""
-    for tensor in tensors[call.gradients :]:
-        if tensor is not None and tensor.requires_grad:
-            return "a weight requires a gradient"
-    for tensor in tensors:
+    indices = 1 if call.family == "rows" else None  # the tensor that may hold class indices
+    for k, tensor in enumerate(tensors):
         if tensor is None:
             continue
+        if tensor.dtype not in FLOATS and k != indices:
+            return f"there are no kernels for {tensor.dtype}"
         if tensor.dim() > MOST_DIMS:
             return f"there are no kernels for more than {MOST_DIMS} dimensions"
-        if tensor.dtype in FLOATS:
-            continue
-        if call.family == "rows" and tensor is tensors[1]:
-            continue  # class indices
-        return f"there are no kernels for {tensor.dtype}"
+        if k >= call.gradients and tensor.requires_grad:
+            return "a weight requires a gradient"
     return None
-
-
-def _note(loss: str, kernel: str | None, why: str) -> None:
-    """Counts a call, and tells `explain` of it."""
-    calls[loss, "kernel" if kernel else "formula"] += 1
-    if _trace is not None:
-        _trace.append(Route(loss, kernel, why))
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Route:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 
@@ -15,6 +16,8 @@ from .load import DTYPES, formula_numbers, library
 SLOTS = 8  # the arrays that have strides: three inputs, two multipliers, losses, two gradients
 DENSE = (1,) * SLOTS
 ABSENT = (0, 0)
+FIELDS = "=21q4d{}q"
+PACK_DENSE = struct.Struct(FIELDS.format(1 + SLOTS)).pack
 
 Slot = Tensor | None
 
@@ -23,48 +26,59 @@ def forward(
     call: PointwiseCall, tensors: tuple[Slot, ...], needed: Sequence[bool]
 ) -> tuple[Tensor, list[Slot]]:
     """The result, and the gradients that are needed, in the shape that the operands broadcast to."""
-    *operands, weight = tensors
-    shape = _broadcast(operands)
-    grads = _gradients(operands, needed, shape)
+    first = tensors[0]
+    assert first is not None
+    shape, dense = _common(first, tensors)
+    grads = _gradients(tensors, needed, shape)
     if call.reduction == "none":
-        result = _empty_like(operands[0], shape, call.dtype)
-        _launch(call, operands, weight, None, result, None, grads, shape)
+        result = _empty_like(first, shape, call.dtype)
+        _launch(call, tensors, None, result, None, grads, shape, dense)
     else:
-        result = torch.empty((), dtype=call.dtype)
-        _launch(call, operands, weight, None, None, result, grads, shape)
+        result = first.new_empty((), dtype=call.dtype)
+        _launch(call, tensors, None, None, result, grads, shape, dense)
     return result, grads
 
 
 def backward(
     call: PointwiseCall, tensors: tuple[Slot, ...], needed: Sequence[bool], incoming: Tensor
 ) -> list[Slot]:
-    *operands, weight = tensors
-    shape = _broadcast(operands)
-    grads = _gradients(operands, needed, shape)
-    _launch(call, operands, weight, incoming, None, None, grads, shape)
+    first = tensors[0]
+    assert first is not None
+    shape, dense = _common(first, tensors)
+    if dense and call.reduction == "none":
+        dense = incoming.is_contiguous()
+    else:
+        incoming, dense = incoming.expand(shape), False
+    grads = _gradients(tensors, needed, shape)
+    _launch(call, tensors, incoming, None, None, grads, shape, dense)
     return grads
 
 
-def _broadcast(operands: Sequence[Slot]) -> torch.Size:
-    shapes = [o.shape for o in operands if o is not None]
-    for shape in shapes:
-        if shape != shapes[0]:
-            return torch.broadcast_shapes(*shapes)
-    return shapes[0]
+def _common(first: Tensor, tensors: Sequence[Slot]) -> tuple[torch.Size, bool]:
+    """The shape that the tensors broadcast to, and whether each has it and is contiguous."""
+    shape, dense = first.shape, first.is_contiguous()
+    for t in tensors[1:]:
+        if t is None:
+            continue
+        if t.shape != shape:
+            return torch.broadcast_shapes(*(t.shape for t in tensors if t is not None)), False
+        dense = dense and t.is_contiguous()
+    return shape, dense
 
 
-def _empty_like(operand: Slot, shape: torch.Size, dtype: torch.dtype | None = None) -> Tensor:
-    assert operand is not None
+def _empty_like(operand: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     if operand.shape == shape:
-        return torch.empty_like(operand, dtype=dtype, requires_grad=False)
+        return torch.empty_like(operand, dtype=dtype)
     return operand.new_empty(shape, dtype=dtype)
 
 
-def _gradients(operands: Sequence[Slot], needed: Sequence[bool], shape: torch.Size) -> list[Slot]:
-    if not needed:
-        return [None, None]
-    pairs = zip(operands[:2], needed, strict=False)
-    return [_empty_like(o, shape) if need else None for o, need in pairs]
+def _gradients(tensors: Sequence[Slot], needed: Sequence[bool], shape: torch.Size) -> list[Slot]:
+    grads: list[Slot] = [None, None]
+    for k, need in enumerate(needed[:2]):
+        tensor = tensors[k]
+        if need and tensor is not None:
+            grads[k] = _empty_like(tensor, shape, tensor.dtype)
+    return grads
 
 
 def _coalesce(
@@ -95,47 +109,33 @@ def _coalesce(
 
 def _launch(
     call: PointwiseCall,
-    operands: Sequence[Slot],
-    weight: Slot,
+    tensors: Sequence[Slot],
     incoming: Slot,
     losses: Slot,
     total: Slot,
     grads: Sequence[Slot],
     shape: torch.Size,
+    dense: bool,
 ) -> None:
-    inputs = (*operands, None) if len(operands) == 2 else operands
-    slots = (*inputs, weight, incoming, losses, *grads)
+    third = tensors[2] if len(tensors) > 3 else None
+    slots = (*tensors[:2], third, tensors[-1], incoming, losses, *grads)
     numel = shape.numel()
-    sizes: Sequence[int]
-    strides: Sequence[int]
     arrays: list[int] = []
-    dense = True
     for t in slots:
-        if t is None:
-            arrays += ABSENT
-        else:
-            arrays += t.data_ptr(), DTYPES[t.dtype]
-            dense = dense and t.is_contiguous() and t.shape == shape
+        arrays += ABSENT if t is None else (t.data_ptr(), DTYPES[t.dtype])
     arrays[12:12] = ABSENT if total is None else (total.data_ptr(), DTYPES[total.dtype])
-    if dense:
-        sizes, strides = (numel,), DENSE
-    else:
-        spread = [None if t is None else t.expand(shape).stride() for t in slots]
-        sizes, strides = _coalesce(shape, spread)
     denominator = 1.0
     if call.reduction == "mean":
         denominator = float(numel if call.denominator is None else call.denominator)
-    arguments = struct.pack(
-        f"=21q4d{len(sizes) + len(strides)}q",
-        formula_numbers()[call.formula.name],
-        numel,
-        len(sizes),
-        *arrays,
-        denominator,
-        1.0 / denominator if denominator else float("nan"),
-        *(*call.params, 0.0, 0.0)[:2],
-        *sizes,
-        *strides,
-    )
+    head = (formula_numbers()[call.formula.name], numel)
+    scale = 1.0 / denominator if denominator else math.nan
+    numbers = (denominator, scale, *(*call.params, 0.0, 0.0)[:2])
+    if dense:
+        arguments = PACK_DENSE(*head, 1, *arrays, *numbers, numel, *DENSE)
+    else:
+        spread = [None if t is None else t.expand(shape).stride() for t in slots]
+        sizes, strides = _coalesce(shape, spread)
+        fields = FIELDS.format(len(sizes) + len(strides))
+        arguments = struct.pack(fields, *head, len(sizes), *arrays, *numbers, *sizes, *strides)
     if library().fusedloss_pointwise(arguments) >= 0:
         raise OutsideDomain

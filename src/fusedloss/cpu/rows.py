@@ -18,6 +18,7 @@ from .load import DTYPES, library
 
 Slot = Tensor | None
 ABSENT = (0, 0, 0, 0, 0)
+PACK = struct.Struct("=6qd40q").pack
 
 
 def forward(
@@ -26,19 +27,12 @@ def forward(
     input, target, weight = tensors
     assert input is not None and target is not None
     grads = _gradients(call, input, target, needed)
-    unreduced = call.reduction == "none"
-    shape = call.shape(input, target) if unreduced else ()
-    result = torch.empty(shape, dtype=call.dtype)
-    _launch(
-        call,
-        input,
-        target,
-        weight,
-        None,
-        result if unreduced else None,
-        None if unreduced else result,
-        grads,
-    )
+    if call.reduction == "none":
+        result = input.new_empty(call.shape(input, target), dtype=call.dtype)
+        _launch(call, input, target, weight, None, result, None, grads)
+    else:
+        result = input.new_empty((), dtype=call.dtype)
+        _launch(call, input, target, weight, None, None, result, grads)
     return result, grads
 
 
@@ -57,9 +51,11 @@ def _gradients(call: RowsCall, input: Tensor, target: Tensor, needed: Sequence[b
     grads: list[Slot] = [None, None]
     # The kernel of nll writes the target's entry alone.
     like = torch.empty_like if call.loss == "cross_entropy" else torch.zeros_like
-    for k, (tensor, need) in enumerate(zip((input, target), needed, strict=False)):
+    for k, need in enumerate(needed[:2]):
         if need:
-            grads[k] = like(_flat(tensor, 2), requires_grad=False).reshape(tensor.shape)
+            tensor = target if k else input
+            grad = like(_flat(tensor, 2))
+            grads[k] = grad.view(tensor.shape) if tensor.dim() > 3 else grad
     return grads
 
 
@@ -72,9 +68,10 @@ def _classes(tensor: Slot) -> tuple[int, ...]:
     """Pointer, dtype and (n, c, d) strides of a tensor with a class dimension."""
     if tensor is None:
         return ABSENT
+    tensor = _flat(tensor, 2)
     s = tensor.stride()
-    strides = ((0, s[0], 0), (0, s[-1], s[0]), s)[tensor.dim() - 1]
-    return (tensor.data_ptr(), DTYPES[tensor.dtype], *strides)
+    strides = (0, s[1], s[0]) if len(s) == 2 else s if len(s) == 3 else (0, *s, 0)
+    return tensor.data_ptr(), DTYPES[tensor.dtype], *strides
 
 
 def _values(tensor: Slot) -> tuple[int, ...]:
@@ -82,8 +79,8 @@ def _values(tensor: Slot) -> tuple[int, ...]:
     if tensor is None:
         return ABSENT
     s = tensor.stride()
-    strides = ((0, 0, 0), (0, 0, *s), (s[0], 0, s[-1]) if s else ())[tensor.dim()]
-    return (tensor.data_ptr(), DTYPES[tensor.dtype], *strides)
+    strides = (0, 0, *s) if len(s) == 1 else (s[0], 0, s[1]) if s else (0, 0, 0)
+    return tensor.data_ptr(), DTYPES[tensor.dtype], *strides
 
 
 def _launch(
@@ -96,18 +93,15 @@ def _launch(
     total: Slot,
     grads: Sequence[Slot],
 ) -> None:
-    compute = reduce.wide(input, target) if call.probabilities else reduce.wide(input)
     if weight is not None:
+        compute = reduce.wide(input, target) if call.probabilities else reduce.wide(input)
         weight = weight.to(compute).contiguous()
     x = _flat(input, 2)
     flat_target = _flat(target, 2 if call.probabilities else 1)
     flat_incoming = None if incoming is None else _flat(incoming, 1)
-    flat_losses = None if losses is None else _flat(losses, 1)
-    flat_grads = [None if g is None else _flat(g, 2) for g in grads]
     shape = x.shape
-    n, c, d = ((1, shape[0], 1), (1, shape[-1], shape[0]), shape)[x.dim() - 1]
-    arguments = struct.pack(
-        "=6qd40q",
+    n, c, d = (1, *shape[::-1]) if len(shape) == 2 else shape if len(shape) == 3 else (1, *shape, 1)
+    arguments = PACK(
         n,
         c,
         d,
@@ -119,10 +113,10 @@ def _launch(
         *(_classes(flat_target) if call.probabilities else _values(flat_target)),
         *_values(weight),
         *_values(flat_incoming),
-        *_values(flat_losses),
+        *_values(None if losses is None else _flat(losses, 1)),
         *_values(total),
-        *_classes(flat_grads[0]),
-        *_classes(flat_grads[1]),
+        *_classes(grads[0]),
+        *_classes(grads[1]),
     )
     outside = getattr(library(), f"fusedloss_{call.loss}")(arguments)
     if outside >= 0:

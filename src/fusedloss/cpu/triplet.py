@@ -20,7 +20,7 @@ def forward(
     inputs, shape = _expand(tensors)
     grads = _gradients(inputs, needed, shape)
     unreduced = call.reduction == "none"
-    result = torch.empty(shape[:-1] if unreduced else (), dtype=call.dtype)
+    result = inputs[0].new_empty(shape[:-1] if unreduced else (), dtype=call.dtype)
     _launch(
         call,
         inputs,
@@ -53,8 +53,7 @@ def _expand(tensors: Sequence[Slot]) -> tuple[list[Tensor], torch.Size]:
 
 def _gradients(inputs: Sequence[Tensor], needed: Sequence[bool], shape: torch.Size) -> list[Slot]:
     grads: list[Slot] = [
-        t.new_empty(shape, requires_grad=False) if need else None
-        for t, need in zip(inputs, needed, strict=False)
+        t.new_empty(shape) if need else None for t, need in zip(inputs, needed, strict=False)
     ]
     return grads or [None, None, None]
 

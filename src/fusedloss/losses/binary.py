@@ -110,7 +110,8 @@ def binary_cross_entropy(
             f"Using a target size ({target.size()}) that is different to the input size "
             f"({input.size()}) is deprecated. Please ensure they have the same size.",
         )
-    errors.same_device(name, input=input, target=target, weight=weight)
+    if target.device != input.device or weight is not None:
+        errors.same_device(name, input=input, target=target, weight=weight)
     dtype = result_dtype(input.dtype, input)
     if target.dtype != input.dtype and dtype is input.dtype:
         errors.fail(
@@ -120,9 +121,10 @@ def binary_cross_entropy(
         errors.not_floating(name, NotImplementedError, name, input=input, target=target)
     if weight is not None:
         errors.expands(name, input.shape, weight=weight)
+        weight = _floating(weight, input)
     call = PointwiseCall(BCE, (), reduction, None, dtype)
     try:
-        return route.dispatch(name, call, (input, target, _floating(weight, input)))
+        return route.dispatch(name, call, (input, target, weight))
     except OutsideDomain:
         pass
     for argument, tensor in (("input", input), ("target", target)):
@@ -191,9 +193,10 @@ def binary_cross_entropy_with_logits(
     name = "binary_cross_entropy_with_logits"
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         errors.not_tensors(name, AttributeError, input=input, target=target)
-    for argument, other in (("weight", weight), ("pos_weight", pos_weight)):
-        if not (other is None or isinstance(other, Tensor)):
-            errors.not_tensors(name, TypeError, **{argument: other})
+    if not (weight is None or isinstance(weight, Tensor)):
+        errors.not_tensors(name, TypeError, weight=weight)
+    if not (pos_weight is None or isinstance(pos_weight, Tensor)):
+        errors.not_tensors(name, TypeError, pos_weight=pos_weight)
     reduction = resolve(name, reduction, size_average, reduce)
     if target.shape != input.shape:
         errors.fail(
@@ -201,29 +204,27 @@ def binary_cross_entropy_with_logits(
             name,
             f"Target size ({target.size()}) must be the same as input size ({input.size()})",
         )
-    errors.same_device(name, input=input, target=target, weight=weight, pos_weight=pos_weight)
+    if not (target.device == input.device and weight is None and pos_weight is None):
+        errors.same_device(name, input=input, target=target, weight=weight, pos_weight=pos_weight)
     if not input.is_floating_point():
         errors.not_floating(name, NotImplementedError, "log_sigmoid_cpu", input=input)
     if not target.is_floating_point():
         errors.not_floating(name, RuntimeError, name, target=target)
     if weight is not None:
         errors.expands(name, input.shape, weight=weight)
-    call = PointwiseCall(BCE_WITH_LOGITS, (), reduction, None, result_dtype(target.dtype, target))
-    operands: tuple[Tensor, ...] = (input, target)
-    if pos_weight is not None:
-        errors.expands(name, input.shape, pos_weight=pos_weight)
-        floating = _floating(pos_weight, input)
-        assert floating is not None
-        operands = (input, target, floating)
-        call = PointwiseCall(BCE_WITH_LOGITS_POS, (), reduction, None, call.dtype)
-    return route.dispatch(name, call, (*operands, _floating(weight, input)))
+        weight = _floating(weight, input)
+    dtype = result_dtype(target.dtype, target)
+    if pos_weight is None:
+        call = PointwiseCall(BCE_WITH_LOGITS, (), reduction, None, dtype)
+        return route.dispatch(name, call, (input, target, weight))
+    errors.expands(name, input.shape, pos_weight=pos_weight)
+    call = PointwiseCall(BCE_WITH_LOGITS_POS, (), reduction, None, dtype)
+    return route.dispatch(name, call, (input, target, _floating(pos_weight, input), weight))
 
 
-def _floating(weight: Tensor | None, input: Tensor) -> Tensor | None:
+def _floating(weight: Tensor, input: Tensor) -> Tensor:
     """Integer weights are as good as others."""
-    if weight is None or weight.is_floating_point():
-        return weight
-    return weight.to(input.dtype)
+    return weight if weight.is_floating_point() else weight.to(input.dtype)
 
 
 def _weight(tensors, generator):

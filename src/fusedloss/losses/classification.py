@@ -89,9 +89,11 @@ def cross_entropy(
         errors.not_tensors(name, TypeError, input=input, target=target)
     if not (weight is None or isinstance(weight, Tensor)):
         errors.not_tensors(name, TypeError, input=input, target=target, weight=weight)
-    errors.integer(name, ignore_index=ignore_index)
+    if not (type(ignore_index) is int and abs(ignore_index) < 2**63):
+        errors.integer(name, ignore_index=ignore_index)
     reduction = resolve(name, reduction, size_average, reduce)
-    errors.same_device(name, input=input, target=target, weight=weight)
+    if target.device != input.device or weight is not None:
+        errors.same_device(name, input=input, target=target, weight=weight)
     if not 0.0 <= label_smoothing <= 1.0:
         errors.fail(
             RuntimeError,
@@ -117,7 +119,8 @@ def cross_entropy(
                 f"{ignore_index}",
             )
         _check_input(name, "log_softmax_lastdim_kernel_impl", input)
-        _check_weight(name, input, weight)
+        if weight is not None:
+            _check_weight(name, input, weight)
         for other in (target, weight):
             if other is not None:
                 dtype = torch.promote_types(dtype, other.dtype)
@@ -182,9 +185,11 @@ def nll_loss(
         errors.not_tensors(name, TypeError, input=input, target=target)
     if not (weight is None or isinstance(weight, Tensor)):
         errors.not_tensors(name, TypeError, input=input, target=target, weight=weight)
-    errors.integer(name, ignore_index=ignore_index)
+    if not (type(ignore_index) is int and abs(ignore_index) < 2**63):
+        errors.integer(name, ignore_index=ignore_index)
     reduction = resolve(name, reduction, size_average, reduce)
-    errors.same_device(name, input=input, target=target, weight=weight)
+    if target.device != input.device or weight is not None:
+        errors.same_device(name, input=input, target=target, weight=weight)
     dtype = result_dtype(input.dtype, input)
     _check_indices(name, input, target, weight, dtype)
     _check_input(name, "nll_loss_out_frame", input)
@@ -214,7 +219,7 @@ def _check_indices(
                 "For 1D input, 1D target must have size 1, but got target size: "
                 f"{wanted[0] if len(wanted) == 1 else list(wanted)}",
             )
-    elif wanted != shape[:1] + shape[2:]:
+    elif wanted != (shape[:1] if len(shape) == 2 else shape[:1] + shape[2:]):
         _bad_shape(name, shape, wanted)
     if target.dtype not in INDICES:
         errors.fail(
@@ -228,8 +233,10 @@ def _check_indices(
                 else ""
             ),
         )
+    if weight is None:
+        return
     _check_weight(name, input, weight)
-    if weight is not None and weight.dtype not in (dtype, input.dtype):
+    if weight.dtype not in (dtype, input.dtype):
         errors.fail(
             RuntimeError,
             name,
@@ -262,9 +269,9 @@ def _bad_shape(name: str, shape: torch.Size, wanted: torch.Size) -> None:
     )
 
 
-def _check_weight(name: str, input: Tensor, weight: Tensor | None) -> None:
+def _check_weight(name: str, input: Tensor, weight: Tensor) -> None:
     classes = input.shape[0] if input.dim() == 1 else input.shape[1]
-    if weight is not None and weight.shape != (classes,):
+    if weight.shape != (classes,):
         errors.fail(
             RuntimeError,
             name,

@@ -97,14 +97,12 @@ def kl_div(
         result = kl_div(input, target, reduction=legacy, log_target=log_target)
         return result / input.shape[0] if input.dim() else result
     reduction = resolve(name, reduction, size_average, reduce, (*REDUCTIONS, "batchmean"))
-    errors.same_device(name, input=input, target=target)
-    for tensor in (input, target):
-        if not tensor.is_floating_point():
-            kind = "Complex" if tensor.is_complex() else "Integral"
-            argument = "input" if tensor is input else "target"
-            errors.fail(
-                RuntimeError, name, f"{kind} inputs not supported: {argument} is {tensor.dtype}"
-            )
+    if target.device != input.device:
+        errors.same_device(name, input=input, target=target)
+    if not (input.is_floating_point() and target.is_floating_point()):
+        argument, wrong = ("target", target) if input.is_floating_point() else ("input", input)
+        kind = "Complex" if wrong.is_complex() else "Integral"
+        errors.fail(RuntimeError, name, f"{kind} inputs not supported: {argument} is {wrong.dtype}")
     if target.shape != input.shape:
         errors.broadcast(name, input=input, target=target)
     dtype = input.dtype

@@ -173,12 +173,13 @@ def _norm(distance: Distance | None) -> tuple[float, float] | None:
 
 
 def _check(name: str, anchor: Tensor, positive: Tensor, negative: Tensor, margin: float) -> None:
-    tensors = {"anchor": anchor, "positive": positive, "negative": negative}
-    if not all(isinstance(t, Tensor) for t in tensors.values()):
-        errors.not_tensors(name, TypeError, **tensors)
+    for tensor in (anchor, positive, negative):
+        if not isinstance(tensor, Tensor):
+            errors.not_tensors(name, TypeError, anchor=anchor, positive=positive, negative=negative)
     if not margin > 0:
         errors.fail(ValueError, name, f"margin must be greater than 0, got {margin}")
-    errors.same_device(name, **tensors)
+    if not anchor.device == positive.device == negative.device:
+        errors.same_device(name, anchor=anchor, positive=positive, negative=negative)
     if not anchor.dim() == positive.dim() == negative.dim():
         errors.fail(
             RuntimeError,

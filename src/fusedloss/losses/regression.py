@@ -72,7 +72,8 @@ def mse_loss(
         errors.broadcast(name, input=input, target=target)
         errors.warn_broadcast(name, input, target)
     reduction = resolve(name, reduction, size_average, reduce)
-    errors.same_device(name, input=input, target=target, weight=weight)
+    if target.device != input.device or weight is not None:
+        errors.same_device(name, input=input, target=target, weight=weight)
     dtype = input.dtype
     if target.dtype != dtype:
         dtype = torch.promote_types(dtype, target.dtype)  # of 0-dim tensors too
@@ -90,10 +91,10 @@ def mse_loss(
         dtype = torch.promote_types(dtype, weight.dtype)
         if reduction == "mean":
             denominator = weight.sum(dtype=wide(weight))
-    # An integer tensor beside a floating one takes its type.
-    operands = [t if t.is_floating_point() else t.to(dtype) for t in (input, target)]
+    if input.dtype != target.dtype:  # an integer tensor beside a floating one takes its type
+        input, target = (t if t.is_floating_point() else t.to(dtype) for t in (input, target))
     call = PointwiseCall(MSE, (), reduction, denominator, result_dtype(dtype, input))
-    return route.dispatch(name, call, (*operands, weight))
+    return route.dispatch(name, call, (input, target, weight))
 
 
 def _example(shape, dtype, generator):
