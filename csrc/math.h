@@ -229,11 +229,6 @@ FUSEDLOSS_INLINE T sigmoid(T x, T e) {
     return x >= T(0) ? T(1) - t : e - e * t;
 }
 
-template <class T>
-FUSEDLOSS_INLINE T log_sigmoid(T x, T e) {
-    return (x > T(0) ? T(0) : x) - log1p_unit(e);
-}
-
 // The leading 26 bits.
 FUSEDLOSS_INLINE double upper_half(double x) { return from_bits<double>(bits(x) & ~Bits<double>(0) << 27); }
 
@@ -301,13 +296,25 @@ FUSEDLOSS_INLINE double log_or_zero(double x) { return x == 0.0 ? 0.0 : log(x); 
 FUSEDLOSS_INLINE float log1p(float x) { return detail::log1p(x); }
 FUSEDLOSS_INLINE double log1p(double x) { return detail::log1p(x); }
 
-// From e = exp(-|x|): 1.81 and 1.81 ULP in both tails (1.65 and 1.65 with FMA).
-FUSEDLOSS_INLINE float sigmoid(float x) { return detail::sigmoid(x, exp(-abs(x))); }
-FUSEDLOSS_INLINE double sigmoid(double x) { return detail::sigmoid(x, exp(-abs(x))); }
+// exp(-|x|), from which sigmoid and log_sigmoid are made.
+FUSEDLOSS_INLINE float exp_minus_abs(float x) { return exp(-abs(x)); }
+FUSEDLOSS_INLINE double exp_minus_abs(double x) { return exp(-abs(x)); }
 
-// min(x, 0) - log(1 + e), e = exp(-|x|) shared with sigmoid: 1.66 and 1.63 ULP in both tails.
-FUSEDLOSS_INLINE float log_sigmoid(float x) { return detail::log_sigmoid(x, exp(-abs(x))); }
-FUSEDLOSS_INLINE double log_sigmoid(double x) { return detail::log_sigmoid(x, exp(-abs(x))); }
+// log(1 + e) for 0 <= e <= 1.
+FUSEDLOSS_INLINE float log1p_unit(float e) { return detail::log1p_unit(e); }
+FUSEDLOSS_INLINE double log1p_unit(double e) { return detail::log1p_unit(e); }
+
+// From e = exp(-|x|): 1.81 and 1.81 ULP in both tails (1.65 and 1.65 with FMA).
+FUSEDLOSS_INLINE float sigmoid(float x, float e) { return detail::sigmoid(x, e); }
+FUSEDLOSS_INLINE double sigmoid(double x, double e) { return detail::sigmoid(x, e); }
+FUSEDLOSS_INLINE float sigmoid(float x) { return sigmoid(x, exp_minus_abs(x)); }
+FUSEDLOSS_INLINE double sigmoid(double x) { return sigmoid(x, exp_minus_abs(x)); }
+
+// min(x, 0) - l, l = log(1 + exp(-|x|)): 1.66 and 1.63 ULP in both tails.
+FUSEDLOSS_INLINE float log_sigmoid(float x, float l) { return (x > 0.0f ? 0.0f : x) - l; }
+FUSEDLOSS_INLINE double log_sigmoid(double x, double l) { return (x > 0.0 ? 0.0 : x) - l; }
+FUSEDLOSS_INLINE float log_sigmoid(float x) { return log_sigmoid(x, log1p_unit(exp_minus_abs(x))); }
+FUSEDLOSS_INLINE double log_sigmoid(double x) { return log_sigmoid(x, log1p_unit(exp_minus_abs(x))); }
 
 // exp(p log x) for x >= 0 (NaN below), the logarithm in two parts: 0.95 ULP for |p| <= 16, 3 for |p| <= 100.
 FUSEDLOSS_INLINE double pow(double x, double p) { return detail::pow(x, p); }

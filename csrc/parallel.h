@@ -36,6 +36,13 @@ void parallel(int64_t n, int64_t grain, F&& f) {
     });
 }
 
+template <size_t lanes>
+inline double tree_sum(double (&sums)[lanes]) {
+    for (size_t step = lanes / 2; step > 0; step /= 2)
+        for (size_t j = 0; j < step; ++j) sums[j] += sums[j + step];
+    return sums[0];
+}
+
 // Sixteen sums of every sixteenth term, then a tree: the order depends on n alone.
 template <class T>
 FUSEDLOSS_LOOP double ordered_sum(const T* __restrict v, int64_t n) {
@@ -45,9 +52,7 @@ FUSEDLOSS_LOOP double ordered_sum(const T* __restrict v, int64_t n) {
     for (int64_t i = 0; i < whole; i += lanes)
         for (int j = 0; j < lanes; ++j) sums[j] += double(v[i + j]);
     for (int64_t i = whole; i < n; ++i) sums[i - whole] += double(v[i]);
-    for (int step = lanes / 2; step > 0; step /= 2)
-        for (int j = 0; j < step; ++j) sums[j] += sums[j + step];
-    return sums[0];
+    return tree_sum(sums);
 }
 
 // The same of many terms of one sign, four of them added in T before they are widened: twice as fast.
@@ -62,9 +67,7 @@ FUSEDLOSS_LOOP double quick_sum(const T* __restrict v, int64_t n) {
             sums[j] += double((u[j] + u[j + lanes]) + (u[j + 2 * lanes] + u[j + 3 * lanes]));
     }
     for (int64_t i = whole; i < n; ++i) sums[i % lanes] += double(v[i]);
-    for (int step = lanes / 2; step > 0; step /= 2)
-        for (int j = 0; j < step; ++j) sums[j] += sums[j + step];
-    return sums[0];
+    return tree_sum(sums);
 }
 
 // A fresh tensor of this size costs more in page faults than in arithmetic; 2 MiB pages divide them by 512.

@@ -101,20 +101,54 @@ private:
     }
 };
 
-// The innermost loop. Absent results are not computed: the flags are known to the compiler.
-template <class F, class T, bool value, bool grad0, bool grad1>
-FUSEDLOSS_LOOP void block(const F f, const T* __restrict x, const T* __restrict y, const T* __restrict z,
-                          int64_t n, T scale, T* __restrict loss, T* __restrict g0, T* __restrict g1) {
+// A block's operands and, computed from them, its stages; what is absent repeats the first.
+template <class T>
+struct Operands {
+    const T *x, *y, *z, *s0, *s1;
+};
+
+// A stage of a formula: a long chain of instructions, of which a loop of its own overlaps more.
+template <class F, class T, int k>
+FUSEDLOSS_LOOP void stage(const F f, const Operands<T> in, int64_t n, T* __restrict out) {
+    const T* __restrict x = in.x, * __restrict y = in.y, * __restrict z = in.z, * __restrict s0 = in.s0;
+    for (int64_t i = 0; i < n; i += vector) {
+        if constexpr (k == 0) {
+            __builtin_prefetch(x + i + n);
+            __builtin_prefetch(y + i + n);
+        }
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-        if constexpr (value) loss[i] = f.value(x[i], y[i], z[i]);
-        if constexpr (grad0 || grad1) {
-            T d0, d1;
-            f.grad(x[i], y[i], z[i], d0, d1);
-            if constexpr (grad0) g0[i] = d0 * scale;
-            if constexpr (grad1) g1[i] = d1 * scale;
+        for (int64_t j = i; j < i + vector; ++j) out[j] = f.template stage<k>(x[j], y[j], z[j], s0[j], T(0));
+    }
+}
+
+enum Losses { UNUSED, STORED, SUMMED };
+
+// The last loop, which sums in the order of ordered_sum. Absent results are not computed: the flags are known
+// to the compiler.
+template <class F, class T, Losses losses, bool grad0, bool grad1>
+FUSEDLOSS_LOOP double block(const F f, const Operands<T> in, int64_t n, T scale, T* __restrict loss,
+                            T* __restrict g0, T* __restrict g1) {
+    const T* __restrict x = in.x, * __restrict y = in.y, * __restrict z = in.z;
+    const T* __restrict s0 = in.s0, * __restrict s1 = in.s1;
+    double sums[vector] = {};
+    for (int64_t i = 0; i < n; i += vector) {
+        T values[vector];
+#pragma omp simd
+        for (int64_t j = i; j < i + vector; ++j) {
+            if constexpr (losses != UNUSED) values[j - i] = f.value(x[j], y[j], z[j], s0[j], s1[j]);
+            if constexpr (grad0 || grad1) {
+                T d0, d1;
+                f.grad(x[j], y[j], z[j], s0[j], s1[j], d0, d1);
+                if constexpr (grad0) g0[j] = d0 * scale;
+                if constexpr (grad1) g1[j] = d1 * scale;
+            }
+        }
+        for (int64_t j = 0; j < vector; ++j) {
+            if constexpr (losses == STORED) loss[i + j] = values[j];
+            if constexpr (losses == SUMMED) sums[j] += double(values[j]);
         }
     }
+    return losses == SUMMED ? tree_sum(sums) : 0;
 }
 
 // The first element outside the formula's domain, or n.
@@ -152,7 +186,7 @@ int64_t pointwise(const PointwiseArgs& a) {
 
     parallel(blocks, 32, [&](int64_t b) {
         const int64_t start = b * size, n = std::min(size, a.numel - start);
-        alignas(64) T in[max_inputs][size], by[size], values[size], slopes[2][size];
+        alignas(64) T in[max_inputs][size], by[size], values[size], slopes[2][size], staged[2][size];
         const T* x[max_inputs];
         // A remainder loop may round otherwise than the vectors do, and an element's result must not depend
         // on where it stands: the last block is filled up to whole vectors.
@@ -176,20 +210,37 @@ int64_t pointwise(const PointwiseArgs& a) {
         }
 
         T* loss = walk.target(a.loss, LOSS, start, padded == n, values);
-        if (!loss && a.total.data) loss = values;
+        // The filling must not be summed, nor a loss before its weight.
+        const bool summed = a.total.data && !loss && padded == n && !a.multiplier[0].data;
+        if (!loss && a.total.data && !summed) loss = values;
         T* g0 = walk.target(a.grad[0], GRAD, start, padded == n, slopes[0]);
         T* g1 = walk.target(a.grad[1], GRAD + 1, start, padded == n, slopes[1]);
         const T scale = T(a.grad_scale);
-        switch ((loss ? 4 : 0) | (g0 ? 2 : 0) | (g1 ? 1 : 0)) {
-            case 1: block<F, T, false, false, true>(f, x[0], x[1], x[2], padded, scale, loss, g0, g1); break;
-            case 2: block<F, T, false, true, false>(f, x[0], x[1], x[2], padded, scale, loss, g0, g1); break;
-            case 3: block<F, T, false, true, true>(f, x[0], x[1], x[2], padded, scale, loss, g0, g1); break;
-            case 4: block<F, T, true, false, false>(f, x[0], x[1], x[2], padded, scale, loss, g0, g1); break;
-            case 5: block<F, T, true, false, true>(f, x[0], x[1], x[2], padded, scale, loss, g0, g1); break;
-            case 6: block<F, T, true, true, false>(f, x[0], x[1], x[2], padded, scale, loss, g0, g1); break;
-            case 7: block<F, T, true, true, true>(f, x[0], x[1], x[2], padded, scale, loss, g0, g1); break;
-            default: break;
+        const int needs =
+            (loss || summed ? F::needs[0] : 0) | (g0 ? F::needs[1] : 0) | (g1 ? F::needs[2] : 0);
+        Operands<T> all{x[0], x[1], x[2], x[0], x[0]};
+        if constexpr (F::stages > 0) {
+            if (needs & 1) stage<F, T, 0>(f, all, padded, staged[0]), all.s0 = staged[0];
         }
+        if constexpr (F::stages > 1) {
+            if (needs & 2) stage<F, T, 1>(f, all, padded, staged[1]), all.s1 = staged[1];
+        }
+        const auto run = [&](auto losses, auto grad0, auto grad1) {
+            return block<F, T, losses(), grad0(), grad1()>(f, all, padded, scale, loss, g0, g1);
+        };
+        const auto with_grads = [&](auto losses) {
+            constexpr std::true_type yes;
+            constexpr std::false_type no;
+            if (g0) return g1 ? run(losses, yes, yes) : run(losses, yes, no);
+            return g1 ? run(losses, no, yes) : run(losses, no, no);
+        };
+        double sum = 0;
+        if (summed)
+            sum = with_grads(std::integral_constant<Losses, SUMMED>());
+        else if (loss)
+            with_grads(std::integral_constant<Losses, STORED>());
+        else
+            with_grads(std::integral_constant<Losses, UNUSED>());
         for (int k = 0; k < 2; ++k) {
             if (!a.multiplier[k].data) continue;
             const T* m = walk.load(a.multiplier[k], MULTIPLIER + k, start, n, by);
@@ -197,7 +248,7 @@ int64_t pointwise(const PointwiseArgs& a) {
             multiply(g0, m, n);
             multiply(g1, m, n);
         }
-        if (a.total.data) sums[size_t(b)] = ordered_sum(loss, n);
+        if (a.total.data) sums[size_t(b)] = summed ? sum : ordered_sum(loss, n);
         walk.store(a.loss, LOSS, start, n, loss, values);
         walk.store(a.grad[0], GRAD, start, n, g0, slopes[0]);
         walk.store(a.grad[1], GRAD + 1, start, n, g1, slopes[1]);

@@ -34,16 +34,23 @@ template <class T>
 struct tiny {  // losses/tiny.py:2
     static constexpr int operands = 2;
     static constexpr bool has_domain = true;
+    static constexpr int stages = 1;
+    static constexpr int needs[] = {0, 1, 0};  // as bits
     T beta;
     explicit tiny([[maybe_unused]] const double* params) {
         beta = T(params[0]);
     }
-    inline T value(T x, T t, T) const {
+    template <int k>
+    inline T stage(T x, T t, T, T s0, T s1) const {
+        if constexpr (k == 0) return math::exp(x);
+        return T(0);
+    }
+    inline T value(T x, T t, T, T s0, T s1) const {
         const T gap = math::abs((x - t));
         return math::where((gap < beta), (gap * T(2)), std::numeric_limits<T>::infinity());
     }
-    inline void grad(T x, T t, T, T& d0, T& d1) const {
-        d0 = (-math::exp(x));
+    inline void grad(T x, T t, T, T s0, T s1, T& d0, T& d1) const {
+        d0 = (-s0);
         d1 = (t / T(3.0));
     }
     inline bool domain(T x, T t, T) const {
@@ -68,8 +75,27 @@ def f_grad(x, t, w):
 F = Pointwise(f, f_grad)
 """
     text = printer.header({"f.py": source})
-    assert "inline void grad(T x, T t, T w, T& d0, T& d1) const" in text
+    assert "inline void grad(T x, T t, T w, T s0, T s1, T& d0, T& d1) const" in text
     assert "print" not in text.replace("Printed by", "").replace("printer", "")
+
+
+def test_stages_what_is_shared_once() -> None:
+    """sigmoid and log_sigmoid share exp(-|x|); a local variable is put in; a third call stays."""
+    source = """
+def f(x, t):
+    twice = 2.0 * x
+    return m.log_sigmoid(twice) + m.exp(t)
+def f_grad(x, t):
+    return m.sigmoid(-(2.0 * x)), m.log(t)
+F = Pointwise(f, f_grad)
+"""
+    text = printer.header({"f.py": source})
+    assert "if constexpr (k == 0) return math::exp_minus_abs((T(2.0) * x));" in text
+    assert "if constexpr (k == 1) return math::log1p_unit(s0);" in text
+    assert "return (math::log_sigmoid(twice, s1) + math::exp(t));" in text
+    assert "d0 = math::sigmoid((-(T(2.0) * x)), s0);" in text
+    assert "d1 = math::log(t);" in text
+    assert "needs[] = {3, 1, 0};" in text
 
 
 def test_names_every_formula_of_the_losses() -> None:
