@@ -12,7 +12,7 @@ int64_t nll(const RowsArgs& a) {
     constexpr int64_t size = 1024;
     const int64_t blocks = (rows.positions() + size - 1) / size;
     std::vector<double> sums(static_cast<size_t>(blocks));
-    if (a.grad.data) advise_huge_pages(a.grad.data, rows.positions() * a.c * size_of(a.grad.dtype));
+    if (a.grad.data) fill_zero(a.grad.data, rows.positions() * a.c * size_of(a.grad.dtype));
 
     parallel(blocks, 8, [&](int64_t b) {
         double losses[size];
@@ -26,7 +26,6 @@ int64_t nll(const RowsArgs& a) {
             const double w = rows.class_weight(y);
             const int64_t own = a.input.row(n, d) + y * a.input.stride[1];
             if (a.input.data) losses[i] = -w * load_one(a.input.data, a.input.dtype, own);
-            // The caller hands over zeros; only the target's entry is written.
             if (a.grad.data)
                 store_one(a.grad.data, a.grad.dtype, a.grad.row(n, d) + y * a.grad.stride[1],
                           -w * rows.incoming(n, d));

@@ -31,6 +31,42 @@ struct TripletArgs {
     Matrix grad[3];
 };
 
+// out = f v + g w
+template <class T>
+FUSEDLOSS_LOOP void combine(T* __restrict out, T f, const T* __restrict v, T g, const T* __restrict w,
+                            int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = f * v[i] + g * w[i];
+}
+
+template <class T>
+FUSEDLOSS_LOOP void combine(T* __restrict out, T f, const T* __restrict v, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = f * v[i];
+}
+
+// v = a - b + eps; returns the sum of its squares.
+template <class T>
+FUSEDLOSS_LOOP double subtract(const T* __restrict a, const T* __restrict b, T eps, int64_t n,
+                               T* __restrict v) {
+    constexpr int64_t width = 16;
+    double sums[width] = {};
+    const int64_t whole = n - n % width;
+    for (int64_t i = 0; i < whole; i += width) {
+        __builtin_prefetch(a + i + n);
+        __builtin_prefetch(b + i + n);
+        for (int64_t j = 0; j < width; ++j) {
+            v[i + j] = a[i + j] - b[i + j] + eps;
+            sums[j] += double(v[i + j]) * double(v[i + j]);
+        }
+    }
+    for (int64_t i = whole; i < n; ++i) {
+        v[i] = a[i] - b[i] + eps;
+        sums[i - whole] += double(v[i]) * double(v[i]);
+    }
+    return tree_sum(sums);
+}
+
 // |a - b + eps|_p of one pair of rows, and its derivative by the difference.
 template <class T>
 class Distance {
@@ -38,44 +74,35 @@ public:
     Distance(double p, double eps, int64_t n) : p_(p), eps_(T(eps)), difference_(size_t(n)), n_(n) {}
 
     double operator()(const T* __restrict a, const T* __restrict b) {
-        T* __restrict v = difference_.data();
-#pragma omp simd
-        for (int64_t i = 0; i < n_; ++i) v[i] = a[i] - b[i] + eps_;
-        return value_ = norm(v);
+        return value_ = norm(subtract(a, b, eps_, n_, difference_.data()));
     }
 
-    // Adds `scale` times the derivative to `plus` and takes it from `minus`; 0 at distance 0.
-    void add_slope(double scale, T* __restrict plus, T* __restrict minus) const {
-        if (scale == 0 || value_ == 0) return;
-        const T* __restrict v = difference_.data();
-        if (p_ == 2.0) {
-            const T s = T(scale / value_);
-#pragma omp simd
-            for (int64_t i = 0; i < n_; ++i) {
-                plus[i] += s * v[i];
-                minus[i] -= s * v[i];
-            }
-        } else if (p_ == 1.0) {
-            apply([&](T x) { return T(scale) * sign(x); }, plus, minus);
+    // The derivative is this factor times `slope()`; 0 at distance 0. Called once for a pair.
+    T factor(double scale) {
+        if (scale == 0 || value_ == 0) {
+            std::fill(difference_.begin(), difference_.end(), T(0));
+            return T(0);
+        }
+        if (p_ == 2.0) return T(scale / value_);
+        if (p_ == 1.0) {
+            apply([](T x) { return sign(x); });
         } else if (std::isinf(p_)) {
             // The largest coordinates share the derivative evenly.
             int64_t ties = 0;
-            for (int64_t i = 0; i < n_; ++i) ties += double(math::abs(v[i])) == value_;
-            const T share = T(scale / double(ties));
-            apply([&](T x) { return double(math::abs(x)) == value_ ? share * sign(x)
-                                    : x != x                       ? x
-                                                                   : T(0); },
-                  plus, minus);
+            for (T x : difference_) ties += double(math::abs(x)) == value_;
+            scale /= double(ties);
+            apply([&](T x) { return double(math::abs(x)) == value_ ? sign(x) : x != x ? x : T(0); });
         } else {
             // Of the ratio to the distance, so that no power leaves the range; 0 where a coordinate is.
-            apply(
-                [&](T x) {
-                    const double ratio = std::abs(double(x)) / value_;
-                    return ratio == 0 ? T(0) : T(scale * math::pow(ratio, p_ - 1)) * sign(x);
-                },
-                plus, minus);
+            apply([&](T x) {
+                const double ratio = std::abs(double(x)) / value_;
+                return ratio == 0 ? T(0) : T(math::pow(ratio, p_ - 1)) * sign(x);
+            });
         }
+        return T(scale);
     }
+
+    const T* slope() const { return difference_.data(); }
 
 private:
     double p_;
@@ -87,20 +114,17 @@ private:
     static T sign(T x) { return x > 0 ? T(1) : x < 0 ? T(-1) : x; }
 
     template <class F>
-    void apply(F&& slope, T* __restrict plus, T* __restrict minus) const {
-        for (int64_t i = 0; i < n_; ++i) {
-            const T s = slope(difference_[size_t(i)]);
-            plus[i] += s;
-            minus[i] -= s;
-        }
+    void apply(F&& slope) {
+        for (T& x : difference_) x = slope(x);
     }
 
-    double norm(const T* __restrict v) const {
+    double norm(double sum_of_squares) const {
         constexpr int64_t size = 256;
+        const T* __restrict v = difference_.data();
         double terms[size], total = 0, largest = 0;
         if (p_ == 2.0) {
-            total = squares(v, 1.0);
-            if (std::isfinite(total) && (total > 0x1p-960 || total == 0)) return std::sqrt(total);
+            const bool in_range = std::isfinite(sum_of_squares) && sum_of_squares > 0x1p-960;
+            if (in_range || sum_of_squares == 0) return std::sqrt(sum_of_squares);
         }
         for (int64_t i = 0; i < n_; ++i) {
             const double x = std::abs(double(v[i]));
@@ -152,12 +176,17 @@ int64_t triplet(const TripletArgs& a) {
         blocks, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, per_block * f)),
         [&](int64_t begin, int64_t end) {
             Distance<T> to_positive(a.p, a.eps, f), to_negative(a.p, a.eps, f), swapped(a.p, a.eps, f);
-            std::vector<T> rows[3], slopes[3];
-            for (int k = 0; k < 3; ++k) {
-                rows[k].resize(size_t(f));
-                slopes[k].resize(size_t(f));
-            }
+            std::vector<T> rows[3];
+            for (auto& row : rows) row.resize(size_t(f));
             std::vector<double> losses(static_cast<size_t>(per_block));
+            const auto write = [&](int k, int64_t row, auto... terms) {
+                const Matrix& grad = a.grad[k];
+                if (!grad.data) return;
+                const bool direct = grad.dtype == dtype_of<T> && grad.stride == 1;
+                T* out = direct ? static_cast<T*>(grad.row(row)) : rows[k].data();
+                combine(out, terms..., f);
+                if (!direct) store(grad.row(row), grad.dtype, grad.stride, f, out);
+            };
             const bool wanted = a.grad[0].data || a.grad[1].data || a.grad[2].data;
             for (int64_t b = begin; b < end; ++b) {
                 const int64_t first = b * per_block, count = std::min(per_block, a.rows - first);
@@ -182,15 +211,20 @@ int64_t triplet(const TripletArgs& a) {
                     double g = a.grad_scale;
                     if (a.incoming.data)
                         g *= load_one(a.incoming.data, a.incoming.dtype, row * a.incoming.row_stride);
-                    for (auto& s : slopes) std::fill(s.begin(), s.end(), T(0));
-                    if (!(hinge < 0)) {
-                        to_positive.add_slope(g, slopes[0].data(), slopes[1].data());
-                        to_negative.add_slope(-g * by_far, slopes[0].data(), slopes[2].data());
-                        if (a.swap) swapped.add_slope(-g * (1 - by_far), slopes[1].data(), slopes[2].data());
+                    if (hinge < 0) g = 0;
+                    const T to_near = to_positive.factor(g), to_far = to_negative.factor(-g * by_far);
+                    const T *near_slope = to_positive.slope(), *far_slope = to_negative.slope();
+                    if (!a.swap) {
+                        write(0, row, to_near, near_slope, to_far, far_slope);
+                        write(1, row, -to_near, near_slope);
+                        write(2, row, -to_far, far_slope);
+                    } else {
+                        const T to_other = swapped.factor(-g * (1 - by_far));
+                        const T* other_slope = swapped.slope();
+                        write(0, row, to_near, near_slope, to_far, far_slope);
+                        write(1, row, -to_near, near_slope, to_other, other_slope);
+                        write(2, row, -to_far, far_slope, -to_other, other_slope);
                     }
-                    for (int k = 0; k < 3; ++k)
-                        if (a.grad[k].data)
-                            store(a.grad[k].row(row), a.grad[k].dtype, a.grad[k].stride, f, slopes[k].data());
                 }
                 sums[size_t(b)] = ordered_sum(losses.data(), count);
             }

@@ -26,7 +26,7 @@ def forward(
 ) -> tuple[Tensor, list[Slot]]:
     input, target, weight = tensors
     assert input is not None and target is not None
-    grads = _gradients(call, input, target, needed)
+    grads = _gradients(input, target, needed)
     if call.reduction == "none":
         result = input.new_empty(call.shape(input, target), dtype=call.dtype)
         _launch(call, input, target, weight, None, result, None, grads)
@@ -41,20 +41,18 @@ def backward(
 ) -> list[Slot]:
     input, target, weight = tensors
     assert input is not None and target is not None
-    grads = _gradients(call, input, target, needed)
+    grads = _gradients(input, target, needed)
     _launch(call, input, target, weight, incoming, None, None, grads)
     return grads
 
 
-def _gradients(call: RowsCall, input: Tensor, target: Tensor, needed: Sequence[bool]) -> list[Slot]:
+def _gradients(input: Tensor, target: Tensor, needed: Sequence[bool]) -> list[Slot]:
     """Memory for the gradients that are needed; its dimensions d1, ... are always collapsible."""
     grads: list[Slot] = [None, None]
-    # The kernel of nll writes the target's entry alone.
-    like = torch.empty_like if call.loss == "cross_entropy" else torch.zeros_like
     for k, need in enumerate(needed[:2]):
         if need:
             tensor = target if k else input
-            grad = like(_flat(tensor, 2))
+            grad = torch.empty_like(_flat(tensor, 2))
             grads[k] = grad.view(tensor.shape) if tensor.dim() > 3 else grad
     return grads
 
