@@ -154,20 +154,37 @@ FUSEDLOSS_LOOP void weigh(T* __restrict part, T hard, T soft, const T* __restric
         for (int64_t i = 0; i < n; ++i) part[i] *= w[i];
 }
 
-// The sum of part * (x - origin). 0 * -inf is 0 here: a class without probability does not count.
+struct SoftSums {
+    double mass, dot;
+};
+
+// The sums of part and of part * (x - origin), each of terms of one sign: see quick_sum. 0 * -inf is 0 here:
+// a class without probability does not count.
 template <class T>
-FUSEDLOSS_LOOP double dot(const T* __restrict part, const T* __restrict x, double origin, int64_t n) {
-    constexpr int width = 16;
-    double sums[width] = {};
-    const int64_t whole = n - n % width;
+FUSEDLOSS_LOOP SoftSums soft_sums(const T* __restrict part, const T* __restrict x, T origin, int64_t n) {
+    constexpr int64_t lanes = 16, group = 4 * lanes;
+    double masses[lanes] = {}, dots[lanes] = {};
     const auto term = [&](int64_t i) {
-        const double product = double(part[i]) * (double(x[i]) - origin);
-        return part[i] == T(0) && x[i] == x[i] ? 0.0 : product;
+        const T product = part[i] * (x[i] - origin);
+        return part[i] == T(0) && x[i] == x[i] ? T(0) : product;
     };
-    for (int64_t i = 0; i < whole; i += width)
-        for (int j = 0; j < width; ++j) sums[j] += term(i + j);
-    for (int64_t i = whole; i < n; ++i) sums[i - whole] += term(i);
-    return ordered_sum(sums, width);
+    const int64_t whole = n - n % group;
+    for (int64_t i = 0; i < whole; i += group) {
+        for (int64_t line = 0; line < group; line += lanes) __builtin_prefetch(part + i + line + n);
+        T terms[group];
+#pragma omp simd
+        for (int64_t j = 0; j < group; ++j) terms[j] = term(i + j);
+        const T *u = terms, *v = part + i;
+        for (int64_t j = 0; j < lanes; ++j) {
+            dots[j] += double((u[j] + u[j + lanes]) + (u[j + 2 * lanes] + u[j + 3 * lanes]));
+            masses[j] += double((v[j] + v[j + lanes]) + (v[j + 2 * lanes] + v[j + 3 * lanes]));
+        }
+    }
+    for (int64_t i = whole; i < n; ++i) {
+        dots[i % lanes] += double(term(i));
+        masses[i % lanes] += double(part[i]);
+    }
+    return {tree_sum(masses), tree_sum(dots)};
 }
 
 // What the passes over a row gather, and what the last pass needs of it.
@@ -242,8 +259,10 @@ private:
     const T* soft_part(int64_t n, int64_t d, int64_t c, int64_t count) {
         const T* w = r.weight ? r.weight + c : nullptr;
         if (a.probabilities) {
-            const int64_t offset = a.target.row(n, d) + c * a.target.stride[1];
-            load_strided<T>(a.target.at(offset), a.target.dtype, a.target.stride[1], count, q_buffer);
+            const void* from = a.target.at(a.target.row(n, d) + c * a.target.stride[1]);
+            if (!w && r.soft == T(0))
+                return load<T>(from, a.target.dtype, a.target.stride[1], count, q_buffer);
+            load_strided<T>(from, a.target.dtype, a.target.stride[1], count, q_buffer);
         } else if (w) {
             std::fill_n(q_buffer, count, T(0));
         } else {
@@ -290,8 +309,9 @@ private:
             s.others += quick_sum(e, count);
             if (soft) {
                 if (const T* part = soft_part(n, d, c, count)) {
-                    s.mass += ordered_sum(part, count);
-                    s.dot += dot<T>(part, x, s.max, count);
+                    const SoftSums sums = soft_sums<T>(part, x, origin, count);
+                    s.mass += sums.mass;
+                    s.dot += sums.dot;
                 } else {
                     s.mass += double(r.soft) * double(count);
                     s.dot += double(r.soft) * (ordered_sum(x, count) - double(count) * s.max);
