@@ -73,7 +73,7 @@ class Assigned(ast.NodeTransformer):
     def __init__(self) -> None:
         self.values: dict[str, ast.expr] = {}
 
-    def visit_Name(self, node: ast.Name) -> ast.expr:  # noqa: N802
+    def visit_Name(self, node: ast.Name) -> ast.expr:
         return self.values.get(node.id, node)
 
     def whole(self, node: ast.expr) -> ast.expr:
