@@ -7,6 +7,7 @@ from types import TracebackType
 from .errors import fail
 
 LEVELS = ("default", "eager", "strict")
+EAGER, STRICT = 1, 2
 _level = 0
 
 
@@ -14,8 +15,8 @@ class checks:  # noqa: N801
     """Sets how much every call of this process is checked, from now on or within a `with`.
 
     'default' is what PyTorch checks; on a GPU, a class index out of range is raised at the next call,
-    since to look at once would stop the queue. 'eager' looks at once. 'strict' also refuses what
-    PyTorch lets pass and users rue.
+    since to look at once would stop the queue. 'eager' looks at once. 'strict' also refuses, with a
+    ValueError, what PyTorch lets pass and users rue: docs/compatibility.md lists it.
 
         fusedloss.checks("strict")
         with fusedloss.checks("eager"):
@@ -48,9 +49,9 @@ class checks:  # noqa: N801
 
 def eager() -> bool:
     """Whether an error must be raised by the call that makes it."""
-    return _level >= LEVELS.index("eager")
+    return _level >= EAGER
 
 
 def strict() -> bool:
     """Whether to refuse what PyTorch lets pass and users rue."""
-    return _level >= LEVELS.index("strict")
+    return _level >= STRICT

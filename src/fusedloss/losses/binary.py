@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .. import errors, route
+from .. import errors, route, strict, strictness
 from .. import formula as m
 from ..calls import PointwiseCall
 from ..define import Loss, Pointwise, normal, plain, register, uniform
@@ -210,6 +210,8 @@ def binary_cross_entropy_with_logits(
         errors.not_floating(name, NotImplementedError, "log_sigmoid_cpu", input=input)
     if not target.is_floating_point():
         errors.not_floating(name, RuntimeError, name, target=target)
+    if strictness.strict():
+        strict.check(name, input, target)
     if weight is not None:
         errors.expands(name, input.shape, weight=weight)
         weight = _floating(weight, input)

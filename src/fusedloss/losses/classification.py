@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .. import errors, route
+from .. import errors, route, strict, strictness
 from ..calls import RowsCall
 from ..define import Loss, normal, plain, register, uniform
 from ..reduce import resolve, result_dtype
@@ -281,6 +281,8 @@ def _check_weight(name: str, input: Tensor, weight: Tensor) -> None:
 
 
 def _run(name: str, call: RowsCall, input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    if strictness.strict():
+        strict.check(name, input, target, reduction=call.reduction, ignore_index=call.ignore_index)
     why = None
     if call.probabilities and input.numel() == 0 and input.shape[min(input.dim() - 1, 1)] == 0:
         why = "there are no classes"

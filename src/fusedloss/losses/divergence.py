@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .. import errors, route
+from .. import errors, route, strict, strictness
 from .. import formula as m
 from ..calls import PointwiseCall
 from ..define import Loss, Pointwise, normal, register
@@ -105,6 +105,8 @@ def kl_div(
         errors.fail(RuntimeError, name, f"{kind} inputs not supported: {argument} is {wrong.dtype}")
     if target.shape != input.shape:
         errors.broadcast(name, input=input, target=target)
+    if strictness.strict():
+        strict.check(name, input, target, reduction=reduction, log_target=log_target)
     dtype = input.dtype
     if target.dtype != dtype:
         dtype = promoted(input, target)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .. import errors, route
+from .. import errors, route, strict, strictness
 from ..calls import PointwiseCall
 from ..define import Loss, Pointwise, normal, plain, register, uniform
 from ..reduce import resolve, result_dtype, wide
@@ -68,6 +68,8 @@ def mse_loss(
     name = "mse_loss"
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         errors.not_tensors(name, AttributeError, input=input, target=target)
+    if strictness.strict():
+        strict.check(name, input, target)
     if target.shape != input.shape:
         errors.broadcast(name, input=input, target=target)
         errors.warn_broadcast(name, input, target)
