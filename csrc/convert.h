@@ -91,7 +91,7 @@ inline void load_strided(const void* data, int64_t dtype, int64_t stride, int64_
         if (stride == 1) {
 #pragma omp simd
             for (int64_t i = 0; i < n; ++i) buffer[i] = convert<S, T>(from[i]);
-        } else if (stride == 0) {
+        } else if (stride == 0 && n > 0) {  // without elements there may be no memory
             const T v = convert<S, T>(from[0]);
             for (int64_t i = 0; i < n; ++i) buffer[i] = v;
         } else {

@@ -35,6 +35,18 @@ constexpr struct {
 #undef ROW
 };
 
+// Returned where scratch memory could not be had: no exception may leave through the C ABI.
+constexpr int64_t no_memory = -2;
+
+template <class F>
+int64_t guarded(F&& f) {
+    try {
+        return f();
+    } catch (...) {
+        return no_memory;
+    }
+}
+
 }  // namespace
 
 EXPORT void fusedloss_set_parallel_for(void* function) {
@@ -47,19 +59,23 @@ EXPORT const char* fusedloss_formula(int64_t number) {
     return number >= 0 && number < count ? formulas[number].name : nullptr;
 }
 
-EXPORT int64_t fusedloss_pointwise(const fusedloss::PointwiseArgs* a) { return formulas[a->formula].run(*a); }
+EXPORT int64_t fusedloss_pointwise(const fusedloss::PointwiseArgs* a) {
+    return guarded([&] { return formulas[a->formula].run(*a); });
+}
 
 EXPORT int64_t fusedloss_cross_entropy(const fusedloss::RowsArgs* a) {
     const bool wide = any_double(a->input, a->probabilities ? a->target : a->input);
-    return wide ? fusedloss::cross_entropy<double>(*a) : fusedloss::cross_entropy<float>(*a);
+    return guarded(
+        [&] { return wide ? fusedloss::cross_entropy<double>(*a) : fusedloss::cross_entropy<float>(*a); });
 }
 
 EXPORT int64_t fusedloss_nll_loss(const fusedloss::RowsArgs* a) {
-    return any_double(a->input, a->grad) ? fusedloss::nll<double>(*a) : fusedloss::nll<float>(*a);
+    const bool wide = any_double(a->input, a->grad);
+    return guarded([&] { return wide ? fusedloss::nll<double>(*a) : fusedloss::nll<float>(*a); });
 }
 
 EXPORT int64_t fusedloss_triplet(const fusedloss::TripletArgs* a) {
-    for (const fusedloss::Matrix& input : a->input)
-        if (input.dtype == fusedloss::F64) return fusedloss::triplet<double>(*a);
-    return fusedloss::triplet<float>(*a);
+    bool wide = false;
+    for (const fusedloss::Matrix& input : a->input) wide |= input.dtype == fusedloss::F64;
+    return guarded([&] { return wide ? fusedloss::triplet<double>(*a) : fusedloss::triplet<float>(*a); });
 }

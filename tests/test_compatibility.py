@@ -156,6 +156,97 @@ def _() -> None:
 
 @deviation
 def _() -> None:
+    """`triplet_margin_loss`: a distance does not overflow where its powers would"""
+    a, b, c = torch.full((3, 1, 4), 1e200, dtype=torch.float64) * tensor([[[1]], [[2]], [[3]]])
+    assert theirs.triplet_margin_loss(a, b, c).isnan()
+    assert ours.triplet_margin_loss(a, c, b).item() == pytest.approx(2e200, rel=1e-12)
+
+
+@deviation
+def _() -> None:
+    """A bool tensor counts as 0 and 1"""
+    x, y, t = torch.randn(2, 3), torch.randn(2, 3), torch.randn(2, 3) > 0
+    refuses(RuntimeError, theirs.triplet_margin_loss, x, y, t)
+    torch.testing.assert_close(
+        ours.triplet_margin_loss(x, y, t), ours.triplet_margin_loss(x, y, t.float())
+    )
+    refuses(RuntimeError, theirs.mse_loss, x, t, weight=y)
+    torch.testing.assert_close(ours.mse_loss(x, t, weight=y), ours.mse_loss(x, t.float(), weight=y))
+
+
+@deviation
+def _() -> None:
+    """`triplet_margin_loss` with infinite coordinates: a loss of 0 has the gradient 0, and a NaN one no
+    gradient that hides it"""
+    a, b, c = tensor([[1.0]]), tensor([[2.0]]), tensor([[INF]])
+    assert theirs.triplet_margin_loss(a, b, c) == ours.triplet_margin_loss(a, b, c) == 0
+    assert gradient(theirs.triplet_margin_loss, a, b, c).isnan()
+    assert gradient(ours.triplet_margin_loss, a, b, c) == 0
+    assert gradient(theirs.triplet_margin_loss, c, b, c, p=1.0) == 0
+    assert gradient(ours.triplet_margin_loss, c, b, c, p=1.0).isnan()
+
+
+@deviation
+def _() -> None:
+    """`mse_loss` refuses complex tensors, with a weight too"""
+    x = torch.randn(2, dtype=torch.complex64)
+    theirs.mse_loss(x, x, weight=torch.rand(2))
+    refuses(NotImplementedError, theirs.mse_loss, x, x)
+    refuses(NotImplementedError, ours.mse_loss, x, x, weight=torch.rand(2))
+    theirs.mse_loss(x.real, x.real, weight=x)
+    refuses(NotImplementedError, ours.mse_loss, x.real, x.real, weight=x)
+
+
+@deviation
+def _() -> None:
+    """`binary_cross_entropy_with_logits` with an infinite target or `pos_weight`: the gradient is the
+    formula's limit"""
+    x, t, w = tensor([0.5]), tensor([0.5]), tensor([INF])
+    assert gradient(theirs.binary_cross_entropy_with_logits, x, t, pos_weight=w).isnan()
+    assert gradient(ours.binary_cross_entropy_with_logits, x, t, pos_weight=w) == -INF
+
+
+@deviation
+def _() -> None:
+    """`nll_loss`: images of any layout have a gradient"""
+    x = torch.randn(3, 3, 8, 1).movedim(2, 1)
+    refuses(RuntimeError, lambda: gradient(theirs.nll_loss, x, torch.zeros(3, 3, 1).long()))
+    assert gradient(ours.nll_loss, x, torch.zeros(3, 3, 1).long()).shape == x.shape
+
+
+@deviation
+def _() -> None:
+    """`cross_entropy`, `nll_loss` of images without classes: any index is out of range"""
+    x, target = torch.zeros(2, 0, 3), torch.zeros(2, 3).long()
+    for name in ("cross_entropy", "nll_loss"):
+        refuses(RuntimeError, getattr(theirs, name), x, target)
+        refuses(IndexError, getattr(ours, name), x, target)
+
+
+@deviation
+def _() -> None:
+    """Types are checked of empty tensors too"""
+    x, target = torch.zeros(0, 3).byte(), torch.zeros(0, 3)
+    assert theirs.cross_entropy(x, target).isnan()
+    refuses(NotImplementedError, ours.cross_entropy, x, target)
+
+
+@deviation
+def _() -> None:
+    """`kl_div` with a target that is infinite or subnormal: the gradient by it is the formula's"""
+    x, t = tensor([-1.0] * 5).double(), tensor([5e-324] * 5, dtype=torch.float64)
+    slope = (math.log(5e-324) + 2) / 5
+    assert gradient(theirs.kl_div, x, t, by=1, reduction="batchmean")[0].item() != slope
+    assert gradient(ours.kl_div, x, t, by=1, reduction="batchmean")[0].item() == pytest.approx(
+        slope
+    )
+    t = tensor([INF] * 5)
+    assert gradient(theirs.kl_div, x.float(), t, by=1, reduction="sum").isnan().all()
+    assert gradient(ours.kl_div, x.float(), t, by=1, reduction="sum").isinf().all()
+
+
+@deviation
+def _() -> None:
     """`reduction='elementwise_mean'`, deprecated, is taken by every loss"""
     tensors = torch.randn(3, 2, 4)
     name = "triplet_margin_with_distance_loss"

@@ -85,6 +85,8 @@ TABLE = [
     Bad(CE, "two indices of one row", ValueError, r"target size: 2", (X[0], Y[:2])),
     Bad(NLL, "no class dimension", ValueError, r"Expected 1 or more dimensions \(got 0\): input is \(C\)", (X[0, 0], Y[0])),
     Bad(CE, "no class dimension", RuntimeError, r"target .*torch.int64", (X[0, 0], Y[0])),
+    *(Bad(f, "another batch, multi-target", ValueError, r"batch_size \(3\) to match target batch_size \(2\)", (X, torch.zeros(2, 4, dtype=torch.long))) for f in (CE, NLL)),
+    *(Bad(f, "no batch, no target dimension", IndexError, r"batch_size \(0\) to match target batch_size \(none\)", (X[:0], Y[0])) for f in (CE, NLL)),
     # settings of the classes
     Bad(CE, "weight too short", RuntimeError, r"weight .* all 4 classes .* \[3\]", (X, Y), {"weight": torch.ones(3)}),
     Bad(CE, "weight with two dimensions", RuntimeError, r"weight .* all 4 classes .* \[1, 4\]", (X, Y), {"weight": torch.ones(1, 4)}),
@@ -153,6 +155,10 @@ TABLE = [
     Bad(TRIPLET, "p is 0", ValueError, r"p must be greater than 0, got 0", EXAMPLE[TRIPLET], {"p": 0}, True),
     Bad(TRIPLET, "p below 0", ValueError, r"p must be greater than 0, got -2\.0", EXAMPLE[TRIPLET], {"p": -2.0}, True),
     Bad(TRIPLET, "p is NaN", ValueError, r"p must be greater than 0, got nan", EXAMPLE[TRIPLET], {"p": NAN}, True),
+    Bad(TRIPLET, "inf norm of nothing", RuntimeError, r"cannot compute the inf norm on the last dimension", (X[:, :0], P[:, :0], X[:, :0]), {"p": float("inf")}),
+    Bad(BCE, "complex weight", RuntimeError, r"weight must be real floating point, got torch\.complex64", (X, P), {"weight": COMPLEX}),
+    Bad(LOGITS, "complex weight", RuntimeError, r"weight must be real floating point, got torch\.complex64", (X, P), {"weight": COMPLEX}),
+    Bad(LOGITS, "complex pos_weight", RuntimeError, r"weight must be real floating point, got torch\.complex64", (X, P), {"pos_weight": COMPLEX}),
     # devices
     Bad(CE, "input elsewhere", RuntimeError, r"target is on cpu, input on meta", (META, Y)),
     Bad(CE, "weight elsewhere", RuntimeError, r"weight is on meta, input on cpu", (X, Y), {"weight": META[0]}),

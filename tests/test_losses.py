@@ -505,3 +505,33 @@ def test_second_backward(case: Case, reduction: str, factor: float, generator: G
         assert all(map(same_bits, first, kept))
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(value, moving, incoming)
+
+
+# Ties
+
+
+@pytest.mark.parametrize("options", [{"p": float("inf")}, {"swap": True}], ids=str)
+def test_ties_share_the_gradient(options: Options) -> None:
+    """Of the largest coordinates, and of the two negative distances."""
+    rows = ([0.0, 0.0, 0.0, 0.0], [2.0, 2.0, -2.0, 2.0], [1.0, 1.0, -1.0, 1.0])
+    tensors = tuple(torch.tensor([row], dtype=torch.float64) for row in rows)
+    options = {**options, "eps": 0.0, "margin": 3.0, "reduction": "sum"}
+    ours = run(fusedloss.triplet_margin_loss, tensors, options, (0, 1, 2))
+    theirs = run(torch.nn.functional.triplet_margin_loss, tensors, options, (0, 1, 2))
+    for (_, a), (_, e) in zip(ours.named(), theirs.named(), strict=True):
+        torch.testing.assert_close(a, e)
+
+
+# Where probabilities are nearly certain
+
+
+def test_binary_cross_entropy_towards_the_edges() -> None:
+    small = 10.0 ** -torch.arange(1, 15, dtype=torch.float64)
+    x = torch.cat((small, 1 - small, torch.tensor([0.0, 1.0], dtype=torch.float64)))
+    for target in (0.0, 0.3, 1.0):
+        tensors = (x, torch.full_like(x, target))
+        options = {"reduction": "none"}
+        ours = run(fusedloss.binary_cross_entropy, tensors, options, (0,))
+        theirs = run(torch.nn.functional.binary_cross_entropy, tensors, options, (0,))
+        for (_, a), (_, e) in zip(ours.named(), theirs.named(), strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-12)

@@ -23,6 +23,7 @@ DTYPES = {
     torch.uint32: 10,
     torch.uint64: 11,
 }
+NO_MEMORY = -2  # what a kernel returns where it found none
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

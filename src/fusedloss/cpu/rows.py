@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import errors, reduce
 from ..calls import RowsCall
-from .load import DTYPES, library
+from .load import DTYPES, NO_MEMORY, library
 
 Slot = Tensor | None
 ABSENT = (0, 0, 0, 0, 0)
@@ -117,5 +117,7 @@ def _launch(
         *_classes(grads[1]),
     )
     outside = getattr(library(), f"fusedloss_{call.loss}")(arguments)
+    if outside == NO_MEMORY:
+        errors.no_memory(call.loss)
     if outside >= 0:
         errors.out_of_range(call.loss, input, target, outside, call.ignore_index)

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import errors
 from ..calls import TripletCall
-from .load import DTYPES, library
+from .load import DTYPES, NO_MEMORY, library
 
 Slot = Tensor | None
 
@@ -100,4 +101,5 @@ def _launch(
             for n in _matrix(None if g is None else g.reshape(rows, features), features)
         ),
     )
-    library().fusedloss_triplet(arguments)
+    if library().fusedloss_triplet(arguments) == NO_MEMORY:
+        errors.no_memory(call.loss)

@@ -48,7 +48,7 @@ def bce_with_logits_pos(x, t, w):
 
 def bce_with_logits_pos_grad(x, t, w):
     slope = (1.0 - t) - ((w - 1.0) * t + 1.0) * m.sigmoid(-x)
-    return slope, -x - (w - 1.0) * m.log_sigmoid(x), -t * m.log_sigmoid(x)
+    return slope, m.log_sigmoid(-x) - w * m.log_sigmoid(x), -t * m.log_sigmoid(x)
 
 
 BCE_WITH_LOGITS_POS = Pointwise(bce_with_logits_pos, bce_with_logits_pos_grad)
@@ -121,7 +121,7 @@ def binary_cross_entropy(
         errors.not_floating(name, NotImplementedError, name, input=input, target=target)
     if weight is not None:
         errors.expands(name, input.shape, weight=weight)
-        weight = _floating(weight, input)
+        weight = _floating(name, weight, input)
     call = PointwiseCall(BCE, (), reduction, None, dtype)
     try:
         return route.dispatch(name, call, (input, target, weight))
@@ -214,18 +214,21 @@ def binary_cross_entropy_with_logits(
         strict.check(name, input, target)
     if weight is not None:
         errors.expands(name, input.shape, weight=weight)
-        weight = _floating(weight, input)
+        weight = _floating(name, weight, input)
     dtype = result_dtype(target.dtype, target)
     if pos_weight is None:
         call = PointwiseCall(BCE_WITH_LOGITS, (), reduction, None, dtype)
         return route.dispatch(name, call, (input, target, weight))
     errors.expands(name, input.shape, pos_weight=pos_weight)
     call = PointwiseCall(BCE_WITH_LOGITS_POS, (), reduction, None, dtype)
-    return route.dispatch(name, call, (input, target, _floating(pos_weight, input), weight))
+    pos_weight = _floating(name, pos_weight, input)
+    return route.dispatch(name, call, (input, target, pos_weight, weight))
 
 
-def _floating(weight: Tensor, input: Tensor) -> Tensor:
+def _floating(name: str, weight: Tensor, input: Tensor) -> Tensor:
     """Integer weights are as good as others."""
+    if weight.is_complex():
+        errors.not_floating(name, RuntimeError, name, weight=weight)
     return weight if weight.is_floating_point() else weight.to(input.dtype)
 
 

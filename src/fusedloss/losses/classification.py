@@ -247,19 +247,19 @@ def _check_indices(
 
 def _bad_shape(name: str, shape: torch.Size, wanted: torch.Size) -> None:
     fits = list(shape[:1] + shape[2:])
+    if not wanted or wanted[0] != shape[0]:
+        errors.fail(
+            ValueError if wanted or shape[0] else IndexError if len(shape) == 2 else RuntimeError,
+            name,
+            f"Expected input batch_size ({shape[0]}) to match target batch_size "
+            f"({wanted[0] if wanted else 'none'}): input {list(shape)}, target {list(wanted)}",
+        )
     if len(shape) == 2 and len(wanted) > 1:
         errors.fail(
             RuntimeError,
             name,
             f"0D or 1D target tensor expected, multi-target not supported: input {list(shape)} needs "
             f"a target {fits}, got {list(wanted)}",
-        )
-    if not wanted or wanted[0] != shape[0]:
-        errors.fail(
-            ValueError,
-            name,
-            f"Expected input batch_size ({shape[0]}) to match target batch_size "
-            f"({wanted[0] if wanted else 'none'}): input {list(shape)}, target {list(wanted)}",
         )
     errors.fail(
         RuntimeError,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -69,7 +70,7 @@ def triplet_margin_loss(
     Raises:
         ValueError: unknown `reduction`; `margin` or `p` not above 0.
         RuntimeError: numbers of dimensions that differ; shapes that do not broadcast; devices that
-            differ.
+            differ; the inf norm of no coordinates.
         TypeError: an argument that is no tensor.
     """
     if has_torch_function_variadic(anchor, positive, negative):
@@ -208,11 +209,25 @@ def _triplet(
     for other in tensors[1:]:
         if other.dtype != dtype:
             dtype = torch.promote_types(dtype, other.dtype)
+    if dtype != anchor.dtype or dtype != positive.dtype or dtype != negative.dtype:
+        # The distance of two integer tensors has the default type, whatever the third is.
+        pairs = ((anchor, positive), (anchor, negative), (positive, negative))[: 2 + swap]
+        for pair in pairs:
+            if not any(t.is_floating_point() or t.is_complex() for t in pair):
+                dtype = torch.promote_types(dtype, torch.get_default_dtype())
     if dtype.is_complex:
         dtype = dtype.to_real()
     elif not dtype.is_floating_point:
         dtype = torch.get_default_dtype()
+    if p == math.inf and anchor.dim() and 0 in {t.shape[-1] for t in tensors}:
+        errors.fail(
+            RuntimeError,
+            name,
+            "linalg.vector_norm cannot compute the inf norm on the last dimension because it is empty",
+        )
     why = None if anchor.dim() else "the inputs are 0-dim"
+    if anchor.dim() and not anchor.shape[-1] == positive.shape[-1] == negative.shape[-1]:
+        why = "the features broadcast"  # each distance is taken over those of its own two tensors
     call = TripletCall(
         float(margin), float(p), float(eps), swap, reduction, result_dtype(dtype, anchor)
     )

@@ -90,7 +90,13 @@ def mse_loss(
                 "Weights and input must have the same size. weight has shape "
                 f"{list(weight.shape)}, input {list(input.shape)}",
             )
+        if weight.is_complex():
+            errors.not_floating(name, NotImplementedError, "mse_cpu", weight=weight)
         dtype = torch.promote_types(dtype, weight.dtype)
+        if weight.dtype is torch.float64:
+            input = input.to(
+                torch.float64
+            )  # the kernel computes in the widest type of its operands
         if reduction == "mean":
             denominator = weight.sum(dtype=wide(weight))
     if input.dtype != target.dtype:  # an integer tensor beside a floating one takes its type
