@@ -1,0 +1,396 @@
+// Random calls of the C ABI for the sanitizers and valgrind: every kernel, type, layout and size around the
+// blocks, on one thread and on a pool of its own. Each tensor is one allocation of exactly its size; outputs
+// are checked for bytes that no result belongs to, inputs have NaN between their elements, and the pool
+// must give the bits of one thread. Usage: driver SEED CALLS CALLERS
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <thread>
+#include <utility>
+
+#include "../../csrc/kernels.cpp"
+
+namespace {
+
+using namespace fusedloss;
+using Sizes = std::vector<int64_t>;
+
+constexpr unsigned char untouched = 0xA5, gap = 0xFF;  // floats of gap bytes are NaN
+
+constexpr struct {
+    const char* name;
+    int operands, params;
+} pointwise_kernels[] = {
+#define ROW(name) {#name, formulas::name<double>::operands, int((sizeof(formulas::name<double>) + 7) / 8)},
+    FUSEDLOSS_FORMULAS(ROW)
+#undef ROW
+};
+
+void require(bool holds, const std::string& what) {
+    if (holds) return;
+    std::fprintf(stderr, "driver: %s\n", what.c_str());
+    std::abort();
+}
+
+// As torch_parallel_for: stretches of at least `grain`, each on a thread.
+int32_t pool(int64_t begin, int64_t end, int64_t grain, RangeFunction f, void* context) {
+    const int64_t count = std::clamp<int64_t>((end - begin) / std::max<int64_t>(grain, 1), 1, 4);
+    const int64_t each = (end - begin + count - 1) / count;
+    std::vector<std::thread> threads;
+    for (int64_t from = begin; from < end; from += each)
+        threads.emplace_back([=] { f(from, std::min(from + each, end), context); });
+    for (std::thread& t : threads) t.join();
+    return 0;
+}
+
+int32_t alone(int64_t begin, int64_t end, int64_t, RangeFunction f, void* context) {
+    f(begin, end, context);
+    return 0;
+}
+
+thread_local ParallelFor chosen = alone;
+int32_t choose(int64_t begin, int64_t end, int64_t grain, RangeFunction f, void* context) {
+    return chosen(begin, end, grain, f, context);
+}
+
+class Random {
+public:
+    explicit Random(uint64_t seed) : engine(seed) {}
+    int64_t below(int64_t n) { return int64_t(engine() % uint64_t(n)); }
+    bool chance(int percent) { return below(100) < percent; }
+    double uniform(double low, double high) {
+        return std::uniform_real_distribution<double>(low, high)(engine);
+    }
+    template <class T>
+    T of(std::initializer_list<T> choices) {
+        return choices.begin()[below(int64_t(choices.size()))];
+    }
+    std::mt19937_64 engine;
+};
+
+// Elements of a call: now and then enough for several threads.
+int64_t budget(Random& r) { return r.chance(8) ? 100000 : 4000; }
+
+// A size near the borders of vectors and blocks, or small.
+int64_t size(Random& r, int64_t most) {
+    if (r.chance(5)) return 0;
+    if (r.chance(50)) return 1 + r.below(std::min<int64_t>(most, 20));
+    const int64_t near = r.of<int64_t>({16, 64, 256, 1024, 2048, 4096, 33000});
+    return std::clamp<int64_t>(near - 2 + r.below(5), 0, most);
+}
+
+struct Tensor {
+    int64_t dtype = F32;
+    Sizes sizes, strides;
+    int64_t bytes = 0;
+    unsigned char fill = 0;
+    std::unique_ptr<unsigned char[]> memory;
+
+    void* data() const { return bytes ? memory.get() : nullptr; }
+    explicit operator bool() const { return bytes > 0; }
+
+    template <class F>
+    void each(F&& f) const {
+        if (!bytes) return;
+        const int64_t count =
+            std::accumulate(sizes.begin(), sizes.end(), int64_t(1), std::multiplies<int64_t>());
+        for (int64_t i = 0; i < count; ++i) {
+            int64_t rest = i, offset = 0;
+            for (size_t d = sizes.size(); d-- > 0;) {
+                offset += rest % sizes[d] * strides[d];
+                rest /= sizes[d];
+            }
+            f(i, offset);
+        }
+    }
+
+    void refill(unsigned char with) {
+        fill = with;
+        std::fill_n(memory.get(), bytes, with);
+    }
+
+    Tensor copy() const {
+        Tensor other{dtype, sizes, strides, bytes, fill, nullptr};
+        other.memory.reset(new unsigned char[size_t(bytes)]);
+        std::copy_n(memory.get(), bytes, other.memory.get());
+        return other;
+    }
+
+    // Whether each byte belongs to an element.
+    std::vector<char> owned() const {
+        std::vector<char> bytes_of(size_t(bytes), 0);
+        const int64_t width = size_of(dtype);
+        each(
+            [&](int64_t, int64_t offset) { std::fill_n(bytes_of.begin() + offset * width, width, char(1)); });
+        return bytes_of;
+    }
+
+    void check_finite(const std::string& name) const {
+        each([&](int64_t i, int64_t offset) {
+            require(std::isfinite(load_one(data(), dtype, offset)),
+                    name + ": not finite at " + std::to_string(i));
+        });
+    }
+};
+
+enum Layout { DENSE, ANY, EXPANDED };  // ANY: dimensions in any order, with gaps; EXPANDED: stride 0 too
+
+Tensor make(Random& r, int64_t dtype, const Sizes& sizes, Layout layout, unsigned char fill) {
+    Tensor t{dtype, sizes, Sizes(sizes.size()), 0, fill, nullptr};
+    std::vector<size_t> order(sizes.size());
+    std::iota(order.begin(), order.end(), size_t(0));
+    if (layout != DENSE && r.chance(50)) std::shuffle(order.begin(), order.end(), r.engine);
+    const bool gaps = layout != DENSE && r.chance(50);
+    int64_t step = gaps ? 1 + r.below(3) : 1, last = 0;
+    for (size_t k = order.size(); k-- > 0;) {
+        const size_t d = order[k];
+        const bool expand = layout == EXPANDED && r.chance(20);
+        t.strides[d] = expand ? 0 : step;
+        last += t.strides[d] * std::max<int64_t>(sizes[d] - 1, 0);
+        if (!expand) step = step * std::max<int64_t>(sizes[d], 1) + (gaps ? r.below(3) : 0);
+    }
+    if (std::find(sizes.begin(), sizes.end(), 0) != sizes.end()) return t;
+    t.bytes = (last + 1) * size_of(dtype);
+    t.memory.reset(new unsigned char[size_t(t.bytes)]);
+    std::fill_n(t.memory.get(), t.bytes, fill);
+    return t;
+}
+
+Tensor output(Random& r, bool present, int64_t dtype, const Sizes& sizes, Layout layout) {
+    return present ? make(r, dtype, sizes, layout, untouched) : Tensor{};
+}
+
+Tensor floats(Random& r, int64_t dtype, const Sizes& sizes, Layout layout, double low, double high,
+              bool special) {
+    Tensor t = make(r, dtype, sizes, layout, gap);
+    const double specials[] = {INFINITY, -INFINITY, NAN, 0.0, -0.0, 1.0, 5e-324, 1e-45, 1e38, -1e308, 1e5};
+    t.each([&](int64_t, int64_t at) {
+        const bool odd = special && r.chance(20);
+        store_one(t.data(), dtype, at, odd ? specials[r.below(11)] : r.uniform(low, high));
+    });
+    return t;
+}
+
+int64_t float_type(Random& r) { return r.of<int64_t>({F32, F32, F64, BF16, F16}); }
+
+// Runs the call on one thread and on the pool, over outputs of different bytes: what it leaves in an element
+// must be the same, and so was written; what lies between the elements must be as it was. A refusal by
+// `checked` kernels writes nothing.
+template <class F>
+int64_t on_both(const std::string& name, bool checked, F&& call, std::initializer_list<Tensor*> outputs) {
+    std::vector<Tensor> first;
+    chosen = alone;
+    const int64_t result = call();
+    for (Tensor* t : outputs) {
+        first.push_back(t->copy());
+        t->refill(t->fill == 0 ? 0 : static_cast<unsigned char>(~t->fill));
+    }
+    chosen = pool;
+    require(call() == result, name + ": the pool returns something else");
+    for (size_t k = 0; k < first.size(); ++k) {
+        const Tensor &a = first[k], &b = *outputs.begin()[k];
+        const std::vector<char> owned = a.owned();
+        for (int64_t i = 0; i < a.bytes; ++i) {
+            const auto x = a.memory[size_t(i)], y = b.memory[size_t(i)];
+            const std::string where = name + " output " + std::to_string(k) + ", byte " + std::to_string(i);
+            if (!owned[size_t(i)] || (checked && result >= 0))
+                require(x == a.fill && y == b.fill, where + ": written to");
+            else if (result < 0)
+                require(x == y, where + ": not written, or otherwise by the pool");
+        }
+    }
+    return result;
+}
+
+void pointwise_call(Random& r) {
+    const int64_t number = r.below(int64_t(std::size(pointwise_kernels)));
+    const auto& kernel = pointwise_kernels[number];
+    const std::string name = fusedloss_formula(number);
+    require(name == kernel.name, "the formulas are numbered otherwise");
+    Sizes sizes;
+    for (int64_t d = r.below(4), most = budget(r); d >= 0; --d) {
+        sizes.push_back(size(r, most));
+        most = std::max<int64_t>(1, most / std::max<int64_t>(sizes.back(), 1));
+    }
+    const int64_t numel = std::accumulate(sizes.begin(), sizes.end(), int64_t(1), std::multiplies<int64_t>());
+    const bool dense = r.chance(40), special = r.chance(30), reduced = r.chance(50);
+    const Layout in = dense ? DENSE : EXPANDED, out = dense ? DENSE : ANY;
+    if (dense) sizes = {numel};
+
+    Tensor inputs[max_inputs], multipliers[2];
+    for (int k = 0; k < kernel.operands; ++k)
+        inputs[k] = floats(r, float_type(r), sizes, in, 0.05, 0.95, special);
+    for (Tensor& m : multipliers)
+        if (r.chance(40)) m = floats(r, float_type(r), sizes, in, 0.1, 2, special);
+    Tensor loss = output(r, !reduced && r.chance(70), float_type(r), sizes, out);
+    Tensor total = output(r, reduced, float_type(r), {}, DENSE);
+    Tensor grads[2];
+    for (Tensor& g : grads) g = output(r, r.chance(60), float_type(r), sizes, out);
+
+    const bool flat = dense;
+    const size_t ndim = flat ? 1 : sizes.size();
+    const Tensor* slots[] = {&inputs[0],      &inputs[1], &inputs[2], &multipliers[0],
+                             &multipliers[1], &loss,      &grads[0],  &grads[1]};
+    std::vector<int64_t> memory(sizeof(PointwiseArgs) / 8 + ndim * 9);
+    auto& a = *reinterpret_cast<PointwiseArgs*>(memory.data());
+    a.formula = number;
+    a.numel = numel;
+    a.ndim = int64_t(ndim);
+    const auto array = [](const Tensor& t) { return Array{t.data(), t.dtype}; };
+    for (int k = 0; k < max_inputs; ++k) a.input[k] = array(inputs[k]);
+    for (int k = 0; k < 2; ++k) a.multiplier[k] = array(multipliers[k]), a.grad[k] = array(grads[k]);
+    a.loss = array(loss);
+    a.total = array(total);
+    a.denominator = reduced ? double(numel) : 1;
+    a.grad_scale = numel ? 1 / a.denominator : 0;
+    a.params[0] = a.params[1] = 1;
+    int64_t* layout = memory.data() + sizeof(PointwiseArgs) / 8;
+    std::copy(sizes.begin(), sizes.end(), layout);
+    for (size_t s = 0; s < 8; ++s)
+        for (size_t d = 0; d < ndim; ++d)
+            layout[ndim * (s + 1) + d] = slots[s]->strides.size() ? slots[s]->strides[d] : flat ? 1 : 0;
+
+    const int64_t outside =
+        on_both(name, false, [&] { return fusedloss_pointwise(&a); }, {&loss, &total, &grads[0], &grads[1]});
+    require(outside < 0 || special, name + ": refused an element of the domain");
+    if (outside >= 0 || special || !numel) return;
+    for (const Tensor* t : {&loss, &total, &grads[0], &grads[1]})
+        if (t != &total || t->dtype != F16) t->check_finite(name);
+}
+
+Grid grid(const Tensor& t) {
+    Grid g{t.data(), t.dtype, {}};
+    std::copy(t.strides.begin(), t.strides.end(), g.stride);
+    return g;
+}
+
+// One value a row: no class dimension.
+Grid row_grid(const Tensor& t) {
+    if (!t) return {};
+    return {t.data(), t.dtype, {t.strides[0], 0, t.strides[1]}};
+}
+
+void rows_call(Random& r, bool nll) {
+    RowsArgs a{};
+    const int64_t most = budget(r);
+    a.c = std::max<int64_t>(1, size(r, std::min<int64_t>(most, 4200)));
+    a.d = r.chance(30) ? 1 : size(r, most / a.c);
+    a.n = size(r, most / (a.c * std::max<int64_t>(a.d, 1)));
+    if (r.chance(30)) a.d = std::exchange(a.n, 1);
+    a.probabilities = !nll && r.chance(40);
+    a.mean = r.chance(50);
+    a.ignore_index = r.chance(50) ? r.below(a.c) : -100;
+    a.smoothing = nll || r.chance(50) ? 0.0 : r.uniform(0, 1);
+    const bool special = r.chance(20), reduced = r.chance(60), outside = !a.probabilities && r.chance(10);
+    const Sizes whole = {a.n, a.c, a.d}, rows = {a.n, a.d};
+    const Layout in = r.chance(40) ? DENSE : EXPANDED;
+
+    Tensor input = floats(r, float_type(r), whole, in, -4, 4, special), target;
+    if (a.probabilities) {
+        target = floats(r, float_type(r), whole, in, 0, 1, special);
+    } else {
+        const auto type = r.of<int64_t>({I64, I64, I32, I16, I8, U8, U16, U32, U64});
+        target = make(r, type, rows, in, gap);
+        const int64_t labels = type == I8 ? 127 : type == U8 ? 255 : 4200;
+        target.each([&](int64_t, int64_t offset) {
+            int64_t y = r.below(std::min(a.c, labels));
+            if (outside && r.chance(5)) y = type == I8 || a.c > 200 ? -1 : a.c;
+            unsigned char* to = target.memory.get() + offset * size_of(type);
+            std::memcpy(to, &y, size_t(size_of(type)));  // little-endian
+        });
+    }
+    const bool wide = input.dtype == F64 || (a.probabilities && target.dtype == F64);
+    Tensor weight, incoming;
+    if (r.chance(40)) weight = floats(r, wide ? F64 : F32, {a.c}, DENSE, 0.1, 2, special);
+    if (r.chance(40)) incoming = floats(r, float_type(r), rows, in, -1, 1, special);
+    Tensor loss = output(r, !reduced, float_type(r), rows, DENSE);
+    Tensor total = output(r, reduced, float_type(r), {}, DENSE);
+    const Layout out = r.chance(50) ? DENSE : ANY;
+    Tensor grad = output(r, r.chance(70), nll ? input.dtype : float_type(r), whole, out);
+    if (nll) grad.refill(0);  // the kernel of nll writes the target's entry alone
+    Tensor grad_target = output(r, a.probabilities && r.chance(50), float_type(r), whole, out);
+    a.input = grid(input);
+    a.target = a.probabilities ? grid(target) : row_grid(target);
+    a.weight = {weight.data(), weight.dtype, {}};
+    a.incoming = row_grid(incoming);
+    a.loss = row_grid(loss);
+    a.total = {total.data(), total.dtype, {}};
+    a.grad = grid(grad);
+    a.grad_target = grid(grad_target);
+
+    const std::string name = nll ? "nll_loss" : "cross_entropy";
+    const auto run = [&] { return nll ? fusedloss_nll_loss(&a) : fusedloss_cross_entropy(&a); };
+    const int64_t bad = on_both(name, true, run, {&loss, &total, &grad, &grad_target});
+    require(bad < 0 || outside, name + ": refused a class index in range");
+    // The mean over no row is NaN.
+    if (bad >= 0 || special || a.ignore_index >= 0 || a.n * a.d == 0) return;
+    for (const Tensor* t : {&loss, &total, &grad, &grad_target})
+        if (t != &total || t->dtype != F16) t->check_finite(name);
+}
+
+void triplet_call(Random& r) {
+    TripletArgs a{};
+    const int64_t most = budget(r);
+    a.features = size(r, std::min<int64_t>(most, 5000));
+    a.rows = size(r, most / std::max<int64_t>(a.features, 1));
+    a.swap = r.chance(50);
+    a.margin = r.uniform(0.1, 3);
+    a.p = r.of<double>({1, 2, 2, 3, 0.7, INFINITY});
+    a.eps = 1e-6;
+    const bool special = r.chance(20), reduced = r.chance(50);
+    a.denominator = reduced ? double(std::max<int64_t>(a.rows, 1)) : 1;
+    a.grad_scale = 1 / a.denominator;
+    const Sizes whole = {a.rows, a.features}, column = {a.rows, 1};
+    const auto matrix = [](const Tensor& t) {
+        return t ? Matrix{t.data(), t.dtype, t.strides[0], t.strides[1]} : Matrix{};
+    };
+    Tensor inputs[3], grads[3], incoming;
+    for (Tensor& x : inputs) x = floats(r, float_type(r), whole, EXPANDED, -2, 2, special);
+    if (r.chance(40)) incoming = floats(r, float_type(r), column, EXPANDED, -1, 1, special);
+    Tensor loss = output(r, !reduced, float_type(r), column, DENSE);
+    Tensor total = output(r, reduced, float_type(r), {1, 1}, DENSE);
+    for (Tensor& g : grads) g = output(r, r.chance(60), float_type(r), whole, ANY);
+    for (int k = 0; k < 3; ++k) a.input[k] = matrix(inputs[k]), a.grad[k] = matrix(grads[k]);
+    a.incoming = matrix(incoming);
+    a.loss = matrix(loss);
+    a.total = matrix(total);
+    on_both("triplet", false, [&] { return fusedloss_triplet(&a); },
+            {&loss, &total, &grads[0], &grads[1], &grads[2]});
+    if (special || a.p < 1) return;
+    for (const Tensor* t : {&loss, &total, &grads[0], &grads[1], &grads[2]})
+        if (t != &total || t->dtype != F16) t->check_finite("triplet");
+}
+
+void calls(uint64_t seed, int64_t count) {
+    Random r(seed);
+    for (int64_t k = 0; k < count; ++k) {
+        switch (r.below(4)) {
+            case 0: pointwise_call(r); break;
+            case 1: rows_call(r, false); break;
+            case 2: rows_call(r, true); break;
+            default: triplet_call(r); break;
+        }
+    }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    require(argc == 4, "usage: driver SEED CALLS CALLERS");
+    const uint64_t seed = std::strtoull(argv[1], nullptr, 10);
+    const int64_t count = std::atoll(argv[2]), callers = std::atoll(argv[3]);
+    fusedloss_set_parallel_for(reinterpret_cast<void*>(&choose));
+    std::vector<std::thread> threads;
+    for (int64_t k = 1; k < callers; ++k)
+        threads.emplace_back([=] { calls(seed + uint64_t(k), count / callers); });
+    calls(seed, count / callers);
+    for (std::thread& t : threads) t.join();
+    std::printf("driver: %lld calls of the kernels, seed %llu, %lld at once: no fault\n", (long long)count,
+                (unsigned long long)seed, (long long)callers);
+    return 0;
+}
