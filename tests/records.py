@@ -13,7 +13,7 @@ from torch import Tensor
 import fusedloss
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # hypothesis is missing, and not needed
+    warnings.simplefilter("ignore")  # of packages that are missing, and not needed
     from torch.testing._internal import common_nn
     from torch.testing._internal.common_methods_invocations import op_db
     from torch.testing._internal.common_modules import ErrorModuleInput, ModuleInput, module_db

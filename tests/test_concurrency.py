@@ -1,0 +1,198 @@
+"""Many threads at once, forked workers, an interpreter that exits, and memory that runs out."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import CASES, Outcome, assert_same_bits, run
+from torch import Generator
+from torch.utils.data import DataLoader, Dataset
+
+import fusedloss
+
+SIZE = 70_000  # elements: enough for several threads
+CALLERS = 8
+
+
+def call(number: int) -> Outcome:
+    """A forward and backward that depends on the number alone."""
+    case = CASES[number % len(CASES)]
+    generator = Generator().manual_seed(number)
+    tensors, options = case.example((7, SIZE // 7), torch.float32, generator)
+    return run(case.loss.function, tensors, options, case.loss.differentiable)
+
+
+@pytest.mark.slow
+def test_eight_threads_at_once() -> None:
+    numbers = range(2 * len(CASES))
+    expected = [call(n) for n in numbers]
+    barrier = threading.Barrier(CALLERS)
+
+    def work(start: int) -> list[tuple[int, Outcome]]:
+        barrier.wait()
+        return [(n, call(n)) for n in numbers[start::4]]  # two callers for each number
+
+    torch.set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(CALLERS) as pool:
+            for results in pool.map(work, (k % 4 for k in range(CALLERS))):
+                for n, result in results:
+                    assert_same_bits(result, expected[n])
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_number_of_threads_changed_between_calls() -> None:
+    expected = [call(n) for n in range(len(CASES))]
+    try:
+        for threads in (2, 3, 1, 8, 2):
+            torch.set_num_threads(threads)
+            for n in range(threads, len(CASES), 5):
+                assert_same_bits(call(n), expected[n])
+    finally:
+        torch.set_num_threads(1)
+
+
+class Losses(Dataset[Outcome]):
+    def __len__(self) -> int:
+        return len(CASES)
+
+    def __getitem__(self, number: int) -> Outcome:
+        return call(number)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_in_forked_workers() -> None:
+    """After the parent has used the kernels on two threads."""
+    torch.set_num_threads(2)
+    try:
+        expected = [call(n) for n in range(len(CASES))]
+        loader = DataLoader(
+            Losses(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=120
+        )
+        for n, result in enumerate(loader):
+            assert_same_bits(result, expected[n])
+    finally:
+        torch.set_num_threads(1)
+
+
+def run_python(script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300
+    )
+
+
+AT_EXIT = """
+import atexit, threading, torch, fusedloss
+torch.set_num_threads(2)
+x, y = torch.randn(300, 300, requires_grad=True), torch.zeros(300, dtype=torch.long)
+def loss():
+    fusedloss.cross_entropy(x, y).backward()
+    fusedloss.mse_loss(x, x.detach()).backward()
+class Late:
+    def __del__(self):
+        try:
+            loss()
+        except (ImportError, TypeError, AttributeError, NameError):
+            pass  # the modules are gone already
+late = Late()
+atexit.register(lambda: (loss(), print("done")))
+def forever():  # forward: with a backward, and in its own losses, PyTorch ends the process here
+    while True:
+        fusedloss.cross_entropy(x.detach(), y)
+        fusedloss.mse_loss(x.detach(), x.detach())
+for _ in range(2):
+    threading.Thread(target=forever, daemon=True).start()
+loss()
+"""
+
+
+@pytest.mark.slow
+def test_interpreter_exit() -> None:
+    """At exit, in finalizers, and in daemon threads that are cut off within a kernel."""
+    done = run_python(AT_EXIT)
+    assert done.returncode == 0, done.stderr
+    assert "done" in done.stdout
+
+
+NO_MEMORY = """
+import resource, torch, fusedloss
+one = torch.zeros(1, 1)
+fusedloss.cross_entropy(one, torch.tensor([0]))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, -1))
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    for call in (
+        lambda: fusedloss.cross_entropy(one.expand(1, 2**28), torch.tensor([0])),
+        lambda: fusedloss.cross_entropy(one.expand(4, 2**28), torch.tensor([0] * 4)),
+        lambda: fusedloss.triplet_margin_loss(*[one.expand(1, 2**29)] * 3),
+    ):
+        try:
+            print("value", call())
+        except RuntimeError as error:
+            print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_no_memory_for_scratch() -> None:
+    """An error of PyTorch's type, where an exception of C++ would end the process."""
+    done = run_python(NO_MEMORY)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 6
+    for line in lines:
+        assert "can't allocate memory" in line, line
+
+
+# More than 2**31 elements: each takes up to 5 GiB, and a minute
+
+BEYOND = 2**31 + 5
+large = pytest.mark.large
+
+
+@large
+def test_large_pointwise() -> None:
+    x = torch.zeros(BEYOND, dtype=torch.bfloat16)
+    x[-1] = 3
+    t = torch.zeros((), dtype=torch.bfloat16).expand(BEYOND)
+    assert fusedloss.mse_loss(x, t, reduction="sum").item() == 9
+
+
+@large
+def test_large_gradient() -> None:
+    x = torch.full((), 2.0, dtype=torch.bfloat16).expand(BEYOND).detach().requires_grad_()
+    t = torch.zeros((), dtype=torch.bfloat16).expand(BEYOND)
+    (grad,) = torch.autograd.grad(fusedloss.mse_loss(x, t, reduction="sum"), x)
+    assert grad.shape == x.shape
+    assert grad.min().item() == grad.max().item() == 4
+
+
+@large
+@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss"])
+def test_large_rows(name: str) -> None:
+    logits = torch.tensor([[0.0, 1.0]]).log_softmax(1)
+    x = logits.expand(BEYOND, 2)
+    y = torch.zeros(BEYOND, dtype=torch.uint8)
+    y[-1] = 1
+    function = getattr(fusedloss, name)
+    expected = -((BEYOND - 1) * logits[0, 0].double() + logits[0, 1].double()).item()
+    assert function(x, y, reduction="sum").item() == pytest.approx(expected, rel=1e-6)
+    y[-1] = 2
+    with pytest.raises(IndexError, match=rf"target\[{BEYOND - 1}\] = 2"):
+        function(x, y)
+
+
+@large
+def test_large_triplet() -> None:
+    rows = BEYOND // 2 + 1
+    a, p, n = (torch.tensor([[v, v]]).expand(rows, 2) for v in (0.0, 3.0, 1.0))
+    single = fusedloss.triplet_margin_loss(a[:1], p[:1], n[:1]).item()
+    assert fusedloss.triplet_margin_loss(a, p, n).item() == pytest.approx(single, rel=1e-6)

@@ -1,0 +1,513 @@
+"""Whatever a caller passes: PyTorch's value within bounds, or an exception of PyTorch's type, nothing else."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import Outcome, run, same_bits
+from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import strategies as st
+from test_compatibility import deviations
+from torch import Generator, Tensor
+
+import fusedloss
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.uint8, torch.int32, torch.int16, torch.int8, torch.uint16)
+ODD = (torch.int64, torch.bool, torch.complex64, torch.uint8, torch.int32)
+NAN, INF = math.nan, math.inf
+MOST = 3000  # elements of a tensor
+TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-10, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+POINTWISE = ("mse_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div")
+ROWS = ("cross_entropy", "nll_loss")
+TRIPLETS = ("triplet_margin_loss", "triplet_margin_with_distance_loss")
+
+
+@dataclass
+class Call:
+    name: str
+    tensors: tuple[Any, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    wanted: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __str__(self) -> str:
+        shown = [_show(t) for t in self.tensors]
+        shown += [f"{k}={_show(v)}" for k, v in self.options.items()]
+        return f"{self.name}({', '.join(shown)}), gradients by {self.wanted}, seed {self.seed}"
+
+
+def _show(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    kind = str(value.dtype).removeprefix("torch.")
+    whole = f"{kind}{list(value.shape)} strides {list(value.stride())}"
+    return f"{whole} {value.tolist()}" if value.numel() <= 12 else whole
+
+
+# What to pass
+
+
+def values(kind: str, shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """In float64; 'special' has what is hard: infinities, NaN of any payload, limits, zeros."""
+    if kind == "probabilities":
+        return torch.rand(shape, dtype=torch.float64, generator=generator)
+    x = 3 * torch.randn(shape, dtype=torch.float64, generator=generator)
+    if kind == "logs":
+        return -x.abs()
+    if kind == "special" and x.numel():
+        payload = torch.tensor(0x7FF0DEADBEEF0001, dtype=torch.int64).view(torch.float64).item()
+        specials = torch.tensor(
+            [
+                INF,
+                -INF,
+                NAN,
+                -NAN,
+                payload,
+                0.0,
+                -0.0,
+                1.0,
+                1e-45,
+                5e-324,
+                3e38,
+                -1e300,
+                65504.0,
+                1e4,
+            ],
+            dtype=torch.float64,
+        )
+        drawn = specials[torch.randint(len(specials), shape, generator=generator)]
+        hit = torch.rand(shape, generator=generator) < 0.2
+        return torch.where(hit, drawn, x)
+    return x
+
+
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same values (but for 'expanded' and 'overlapping') in another memory."""
+    t = tensor
+    if t.dtype is torch.uint16:  # few operations know it
+        return laid_out(t.view(torch.int16), layout).view(torch.uint16)
+    if layout == "transposed" and t.dim() > 1:
+        return t.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "flipped":
+        return t.flip(tuple(range(t.dim())))
+    if layout == "every second" and t.dim():
+        return torch.stack((t, t), dim=-1).flatten(-2)[..., ::2]
+    if layout == "channels last" and t.dim() == 4:
+        return t.contiguous(memory_format=torch.channels_last)
+    if layout == "offset":
+        return torch.cat((t.reshape(-1)[:1], t.reshape(-1)))[1 if t.numel() else 0 :].view(t.shape)
+    if layout == "expanded" and t.dim() and t.numel():
+        return t[..., :1].expand(t.shape)
+    if layout == "expanded rows" and t.dim() and t.numel():
+        return t[:1].expand(t.shape)
+    if layout == "overlapping" and t.dim() > 1 and t.numel():
+        steps = (1,) * t.dim()
+        return t.contiguous().as_strided(t.shape, steps)
+    return t
+
+
+LAYOUTS = (
+    *("contiguous",) * 3,
+    "transposed",
+    "flipped",
+    "every second",
+    "channels last",
+    "offset",
+    "expanded",
+    "expanded rows",
+    "overlapping",
+)
+sizes = st.sampled_from((2, 3, 1, 5, 7, 17, 33, 0, 64, 1030))
+some = st.integers(0, 9)  # a choice made in one draw out of ten
+
+
+@st.composite
+def shapes(draw: Callable[..., Any], least: int = 0, most: int = 4) -> tuple[int, ...]:
+    shape: list[int] = []
+    for size in draw(st.lists(sizes, min_size=least, max_size=most)):
+        shape.append(size if math.prod(shape) * size <= MOST else 1)
+    return tuple(shape)
+
+
+@st.composite
+def calls(draw: Callable[..., Any]) -> Call:
+    name = draw(st.sampled_from((*POINTWISE, *ROWS, *TRIPLETS)))
+    generator = Generator().manual_seed(seed := draw(st.integers(0, 2**32)))
+    dtype = draw(st.sampled_from(FLOATS))
+    special = draw(some) > 6
+
+    def tensor(shape: tuple[int, ...], kind: str, own: torch.dtype = dtype) -> Tensor:
+        if draw(some) == 9:
+            own = draw(st.sampled_from((*FLOATS, *ODD)))
+        if own.is_complex or own.is_floating_point:
+            data = values(
+                "special" if special and draw(st.booleans()) else kind, shape, generator
+            ).to(own)
+        else:
+            data = torch.randint(0, 2, shape, generator=generator).to(own)
+        return laid_out(data, draw(st.sampled_from(LAYOUTS)))
+
+    def near(shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape, one that broadcasts with it, or now and then any."""
+        choice = draw(some)
+        if choice < 7 or not shape:
+            return shape
+        if choice == 7:
+            return tuple(1 if draw(st.booleans()) else n for n in shape)
+        return shape[1:] if choice == 8 else draw(shapes())
+
+    options: dict[str, Any] = {}
+    reductions = ["mean", "sum", "none"] + ["batchmean"] * (name == "kl_div")
+    options["reduction"] = draw(st.sampled_from((*reductions, *reductions, "avg")))
+    if draw(some) == 9 and name != TRIPLETS[1]:
+        options["size_average"] = draw(st.sampled_from((True, False, None)))
+        options["reduce"] = draw(st.sampled_from((True, False, None)))
+
+    if name in ROWS:
+        shape = draw(shapes(1))
+        classes = shape[min(len(shape) - 1, 1)]
+        kind = "logs" if name == "nll_loss" else "normal"
+        x = tensor(shape, kind)
+        if name == "cross_entropy" and draw(some) > 5:
+            target = tensor(near(shape), "probabilities")
+            axis = min(target.dim() - 1, 1)
+            if target.is_floating_point() and target.dim() and draw(st.booleans()):
+                target = target / target.sum(axis, keepdim=True)
+        else:
+            rows = shape[:1][: len(shape) - 1] + shape[2:]
+            low, high = (-2, classes + 2) if draw(some) == 9 else (0, max(classes, 1))
+            index = torch.randint(low, high, near(rows), generator=generator)
+            if draw(some) > 6:
+                ignored = torch.rand(index.shape, generator=generator) < draw(
+                    st.sampled_from((0.3, 1.0))
+                )
+                index = torch.where(ignored, -100, index)
+            kinds = INTEGERS[:2] if draw(some) < 8 else (*INTEGERS, *FLOATS, torch.bool)
+            target = laid_out(
+                index.to(draw(st.sampled_from(kinds))), draw(st.sampled_from(LAYOUTS))
+            )
+        if draw(some) > 6:
+            options["weight"] = tensor(
+                (classes,) if draw(some) < 9 else draw(shapes()), "probabilities"
+            )
+        if draw(some) > 6:
+            options["ignore_index"] = draw(st.sampled_from((0, 1, -1, 255, 2**62, 2**70, 1.5)))
+        if name == "cross_entropy" and draw(some) > 5:
+            options["label_smoothing"] = draw(st.sampled_from((0.1, 0.5, 1.0, 0, -0.1, 1.5, NAN)))
+        return Call(name, (x, target), options, (0,) if draw(st.booleans()) else (), seed)
+
+    shape = draw(shapes())
+    if name in TRIPLETS:
+        tensors = tuple(tensor(near(shape), "normal") for _ in range(3))
+        options["margin"] = draw(st.sampled_from((1.0, 0.5, 3, 0.0, -1.0, NAN, INF)))
+        options["swap"] = draw(st.booleans())
+        if name == TRIPLETS[0]:
+            options["p"] = draw(st.sampled_from((2, 2.0, 1.0, 3.0, 0.7, INF, 0.0, -1.0, NAN)))
+            options["eps"] = draw(st.sampled_from((1e-6, 0.0, 0.1)))
+    else:
+        kinds = {
+            "mse_loss": ("normal", "normal"),
+            "binary_cross_entropy": ("probabilities", "probabilities"),
+            "binary_cross_entropy_with_logits": ("normal", "probabilities"),
+            "kl_div": ("logs", "probabilities"),
+        }[name]
+        if name == "kl_div":
+            options["log_target"] = draw(st.booleans())
+        tensors = (tensor(shape, kinds[0]), tensor(near(shape), kinds[1]))
+        for weight in ("weight", "pos_weight"):
+            if name != "kl_div" and draw(some) > 6 and (weight == "weight" or "logits" in name):
+                options[weight] = tensor(near(shape), "probabilities")
+    assume(common_size(tensors) <= 30 * MOST)
+    wanted = [k for k, t in enumerate(tensors) if draw(st.booleans())]
+    wanted = [k for k in wanted if tensors[k].is_floating_point() or tensors[k].is_complex()]
+    return Call(name, tensors, options, tuple(wanted), seed)
+
+
+def common_size(tensors: Sequence[Tensor]) -> int:
+    """Elements of the shape that they broadcast to."""
+    try:
+        return math.prod(torch.broadcast_shapes(*(t.shape for t in tensors)))
+    except RuntimeError:
+        return 0
+
+
+# What must come of it
+
+
+def outcome(face: Any, call: Call, dtype: torch.dtype | None = None) -> Outcome | Exception:
+    def typed(value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(dtype) if dtype and floating else value
+
+    tensors = tuple(map(typed, call.tensors))
+    options = {k: typed(v) for k, v in call.options.items()}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return run(getattr(face, call.name), tensors, options, call.wanted)
+    except AssertionError:
+        raise
+    except Exception as error:
+        return error
+
+
+def magnitude(tensor: Tensor) -> Tensor:
+    return tensor.abs() if tensor.is_complex() else tensor.double().abs()
+
+
+def pos_weight(call: Call) -> list[Tensor]:
+    return [call.options["pos_weight"]] if "pos_weight" in call.options else []
+
+
+def some_zero(call: Call) -> bool:
+    target, log = call.tensors[1], call.options.get("log_target")
+    return bool((target == (-INF if log else 0)).any())
+
+
+# The deviations that a drawn call can meet, by their titles in docs/compatibility.md: whether this call
+# may differ so.
+MET: dict[str, Callable[[Call], bool]] = {
+    "`kl_div`: an element whose target probability is 0 counts for nothing, in the value and in "
+    "both gradients, whatever its input": lambda c: c.name == "kl_div" and some_zero(c),
+    "`binary_cross_entropy`: the gradient by the target is clamped like the value, to 100": lambda c: (
+        c.name == "binary_cross_entropy" and 1 in c.wanted
+    ),
+    "`cross_entropy` with probabilities: a class of probability or weight 0 counts for nothing, "
+    "even where its logit is -inf": lambda c: (
+        c.name == "cross_entropy" and bool((c.tensors[0] == -INF).any())
+    ),
+    "`cross_entropy`: an ignored row has the gradient 0, whatever it holds": lambda c: (
+        c.name == "cross_entropy" and not c.tensors[0].isfinite().all()
+    ),
+    "`cross_entropy`, `nll_loss`: class indices may be of any integer type": lambda c: (
+        c.name in ROWS and c.tensors[1].dtype in INTEGERS[1:]
+    ),
+    "`cross_entropy`: a `label_smoothing` below 0 or NaN is refused": lambda c: (
+        not c.options.get("label_smoothing", 0) >= 0
+    ),
+    "`triplet_margin_loss`: `p` must be above 0, and neither `p` nor `margin` NaN": lambda c: (
+        not c.options.get("p", 2) > 0 or math.isnan(c.options.get("margin", 1))
+    ),
+    "`triplet_margin_loss` of unsigned integers: differences do not wrap around": lambda c: wraps(
+        c
+    ),
+    "`triplet_margin_loss`: a distance does not overflow where its powers would": lambda c: (
+        c.name in TRIPLETS and any((magnitude(t) > 1e100).any() for t in c.tensors)
+    ),
+    "`triplet_margin_loss` with infinite coordinates: a loss of 0 has the gradient 0, and a NaN one no "
+    "gradient that hides it": lambda c: (
+        c.name in TRIPLETS and not all(t.isfinite().all() for t in c.tensors)
+    ),
+    "`mse_loss` refuses complex tensors, with a weight too": lambda c: (
+        c.name == "mse_loss"
+        and any(isinstance(t, Tensor) and t.is_complex() for t in (*c.tensors, *c.options.values()))
+    ),
+    "`binary_cross_entropy_with_logits` with an infinite target or `pos_weight`: the gradient is the "
+    "formula's limit": lambda c: (
+        c.name == "binary_cross_entropy_with_logits"
+        and any((magnitude(t) > 1e38).any() for t in (c.tensors[1], *pos_weight(c)))
+    ),
+    "`nll_loss`: images of any layout have a gradient": lambda c: (
+        c.name == "nll_loss" and c.tensors[0].dim() > 2 and bool(c.wanted)
+    ),
+    "`cross_entropy`, `nll_loss` of images without classes: any index is out of range": lambda c: (
+        c.name in ROWS and c.tensors[0].dim() > 2 and c.tensors[0].shape[1] == 0
+    ),
+    "Types are checked of empty tensors too": lambda c: (
+        any(t.numel() == 0 for t in c.tensors) and not all(t.is_floating_point() for t in c.tensors)
+    ),
+    "`kl_div` with a target that is infinite or subnormal: the gradient by it is the formula's": (
+        lambda c: c.name == "kl_div" and 1 in c.wanted
+    ),
+    "A bool tensor counts as 0 and 1": lambda c: any(
+        isinstance(t, Tensor) and t.dtype is torch.bool for t in (*c.tensors, *c.options.values())
+    ),
+}
+
+
+def deviates(call: Call) -> bool:
+    return any(may(call) for may in MET.values())
+
+
+def related(ours: object, theirs: Exception) -> bool:
+    """NotImplementedError is a RuntimeError."""
+    return isinstance(ours, type(theirs)) or isinstance(theirs, type(ours))
+
+
+def faults(call: Call, theirs: Exception) -> Iterator[Exception]:
+    """What PyTorch raises for the call, and where one argument is mended: of two faults, either may be
+    found first."""
+    yield theirs
+    mended = [
+        replace(call, options={k: v for k, v in call.options.items() if k != name})
+        for name in call.options
+    ]
+    for k, t in enumerate(call.tensors):
+        for dtype in (torch.float32, torch.int64):
+            tensors = (*call.tensors[:k], t.real.to(dtype), *call.tensors[k + 1 :])
+            mended.append(replace(call, tensors=tensors, wanted=()))
+    for other in mended:
+        found = outcome(torch.nn.functional, other)
+        if isinstance(found, Exception):
+            yield found
+
+
+def wraps(call: Call) -> bool:
+    return call.name in TRIPLETS and any(t.dtype is torch.uint8 for t in call.tensors)
+
+
+def has_kink(call: Call) -> bool:
+    """Whether rounding decides which side's derivative counts: a hinge or a difference of distances near 0."""
+    if call.name not in TRIPLETS:
+        return False
+    wide = [t if t.is_complex() else t.double() for t in call.tensors]
+    p, eps = call.options.get("p", 2.0), call.options.get("eps", 1e-6)
+    pairs = ((0, 1), (0, 2), (1, 2))
+    near, far, other = (torch.linalg.vector_norm(wide[i] - wide[j] + eps, p, -1) for i, j in pairs)
+    hinges = [call.options["margin"] + near - d for d in (far, other)] + [far - other]
+    size = 1 + near + far + other
+    return any(bool((h.abs() <= 1e-3 * size).any()) for h in hinges)
+
+
+def judge(call: Call) -> str | None:
+    """What is wrong with our outcome, or None."""
+    ours, theirs = outcome(fusedloss.functional, call), outcome(torch.nn.functional, call)
+    if isinstance(theirs, Exception):
+        if deviates(call) or any(related(ours, e) for e in faults(call, theirs)):
+            return None
+        shown = repr(ours) if isinstance(ours, Exception) else _show(ours.value)
+        return f"{shown}, but PyTorch raises {theirs!r}"
+    if isinstance(ours, Exception):
+        return None if deviates(call) else f"{ours!r}, but PyTorch gives {_show(theirs.value)}"
+    exact = outcome(torch.nn.functional, call, torch.float64)
+    if isinstance(exact, Exception):
+        exact = theirs
+    for (name, a), (_, b), (_, e) in zip(ours.named(), theirs.named(), exact.named(), strict=True):
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return f"{name} is {_show(a)}, but PyTorch's {_show(b)}"
+        bad = ~close(a, b, e, call, name)
+        if bad.any() and deviates(call):
+            # On purpose, but only where PyTorch's is NaN, inf or cut off.
+            bad &= b.isfinite() & e.isfinite() & (b != 0) & (not wraps(call))
+            bad &= not (call.name == "kl_div" and bool((magnitude(call.tensors[1]) < 1e-30).any()))
+        if bad.any() and not (name != "value" and has_kink(call)):
+            at = tuple(bad.nonzero()[0].tolist())[: a.dim()]  # complex ones have one more
+            return f"{name}{list(at)} = {a[at]}, but PyTorch's {b[at]}, in float64 {e[at]}"
+    return None
+
+
+def close(a: Tensor, b: Tensor, e: Tensor, call: Call, name: str) -> Tensor:
+    """Near the result in float64, or no further from it than twice PyTorch's, or the same special.
+
+    A gradient may also overflow before it is divided by the number of elements.
+    """
+    tolerance = TOLERANCE.get(a.dtype, 1e-5)
+    if a.is_complex():
+        a, b, e = (torch.view_as_real(t) for t in (a, b, e))
+    same = (a == b) | (a.isnan() & (b.isnan() | e.isnan())) | (a.double() == e.to(a.dtype).double())
+    most = torch.finfo(torch.promote_types(a.dtype, torch.float32)).max
+    a, b, e = a.double(), b.double(), e.double()
+    finite = e[e.isfinite()].abs()
+    scale = e.abs() + (finite.max() if finite.numel() else 0)
+    count = max(call.tensors[0].numel(), 1)
+    if name != "value":  # slopes of 1 may cancel
+        scale = scale + (1 / count if "mean" in call.options.get("reduction", "mean") else 1)
+    error, theirs = (a - e).abs(), (b - e).abs()
+    near = (error <= tolerance * scale + 1e-30) | (error <= 2 * theirs)
+    overflow = a.isinf() & (a.sign() == e.sign()) & (e.abs() * count > most)
+    return same | overflow | (near & a.isfinite() & e.isfinite())
+
+
+def hostile(count: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    checks = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example)
+    return settings(
+        max_examples=count,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=checks,
+        phases=(Phase.generate, Phase.shrink),
+    )
+
+
+def check(call: Call) -> None:
+    wrong = judge(call)
+    assert wrong is None, f"{call}\n{wrong}"
+
+
+@pytest.mark.slow
+@hostile(2_000)
+@given(calls())
+def test_any_call(call: Call) -> None:
+    check(call)
+
+
+@pytest.mark.nightly
+@hostile(20_000)
+@given(calls())
+def test_any_call_of_many(call: Call) -> None:
+    check(call)
+
+
+def test_met_deviations_are_on_the_page() -> None:
+    assert MET.keys() <= deviations.keys()
+
+
+# What the drawn calls found, or cannot reach
+
+
+def test_rows_without_features_that_are_expanded() -> None:
+    """They have no memory at all, not even that of one element."""
+    x = torch.ones(5, 1).expand(5, 3)[:, :0]
+    assert x.stride(1) == 0 and x.data_ptr() == 0
+    assert fusedloss.triplet_margin_loss(x, x, x).item() == 1
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_features_that_broadcast(swap: bool, generator: Generator) -> None:
+    """Each distance is that of its own two tensors, expanded to each other and no further."""
+    for shapes_of_call in itertools.product([(3, 1), (3, 8), (1, 1), (1, 8)], repeat=3):
+        tensors = [torch.randn(s, dtype=torch.float64, generator=generator) for s in shapes_of_call]
+        check(Call(TRIPLETS[0], tuple(tensors), {"swap": swap, "margin": 9.0}, (0, 1, 2)))
+
+
+HUGE = 2**40
+ONE, INDEX = torch.ones(1), torch.zeros(1, dtype=torch.long)
+HUGE_CALLS = {
+    "mse_loss": (ONE.expand(HUGE), torch.ones(3)),
+    "kl_div": (ONE.expand(HUGE, 2), torch.ones(3, 2)),
+    "binary_cross_entropy": (ONE.expand(HUGE), ONE.expand(HUGE - 1)),
+    "cross_entropy": (ONE.expand(HUGE, 3), INDEX.expand(HUGE, 1)),
+    "nll_loss": (ONE.expand(HUGE, 3), INDEX.expand(HUGE - 1)),
+    "triplet_margin_loss": (ONE.expand(HUGE, 3), ONE.expand(HUGE, 2), ONE.expand(HUGE, 3)),
+}
+
+
+@pytest.mark.parametrize("name", HUGE_CALLS)
+def test_huge_tensors_are_refused_at_once(name: str) -> None:
+    tensors = HUGE_CALLS[name]
+    kinds = []
+    for face in (torch.nn.functional, fusedloss.functional):
+        with pytest.raises(Exception) as caught:
+            getattr(face, name)(*tensors)
+        kinds.append(caught.type)
+    assert kinds[0] is kinds[1]
+
+
+def test_huge_and_empty() -> None:
+    x = torch.empty(HUGE, 0)
+    for reduction in ("none", "mean", "sum"):
+        ours = fusedloss.mse_loss(x, x, reduction=reduction)
+        theirs = torch.nn.functional.mse_loss(x, x, reduction=reduction)
+        assert ours.shape == theirs.shape and same_bits(ours, theirs)
