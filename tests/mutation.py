@@ -1,0 +1,161 @@
+"""Errors planted into formulas and kernels, one at a time; the suite must fail on each.
+
+A mutant is a text that occurs once in a file, and what to put in its place. Each is applied to a copy of
+this checkout, built anew where it concerns the kernels, and a part of the suite is run against it.
+`make mutation` tries all of them; `make test` those of the Python files that need no build.
+"""
+
+# ruff: noqa: E501 - a row of the table is a line
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import elsewhere
+
+PROCESSES = 2
+AGAINST_TORCH = "equals_torch"
+KERNELS = "(kernel_at or equals_torch or any_incoming)"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    old: str
+    new: str
+    tests: str  # what pytest's -k selects
+    files: tuple[str, ...] = ("tests/test_losses.py",)
+    build: bool = False  # formulas are kernels too
+
+    @property
+    def builds(self) -> bool:
+        return self.build or self.file.startswith("csrc/")
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.old!r} -> {self.new!r}"
+
+    def occurrences(self) -> int:
+        return (elsewhere.ROOT / self.file).read_text().count(self.old)
+
+    def fails(self) -> bool:
+        """Whether the tests fail on a copy that has it."""
+        with tempfile.TemporaryDirectory() as folder:
+            root = elsewhere.copy(Path(folder) / "copy", kernels=not self.builds)
+            path = root / self.file
+            path.write_text(path.read_text().replace(self.old, self.new))
+            if self.builds:
+                elsewhere.build(root, "-O1", "-w")
+            done = elsewhere.pytest_there(root, ["-x", "-k", self.tests, *self.files])
+        if done.returncode > 1:
+            raise RuntimeError(
+                f"{self}: the tests do not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+            )
+        return done.returncode != 0  # below 0 for a crash, which nobody overlooks
+
+
+def formula(file: str, old: str, new: str, loss: str, **more: Any) -> Mutant:
+    return Mutant(f"src/fusedloss/{file}", old, new, f"{AGAINST_TORCH} and {loss}", **more)
+
+
+def kernel(file: str, old: str, new: str, tests: str, **more: Any) -> Mutant:
+    return Mutant(f"csrc/{file}", old, new, tests, **more)
+
+
+REGRESSION, BINARY = "losses/regression.py", "losses/binary.py"
+DIVERGENCE, METRIC = "losses/divergence.py", "losses/metric.py"
+ERRORS: dict[str, Any] = {"files": ("tests/test_errors.py",)}
+CE, NLL, TRIPLET = "cross_entropy", "nll_loss", "triplet_margin_loss"
+
+# fmt: off
+MUTANTS = [
+    # formulas
+    formula(REGRESSION, "return (x - t) * (x - t)", "return (x - t) * (x + t)", "mse_loss"),
+    formula(REGRESSION, "slope = 2.0 * (x - t)", "slope = x - t", "mse_loss"),
+    formula(REGRESSION, "return slope, -slope", "return slope, slope", "mse_loss"),
+    formula(BINARY, "m.maximum(m.log(x), -100.0) + (1.0 - t)", "m.maximum(m.log(x), -100.0) - (1.0 - t)", "binary_cross_entropy"),
+    formula(BINARY, "return (1.0 - t) * x - m.log_sigmoid(x)", "return (1.0 + t) * x - m.log_sigmoid(x)", "logits"),
+    formula(BINARY, "return m.sigmoid(x) - t, -x", "return m.sigmoid(x) - t, x", "logits"),
+    formula(BINARY, "return (1.0 - t) * x - ((w - 1.0) * t + 1.0)", "return (1.0 - t) * x - ((w - 1.0) * t)", "logits"),
+    formula(BINARY, "slope = (1.0 - t) - ((w - 1.0) * t + 1.0)", "slope = (1.0 - t) + ((w - 1.0) * t + 1.0)", "logits"),
+    formula(BINARY, "m.log_sigmoid(-x) - w * m.log_sigmoid(x)", "m.log_sigmoid(-x) - m.log_sigmoid(x)", "logits"),
+    Mutant(f"src/fusedloss/{BINARY}", "(x - t) / m.maximum((1.0 - x) * x, 1e-12)", "(x - t) / m.maximum((1.0 - x) * x, 1e-3)", "towards_the_edges", build=True),
+    Mutant(f"src/fusedloss/{BINARY}", "(x >= 0.0) & (x <= 1.0)", "(x > 0.0) & (x <= 1.0)", "towards_the_edges", build=True),
+    Mutant(f"src/fusedloss/{BINARY}", "(t >= 0.0) & (t <= 1.0)", "(t >= 0.0)", "binary_cross_entropy and target", **ERRORS, build=True),
+    formula(DIVERGENCE, "t * (m.log_or_zero(t) - x)", "t * (m.log_or_zero(t) + x)", "kl_div"),
+    formula(DIVERGENCE, "m.log_or_zero(t) - x + 1.0", "m.log_or_zero(t) - x", "kl_div"),
+    formula(DIVERGENCE, "m.exp(finite) * (finite - x))", "m.exp(finite) * (finite + x))", "kl_div"),
+    formula(DIVERGENCE, "m.exp(finite) * (finite - x + 1.0)", "m.exp(finite) * (finite - x)", "kl_div"),
+    formula(METRIC, "return m.maximum(margin + near - far, 0.0)", "return m.maximum(margin - near + far, 0.0)", "distance_loss"),
+    formula(METRIC, "slope = m.where(margin + near - far < 0.0, 0.0, 1.0)", "slope = m.where(margin + near - far < 0.0, 1.0, 0.0)", "distance_loss"),
+    formula("calls.py", "(1 - self.smoothing) * target +", "(1 + self.smoothing) * target +", CE),
+    formula("calls.py", "losses = -own_weight * own", "losses = own_weight * own", CE),
+    formula("calls.py", "torch.where(counted, own_weight, 0).sum()", "own_weight.sum()", CE),
+    Mutant("src/fusedloss/route.py", "(index < 0) | (index >= classes)", "(index < 0) | (index > classes)", "index and formula", **ERRORS),
+    formula("calls.py", "flat = self.smoothing / max(log_p.shape[axis], 1)", "flat = self.smoothing / max(log_p.shape[axis] - 1, 1)", CE),
+    formula("calls.py", "torch.linalg.vector_norm(a - b + self.eps", "torch.linalg.vector_norm(a - b", TRIPLET),
+    formula("calls.py", "torch.clamp_min(self.margin + near - far, 0)", "torch.clamp_min(near - far, 0)", TRIPLET),
+    formula("reduce.py", "return losses.mean() if denominator is None else losses.sum() / denominator", "return losses.mean()", "batchmean or weight"),
+    formula("formula.py", "grads[0] * s if need", "s if need", "mse_loss"),
+    # the loop of pointwise losses
+    kernel("pointwise.h", "multiply(g1, m, n);", "", KERNELS + " and mse_loss"),
+    kernel("pointwise.h", "ordered_sum(sums.data(), blocks) / a.denominator", "ordered_sum(sums.data(), blocks)", KERNELS + " and mse_loss"),
+    kernel("pointwise.h", "std::min(size, a.numel - start)", "std::min(size - 1, a.numel - start)", KERNELS + " and mse_loss"),
+    kernel("pointwise.h", "- size(d) * stride(slot, d);", "- (size(d) - 1) * stride(slot, d);", KERNELS + " and mse_loss"),
+    kernel("pointwise.h", "start + i < seen &&", "start + i > seen &&", "input", **ERRORS),
+    # sums
+    kernel("parallel.h", "for (int64_t i = whole; i < n; ++i) sums[i - whole]", "for (int64_t i = whole; i + 1 < n; ++i) sums[i - whole]", KERNELS + " and mse_loss"),
+    kernel("parallel.h", "(u[j + 2 * lanes] + u[j + 3 * lanes])", "u[j + 2 * lanes]", KERNELS + f" and {CE}"),
+    # rows
+    kernel("rows.h", "if (y < 0 || y >= a.c)", "if (y < 0 || y > a.c)", "index and function", **ERRORS),
+    kernel("rows.h", "return a.mean ? g / denominator : g;", "return g;", KERNELS + f" and {CE}"),
+    kernel("rows.h", "s.others *= factor;", "", KERNELS + f" and {CE}"),
+    kernel("rows.h", "s.dot += s.mass * (s.max - double(origin));", "s.dot -= s.mass * (s.max - double(origin));", KERNELS + f" and {CE}"),
+    kernel("rows.h", "return mass * std::log(sum()) - dot;", "return mass * std::log(sum()) + dot;", KERNELS + f" and {CE}"),
+    kernel("rows.h", "scale * std::exp(origin - s.max)", "scale", KERNELS + f" and {CE}"),
+    kernel("rows.h", "masses[i] * log_sum[i] - dots[i]", "masses[i] * log_sum[i]", KERNELS + f" and {CE}"),
+    kernel("rows.h", "mass * double(own[i]) - own_weight[i] * others[i]", "mass * double(own[i]) + own_weight[i] * others[i]", KERNELS + f" and {CE}"),
+    # the negative log likelihood
+    kernel("gather.h", "losses[i] = -w * load_one", "losses[i] = w * load_one", KERNELS + f" and {NLL}"),
+    kernel("gather.h", "-w * rows.incoming(n, d)", "-w", KERNELS + f" and {NLL}"),
+    # triplets
+    kernel("triplet.h", "minus[i] -= s * v[i];", "minus[i] += s * v[i];", KERNELS + f" and {TRIPLET}"),
+    kernel("triplet.h", "T(scale / double(ties))", "T(scale)", "share_the"),
+    kernel("triplet.h", "by_far = far < other ? 1 : other < far ? 0 : 0.5;", "by_far = far < other ? 1 : 0;", "share_the"),
+    kernel("triplet.h", "= hinge < 0 ? 0 : hinge;", "= hinge;", KERNELS + f" and {TRIPLET}"),
+    # types
+    kernel("convert.h", "(u + 0x7fffu + ((u >> 16) & 1u)) >> 16", "u >> 16", KERNELS + " and mse_loss"),
+    kernel("convert.h", "0xfffu + ((magnitude >> 13) & 1u)", "0xfffu", KERNELS + " and mse_loss"),
+]
+# fmt: on
+SAMPLE = [m for m in MUTANTS if m.file.endswith(("regression.py", "divergence.py"))][:6]
+
+
+def survivors(mutants: Sequence[Mutant]) -> list[Mutant]:
+    def tried(mutant: Mutant) -> bool:
+        start = time.monotonic()
+        seen = mutant.fails()
+        word = "seen" if seen else "SURVIVES"
+        print(f"{word} ({time.monotonic() - start:.0f} s) {mutant}", flush=True)
+        return seen
+
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        return [m for m, seen in zip(mutants, pool.map(tried, mutants), strict=True) if not seen]
+
+
+def main() -> int:
+    words = sys.argv[1:]  # of the mutants to try
+    chosen = [m for m in MUTANTS if all(word in str(m) for word in words)]
+    left = survivors(chosen)
+    print(f"mutation: {len(chosen) - len(left)} of {len(chosen)} mutants seen")
+    return 1 if left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
