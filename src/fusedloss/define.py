@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Generator, Tensor
@@ -27,13 +27,15 @@ class Pointwise:
 
     The positional parameters of `value` are the operands, its keyword-only ones are numbers.
     `grad` takes the same and gives the derivatives by the first two operands, as a pair.
-    `domain`, where there is one, says whether operands lie where the loss is defined.
+    `domain`, where there is one, says whether operands lie where the loss is defined; `refuse` raises
+    for a position and its first two operands that do not.
     `cpu/printer.py` finds the calls of this class by name and prints the functions as C++.
     """
 
     value: Callable[..., Any]
     grad: Callable[..., Any]
     domain: Callable[..., Any] | None = None
+    refuse: Callable[[str, float, float], NoReturn] | None = None
     name: str = field(init=False)
     operands: tuple[str, ...] = field(init=False)
     params: tuple[str, ...] = field(init=False)

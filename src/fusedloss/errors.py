@@ -125,15 +125,21 @@ def out_of_range(
     function: str, input: Tensor, target: Tensor, linear: int, ignore_index: int
 ) -> NoReturn:
     """Refuses the class index at a linear position of the target."""
-    classes = input.shape[min(input.dim() - 1, 1)]
     unsigned = target.dtype is torch.uint64  # whose larger values torch cannot hand over
     value = int((target.view(torch.int64) if unsigned else target).flatten()[linear])
     if unsigned:
         value %= 2**64
+    classes = input.shape[min(input.dim() - 1, 1)]
+    index_out_of_range(function, target.shape, linear, value, classes, ignore_index)
+
+
+def index_out_of_range(
+    function: str, shape: Sequence[int], linear: int, value: int, classes: int, ignore_index: int
+) -> NoReturn:
     fail(
         IndexError,
         function,
-        f"target{position(linear, target.shape)} = {value} is out of range for {classes} classes "
+        f"target{position(linear, shape)} = {value} is out of range for {classes} classes "
         f"(ignore_index = {ignore_index}): Target {value} is out of bounds.",
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -28,7 +30,17 @@ def bce_domain(x, t):
     return (x >= 0.0) & (x <= 1.0) & (t >= 0.0) & (t <= 1.0)
 
 
-BCE = Pointwise(bce, bce_grad, domain=bce_domain)
+def _refuse(at: str, x: float, t: float) -> NoReturn:
+    argument, value = ("target", t) if 0 <= x <= 1 else ("input", x)
+    errors.fail(
+        RuntimeError,
+        "binary_cross_entropy",
+        f"all elements of {argument} should be between 0 and 1, but {argument}{at} = {value:g}"
+        + (" (for logits: binary_cross_entropy_with_logits)" if argument == "input" else ""),
+    )
+
+
+BCE = Pointwise(bce, bce_grad, domain=bce_domain, refuse=_refuse)
 
 
 def bce_with_logits(x, t):
@@ -127,20 +139,9 @@ def binary_cross_entropy(
         return route.dispatch(name, call, (input, target, weight))
     except OutsideDomain:
         pass
-    for argument, tensor in (("input", input), ("target", target)):
-        inside = (tensor >= 0) & (tensor <= 1)
-        if not inside.all():
-            at = tuple((~inside).nonzero()[0].tolist())
-            errors.fail(
-                RuntimeError,
-                name,
-                f"all elements of {argument} should be between 0 and 1, but "
-                f"{argument}[{', '.join(map(str, at))}] = {tensor[at].item():g}"
-                + (
-                    " (for logits: binary_cross_entropy_with_logits)" if argument == "input" else ""
-                ),
-            )
-    raise AssertionError("an element was outside [0, 1]")
+    first = int((~bce_domain(input, target)).flatten().nonzero()[0])
+    x, t = (tensor.flatten()[first].item() for tensor in (input, target))
+    _refuse(errors.position(first, input.shape), x, t)
 
 
 def binary_cross_entropy_with_logits(

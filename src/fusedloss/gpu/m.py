@@ -1,0 +1,170 @@
+"""The namespace `m` of the formulas, here for Triton: the names and the meaning of `csrc/math.h`.
+
+float32 takes the polynomials of that file, with its bounds: Triton's own `tl.log` flushes subnormal
+arguments, and its `tl.exp` loses digits of large ones. float64 takes the functions of the device's
+library. Tensors stand left of constants, as the interpreter wants.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+inf = tl.constexpr(float("inf"))
+
+_LOG2E = tl.constexpr(float.fromhex("0x1.715476p0"))
+_LN2_HI = tl.constexpr(float.fromhex("0x1.62e4p-1"))  # 16 bits, so that k * _LN2_HI is exact
+_LN2_LO = tl.constexpr(float.fromhex("0x1.7f7d1cp-20"))
+_LEAST_NORMAL = tl.constexpr(float.fromhex("0x1p-126"))
+_ONE = tl.constexpr(0x3F800000)  # the bits of 1, of 3/4, and of infinity
+_THREE_QUARTERS = tl.constexpr(0x3F400000)
+_INFINITE = tl.constexpr(0x7F800000)
+_FRACTION = tl.constexpr(0x007FFFFF)
+
+_E2 = tl.constexpr(float.fromhex("0x1.fffffcp-2"))
+_E3 = tl.constexpr(float.fromhex("0x1.555492p-3"))
+_E4 = tl.constexpr(float.fromhex("0x1.5558bp-5"))
+_E5 = tl.constexpr(float.fromhex("0x1.12398ep-7"))
+_E6 = tl.constexpr(float.fromhex("0x1.6a4d6ap-10"))
+
+_L3 = tl.constexpr(float.fromhex("0x1.5555a4p-2"))
+_L4 = tl.constexpr(float.fromhex("-0x1.000046p-2"))
+_L5 = tl.constexpr(float.fromhex("0x1.99695ep-3"))
+_L6 = tl.constexpr(float.fromhex("-0x1.54ed84p-3"))
+_L7 = tl.constexpr(float.fromhex("0x1.288482p-3"))
+_L8 = tl.constexpr(float.fromhex("-0x1.0da4f4p-3"))
+_L9 = tl.constexpr(float.fromhex("0x1.ad0a74p-4"))
+_L10 = tl.constexpr(float.fromhex("-0x1.71e776p-5"))
+
+
+@triton.jit
+def _bits(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _float(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def abs(x):
+    return tl.abs(x)
+
+
+@triton.jit
+def where(condition, a, b):
+    return tl.where(condition, a, b)
+
+
+@triton.jit
+def maximum(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def exp(x):
+    return tl.exp(x) if x.dtype == tl.float64 else _exp(x)
+
+
+@triton.jit
+def _exp(x):
+    k = tl.floor(x * _LOG2E + 0.5)
+    high = x - k * _LN2_HI
+    low = k * _LN2_LO
+    r = high - low
+    rr = r * r
+    tail = (r * _E3 + _E2) + rr * ((r * _E5 + _E4) + rr * _E6)
+    y = 1.0 + (high + (rr * tail - low))
+    # 2^k as two factors: one alone reaches neither the subnormals nor the largest binade.
+    both = k.to(tl.int32)
+    half = both >> 1
+    out = y * _float((half + 127) << 23) * _float((both - half + 127) << 23)
+    out = tl.where(x < -104.0, 0.0, out)
+    return tl.where(x > 89.0, inf, out)
+
+
+@triton.jit
+def _log_tail(f):
+    """log(1 + f) - f for -1/4 <= f <= 1/2."""
+    ff = f * f
+    p = (f * _L4 + _L3) + ff * ((f * _L6 + _L5) + ff * ((f * _L8 + _L7) + ff * (f * _L10 + _L9)))
+    return ff * (f * p - 0.5)
+
+
+@triton.jit
+def _log_sum(k, f):
+    """k ln2 + log(1 + f): the rounding of the leading sum is kept, or it would cost half an ULP."""
+    big = k * _LN2_HI
+    total = big + f
+    lost = (big - total) + f
+    return total + (_log_tail(f) + (k * _LN2_LO + lost))
+
+
+@triton.jit
+def log(x):
+    return tl.log(x) if x.dtype == tl.float64 else _log(x)
+
+
+@triton.jit
+def _log(x):
+    subnormal = x < _LEAST_NORMAL
+    b = _bits(tl.where(subnormal, x * 16777216.0, x)) + (_ONE - _THREE_QUARTERS)
+    k = (b >> 23) - tl.where(subnormal, 127 + 24, 127)
+    out = _log_sum(k.to(tl.float32), _float((b & _FRACTION) + _THREE_QUARTERS) - 1.0)
+    out = tl.where(x < inf, out, x)
+    return tl.where(x > 0.0, out, tl.where(x == 0.0, -inf, float("nan")))
+
+
+@triton.jit
+def log_or_zero(x):
+    return tl.where(x == 0.0, 0.0, log(x))
+
+
+@triton.jit
+def log1p(x):
+    return _log1p_double(x) if x.dtype == tl.float64 else _log1p(x)
+
+
+@triton.jit
+def _log1p_double(x):
+    """What 1 + x rounds away, made good: 2 ULP."""
+    u = 1.0 + x
+    out = tl.where(u == 1.0, x, tl.log(u) + (x - (u - 1.0)) / u)
+    return tl.where((x < inf) & (u > 0.0), out, tl.log(u))
+
+
+@triton.jit
+def _log1p(x):
+    b = _bits(1.0 + x) + (_ONE - _THREE_QUARTERS)
+    e = b & _INFINITE
+    # f = 2^-k x + (2^-k - 1), exact; as 2 * 2^-k, since 2^-k alone is subnormal for the largest x.
+    f = _float(_bits(x) - e + _ONE) + (0.5 * _float(-(e - _INFINITE)) - 1.0)
+    out = _log_sum(((b >> 23) - 127).to(tl.float32), f)
+    out = tl.where((x < inf) & (x != 0.0), out, x)
+    return tl.where(x > -1.0, out, tl.where(x == -1.0, -inf, float("nan")))
+
+
+@triton.jit
+def _log1p_unit(e):
+    """log(1 + e) for 0 <= e <= 1."""
+    return _log1p_double(e) if e.dtype == tl.float64 else _log1p_half(e)
+
+
+@triton.jit
+def _log1p_half(e):
+    upper = e > 0.5
+    f = tl.where(upper, 0.5 * e - 0.5, e)
+    return tl.where(upper, _LN2_HI, 0.0) + (f + (_log_tail(f) + tl.where(upper, _LN2_LO, 0.0)))
+
+
+@triton.jit
+def sigmoid(x):
+    e = exp(-tl.abs(x))
+    t = e / (1.0 + e)
+    return tl.where(x >= 0.0, 1.0 - t, e - e * t)
+
+
+@triton.jit
+def log_sigmoid(x):
+    return tl.where(x > 0.0, 0.0, x) - _log1p_unit(exp(-tl.abs(x)))
