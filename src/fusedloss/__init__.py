@@ -4,6 +4,7 @@
 """
 
 from . import functional, nn
+from .gpu import synchronize
 from .losses import *  # noqa: F403
 from .losses import __all__ as _losses
 from .nn import (
@@ -39,5 +40,6 @@ __all__ = [
     "nn",
     "patch",
     "patched",
+    "synchronize",
     "unpatch",
 ]

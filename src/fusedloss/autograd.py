@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import cpu, gpu
 from .calls import Call
 
 
-def engine(call: Call) -> ModuleType:
-    """The module whose `forward` and `backward` run the call."""
+def engine(call: Call, tensor: Tensor | None) -> ModuleType:
+    """The module whose `forward` and `backward` run the call on the device of the tensor."""
+    if gpu.serves(tensor):
+        return gpu.family(call.family)
     return getattr(cpu, call.family)
 
 
@@ -25,7 +27,7 @@ def run(call: Call, tensors: tuple[Tensor | None, ...]) -> Tensor:
         for tensor in tensors[: call.gradients]:
             if tensor is not None and tensor.requires_grad:
                 return _apply(call, *tensors)
-    return engine(call).forward(call, tensors, ())[0]
+    return engine(call, tensors[0]).forward(call, tensors, ())[0]
 
 
 class _Fused(torch.autograd.Function):
@@ -35,29 +37,45 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> Tensor:
         needed = ctx.needs_input_grad[1:]
         ctx.call, ctx.stored = call, call.stores_gradients and not _narrow(tensors, needed)
-        result, grads = engine(call).forward(call, tensors, needed if ctx.stored else ())
+        result, grads = engine(call, tensors[0]).forward(
+            call, tensors, needed if ctx.stored else ()
+        )
         ctx.save_for_backward(*tensors, *grads)
         return result
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
-        call, arrived = ctx.call, incoming[0]
+        try:
+            return _Fused._backward(ctx, incoming[0])
+        except gpu.Failed as failed:
+            gpu.turn_off(failed)
+            needed = ctx.needs_input_grad[1:]
+            with torch.enable_grad():
+                grads = redo(ctx.call, ctx.saved_tensors[: len(needed)], needed, incoming[0])
+            return (None, *(g if g is None else g.detach() for g in grads))
+
+    @staticmethod
+    def _backward(ctx: Any, arrived: Tensor) -> tuple[Tensor | None, ...]:
+        call = ctx.call
         needed = ctx.needs_input_grad[1:]
         saved = ctx.saved_tensors
         tensors, stored = saved[: len(needed)], saved[len(needed) :]
         if torch.is_grad_enabled():
             return (None, *redo(call, tensors, needed, arrived))
         plain = is_plain(arrived)
-        if ctx.stored and (not plain or _scales_exactly(stored, arrived)):
-            grads = [g if g is None else scaled(g, arrived, plain) for g in stored]
+        if ctx.stored and plain and gpu.serves(arrived):
+            grads = rescaled(call, tensors, stored, arrived)
+        elif ctx.stored and (not plain or _scales_exactly(stored, arrived)):
+            found = stored[: call.gradients]
+            grads = [g if g is None else scaled(g, arrived, plain) for g in found]
         elif plain:
-            grads = engine(call).backward(call, tensors, needed, arrived)
+            grads = engine(call, tensors[0]).backward(call, tensors, needed, arrived)
         else:
-            one = torch.ones(arrived.shape, dtype=arrived.dtype)
+            one = torch.ones(arrived.shape, dtype=arrived.dtype, device=arrived.device)
             spread = call.spread(arrived)
             grads = [
                 None if g is None else g * spread
-                for g in engine(call).backward(call, tensors, needed, one)
+                for g in engine(call, tensors[0]).backward(call, tensors, needed, one)
             ]
         for k, grad in enumerate(grads):
             if grad is not None and grad.shape != tensors[k].shape:
@@ -107,6 +125,20 @@ def scaled(grad: Tensor, incoming: Tensor, plain: bool) -> Tensor:
     if not plain or torch._C._autograd._get_current_graph_task_keep_graph():
         return grad * incoming
     return grad if incoming.item() == 1.0 else grad.mul_(incoming)
+
+
+def rescaled(
+    call: Call,
+    tensors: Sequence[Tensor | None],
+    stored: Sequence[Tensor | None],
+    incoming: Tensor,
+) -> list[Tensor | None]:
+    """The same on a GPU, where a kernel looks at the scalar, and computes anew unless it is 1."""
+    grads, rest = list(stored[: call.gradients]), stored[call.gradients :]
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        grads = [g if g is None else g.clone() for g in grads]
+    engine(call, tensors[0]).rescale(call, tensors, (*grads, *rest), incoming)
+    return grads
 
 
 def redo(

@@ -44,7 +44,7 @@ def _define(kind: type[RowsCall] | type[TripletCall]) -> None:
 
         call, tensors = kind(*arguments[count:]), arguments[:count]
         count_kernel(call.loss)
-        return autograd.engine(call).forward(call, tensors, ())[0]
+        return autograd.engine(call, tensors[0]).forward(call, tensors, ())[0]
 
     def forward_fake(*arguments: Any) -> Tensor:
         call, tensors = kind(*arguments[count:]), arguments[:count]
@@ -53,7 +53,7 @@ def _define(kind: type[RowsCall] | type[TripletCall]) -> None:
 
     def backward(incoming: Tensor, needed: list[bool], *arguments: Any) -> list[Tensor]:
         call, tensors = kind(*arguments[count:]), arguments[:count]
-        grads = autograd.engine(call).backward(call, tensors, needed, incoming)
+        grads = autograd.engine(call, tensors[0]).backward(call, tensors, needed, incoming)
         pairs = zip(grads, tensors, strict=False)
         return [g.sum_to_size(t.shape) for g, t in pairs if g is not None]
 
@@ -75,8 +75,9 @@ def _define(kind: type[RowsCall] | type[TripletCall]) -> None:
             grads = [next(found) if need else None for need in needed]
         return (*grads, *(None,) * len(fields))
 
-    LIBRARY.impl(name, forward, "CPU")
-    LIBRARY.impl(f"{name}_backward", backward, "CPU")
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, forward, key)
+        LIBRARY.impl(f"{name}_backward", backward, key)
     torch.library.register_fake(f"fusedloss::{name}", forward_fake, lib=LIBRARY)
     torch.library.register_fake(f"fusedloss::{name}_backward", backward_fake, lib=LIBRARY)
     torch.library.register_autograd(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import autograd, cpu, errors, ops
+from . import autograd, cpu, errors, gpu, ops
 from .calls import Call, RowsCall
 from .cpu.load import FLOATS
 
@@ -34,9 +34,12 @@ class Route:
     loss: str
     kernel: str | None
     why: str
+    device: str = "CPU"
 
     def __str__(self) -> str:
-        path = f"CPU kernel {self.kernel}" if self.kernel else "formula (torch operations)"
+        path = (
+            f"{self.device} kernel {self.kernel}" if self.kernel else "formula (torch operations)"
+        )
         return f"{self.loss}: {path}, because {self.why}"
 
 
@@ -59,13 +62,15 @@ def formula_reason(call: Call, tensors: tuple[Tensor | None, ...]) -> str | None
             continue
         if type(tensor) not in PLAIN:
             return f"{type(tensor).__name__} is a tensor subclass"
-        if not tensor.is_cpu:
+        if not (tensor.is_cpu or tensor.is_cuda):
             return f"there are no kernels for {tensor.device.type} tensors"
         if tensor.layout is not torch.strided:
             return f"the layout is {tensor.layout}"
         if tensor.is_neg():
             return "a tensor has a lazy sign"
-    return _kernel_gap(call, tensors) or cpu.problem()
+    if gap := _kernel_gap(call, tensors):
+        return gap
+    return gpu.problem() if gpu.serves(tensors[0]) else cpu.problem()
 
 
 def count_kernel(loss: str) -> None:
@@ -78,7 +83,8 @@ def _operator_serves(call: Call, tensors: tuple[Tensor | None, ...]) -> bool:
         call.family != "pointwise"
         and not torch.compiler.is_exporting()
         and not _transforms_active()
-        and all(t is None or t.device.type == "cpu" for t in tensors)
+        and all(t is None or t.device.type in ("cpu", "cuda") for t in tensors)
+        and not (tensors[0] is not None and tensors[0].is_cuda and gpu.problem())
         and _kernel_gap(call, tensors) is None
     )
 
@@ -92,9 +98,18 @@ def dispatch(loss: str, call: Call, tensors: tuple[Any, ...], why: str | None = 
     why = why or formula_reason(call, tensors)
     if why is None:
         count_kernel(loss)
+        on_gpu = gpu.serves(tensors[0])
         if _trace is not None:
-            _trace.append(Route(loss, call.name, "the tensors are plain CPU tensors"))
-        return autograd.run(call, tensors)
+            device = "GPU" if on_gpu else "CPU"
+            why = f"the tensors are plain {device} tensors"
+            _trace.append(Route(loss, call.name, why, device))
+        if not on_gpu:
+            return autograd.run(call, tensors)
+        try:
+            return autograd.run(call, tensors)
+        except gpu.Failed as failed:
+            gpu.turn_off(failed)
+            why = str(gpu.problem())
     calls[loss, "formula"] += 1
     if _trace is not None:
         _trace.append(Route(loss, None, why))
@@ -118,6 +133,7 @@ def _check_range(call: RowsCall, input: Tensor, target: Tensor) -> None:
 def _kernel_gap(call: Call, tensors: tuple[Tensor | None, ...]) -> str | None:
     """What the kernels of this call cannot do, or None."""
     indices = 1 if call.family == "rows" else None  # the tensor that may hold class indices
+    on_gpu = gpu.serves(tensors[0])
     for k, tensor in enumerate(tensors):
         if tensor is None:
             continue
@@ -127,6 +143,8 @@ def _kernel_gap(call: Call, tensors: tuple[Tensor | None, ...]) -> str | None:
             return f"there are no kernels for more than {MOST_DIMS} dimensions"
         if k >= call.gradients and tensor.requires_grad:
             return "a weight requires a gradient"
+        if on_gpu and not tensor.numel():
+            return "there is nothing to compute"
     return None
 
 

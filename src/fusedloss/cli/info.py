@@ -9,7 +9,7 @@ import platform
 
 import torch
 
-from .. import __version__, cpu
+from .. import __version__, cpu, gpu
 from ..cpu import load
 
 
@@ -33,17 +33,23 @@ def facts() -> dict[str, str]:
         "CPU capability": torch.backends.cpu.get_cpu_capability(),
         "CPU kernels": f"off: {problem}" if problem else str(load.path()),
         "threads": f"1: {one_thread}" if one_thread else threads,
-        "GPU": gpu(),
+        "GPU": devices(),
         "Triton": triton(),
-        "GPU kernels": "off: this version has none; tensors on a GPU take the formula",
+        "GPU kernels": gpu_kernels(),
     }
 
 
-def gpu() -> str:
+def devices() -> str:
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         return "none found" if built else "none: this torch is built for the CPU"
     return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+def gpu_kernels() -> str:
+    if problem := gpu.problem():
+        return f"off: {problem}"
+    return "on, through Triton" if torch.cuda.is_available() else "off: there is no GPU"
 
 
 def triton() -> str:
