@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from fusedloss import cpu, route
+from fusedloss import cpu, gpu, route
 from fusedloss.cpu import load
 from fusedloss.define import REGISTRY, Loss
 from fusedloss.reduce import wide
@@ -24,6 +25,15 @@ HALVES = (torch.bfloat16, torch.float16)
 
 # Where the reference is no wider than what it judges, its own sums of thousands of terms count.
 FLOAT64_ROUNDINGS = 8192
+
+# What test_gpu.py sets in the processes that it starts: "interpreted", with TRITON_INTERPRET=1, or "cuda".
+GPU = os.environ.get("FUSEDLOSS_TEST_GPU", "")
+DEVICE = "cuda" if GPU == "cuda" else "cpu"
+if GPU == "interpreted":
+    import interpreter
+
+    interpreter.mend()
+    gpu.on_cpu = True
 
 Tensors = tuple[Tensor, ...]
 Options = dict[str, Any]
@@ -38,8 +48,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"ignore:.*{expected}")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A process that interprets kernels, which is slow, runs one in so many tests."""
+    every = int(os.environ.get("FUSEDLOSS_TEST_EVERY", "1"))
+    items[:] = [i for i in items if zlib.crc32(i.nodeid.encode()) % every == 0]
+
+
 def pytest_report_header() -> str:
-    return f"kernels: {cpu.problem() or load.path().name}, torch {torch.__version__}"
+    kernels = f"Triton, {GPU}" if GPU else cpu.problem() or load.path().name
+    return f"kernels: {kernels}, torch {torch.__version__}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -83,8 +100,12 @@ class Case:
     def example(
         self, shape: Sequence[int], dtype: torch.dtype, generator: Generator
     ) -> tuple[Tensors, Options]:
-        tensors = self.loss.example(tuple(shape), dtype, generator)
-        return tensors, self.loss.options[self.option](tensors, generator)
+        drawn = self.loss.example(tuple(shape), dtype, generator)
+        tensors = tuple(t.to(DEVICE) for t in drawn)
+        options = self.loss.options[self.option](tensors, generator)
+        return tensors, {
+            k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in options.items()
+        }
 
 
 CASES = [Case(loss, option) for loss in REGISTRY.values() for option in loss.options]
@@ -170,7 +191,7 @@ def assert_same_bits(actual: Outcome, expected: Outcome) -> None:
 
 def draw_incoming(value: Tensor, generator: Generator) -> Tensor:
     """A gradient to send back through `value`."""
-    return torch.randn(value.shape, dtype=torch.float64, generator=generator).to(value.dtype)
+    return torch.randn(value.shape, dtype=torch.float64, generator=generator).to(value)
 
 
 class Reference(NamedTuple):
@@ -219,7 +240,8 @@ def _moved(tensor: Tensor, eps: float, generator: Generator) -> Tensor:
     """One or two roundings towards 0 of each element: a probability stays one."""
     if not tensor.is_floating_point():
         return tensor
-    return tensor * (1 - eps * torch.randint(1, 3, tensor.shape, generator=generator))
+    steps = torch.randint(1, 3, tensor.shape, generator=generator)
+    return tensor * (1 - eps * steps.to(tensor.device))
 
 
 def _greatest(tensor: Tensor) -> float:
