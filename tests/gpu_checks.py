@@ -23,6 +23,7 @@ from conftest import (
     assert_same_bits,
     check,
     draw_incoming,
+    formula_path,
     name_of,
     parameters,
     run,
@@ -33,6 +34,7 @@ from torch import Generator, Tensor, tensor
 import fusedloss
 from fusedloss import functional, gpu
 from fusedloss.calls import RowsCall
+from fusedloss.cli import gpu as bench
 from fusedloss.cli import info
 from fusedloss.gpu import flags, launch, m, pointwise, rows, triplet
 
@@ -60,10 +62,12 @@ TABLE = [
 def test_option(case: Case, reduction: str, dtype: torch.dtype, generator: Generator) -> None:
     tensors, options = case.example(SHAPES[case.family], dtype, generator)
     options["reduction"] = reduction
-    route = fusedloss.explain(case.loss.function, *tensors, **options)
-    assert route.device == "GPU", str(route)
-    incoming = draw_incoming(run(case.loss.function, tensors, options).value, generator)
-    check(case, tensors, options, generator, incoming)
+    with formula_path():
+        value = case.loss.function(*tensors, **options)
+    if reduction == "none":
+        route = fusedloss.explain(case.loss.function, *tensors, **options)
+        assert route.device == "GPU", str(route)
+    check(case, tensors, options, generator, draw_incoming(value, generator))
 
 
 # More than one block, program or dimension
@@ -498,3 +502,18 @@ def test_mixed_devices_are_refused() -> None:
     x = torch.zeros(3, device=DEVICE)
     with pytest.raises(RuntimeError, match="target is on cpu, input on cuda"):
         functional.mse_loss(x, torch.zeros(3))
+
+
+# The benchmark
+
+
+def test_every_step_of_the_benchmark() -> None:
+    cases = tuple(c for c in bench.CASES if c.title in ("MSE 64M", "CE 8192x32000", "nll_loss 3x5"))
+    kept: list[int] = []
+    document = bench.benchmark(
+        lambda d: kept.append(len(d["results"])), math.inf, dry=True, cases=cases
+    )
+    assert kept[:3] == [1, 2, 3] and not document["left_out"]
+    for result in document["results"]:
+        assert {"ours", "eager", "yardstick"} <= result["seconds"].keys(), result
+        assert not result["wrong"]

@@ -84,3 +84,15 @@ def test_compiles_without_a_spill(
         numbers = compiled(kernel, TARGETS[target])
         record_property(f"{target} {kernel}", str(numbers))
         assert numbers.spills == 0, f"{kernel} spills registers on {target}"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bench_says_that_there_is_no_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rich")
+    from fusedloss.cli import main
+
+    assert main(["bench", "--device", "cuda", "--output", str(tmp_path / "out.json")]) == 2
+    assert "torch finds no GPU" in capsys.readouterr().out
+    assert main(["bench", "--device", "cuda", "--only", "nothing"]) == 2

@@ -22,10 +22,18 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import fusedloss
-from fusedloss.cli import report, tables
+from fusedloss.cli import gpu, report, tables
 from fusedloss.cli.cases import Case
 from fusedloss.cli.measure import NO_COMPILER, Job, Result, available, needed, stream
-from fusedloss.cli.selection import FORMAT, Selection, UsageError, add_arguments, selection
+from fusedloss.cli.selection import (
+    FORMAT,
+    Selection,
+    UsageError,
+    add_arguments,
+    check_writable,
+    chosen_losses,
+    selection,
+)
 from fusedloss.cpu import load
 
 __all__ = ["add_arguments", "run"]
@@ -37,6 +45,9 @@ QUICK = 105.0  # seconds, after which a quick run starts nothing more
 def run(args: argparse.Namespace) -> int:
     """Measure and report; 0, or 1 for a result that eager contradicts, 2 on bad arguments."""
     try:
+        if args.device == "cuda":
+            check_writable("--output", args.output)
+            return gpu.run(args.output, chosen_losses(args.only))
         chosen = selection(args)
     except UsageError as error:
         print(f"fusedloss bench: {error}", file=sys.stderr)

@@ -35,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--no-sweep", action="store_true", help="the cases alone")
     add("--variants", nargs="+", metavar="NAME", help=f"these of {', '.join(CHOICES)}, and ours")
+    add(
+        *("--device",),
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda takes --only and --output of these options; default: %(default)s",
+    )
     add("--threads", metavar="N", help="default: what torch takes")
     add("--against", type=Path, metavar="FILE", help="compare with the JSON of an earlier run")
     add("--targets", action="store_true", help="print which targets are met")
