@@ -123,6 +123,33 @@ def test_gradients_stay_where_the_formula_has_them_at_extremes(generator: Genera
     torch.testing.assert_close(grad[0, 0].item(), -2 * math.exp(-40), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("classes", [21, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_gradient_over_the_logits(
+    classes: int, dtype: torch.dtype, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step of linear losses: the same bits as the gradient beside the logits."""
+    monkeypatch.setattr(rows, "tile", lambda *_: rows.Tile(2, 32, classes <= 32, 4))
+    case = next(c for c in CASES if str(c) == "cross_entropy-all")
+    (x, y), options = case.example((9, classes), dtype, generator)
+    weight = options["weight"]
+    call = RowsCall("cross_entropy", False, "none", options["ignore_index"], 0.2, torch.float32)
+    incoming = torch.randn(9, generator=generator).to(DEVICE)
+    losses, _ = rows.forward(call, (x, y, weight), ())
+    grad, _ = rows.backward(call, (x, y, weight), (True, False, False), incoming)
+    found = torch.empty_like(losses)
+    rows.softmax_gradient_(call, x, y, weight, incoming, found)
+    assert grad is not None and same_bits(x, grad) and same_bits(found, losses)
+
+
+def test_whether_triton_is_there_is_a_constant_for_the_compiler() -> None:
+    def function(x: Tensor) -> Tensor:
+        return x + 1 if gpu.problem() is None else x
+
+    x = torch.zeros(3)
+    assert torch.equal(torch.compile(function, fullgraph=True, backend="eager")(x), x + 1)
+
+
 # Repeated
 
 

@@ -33,6 +33,7 @@ def _import() -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
 def problem() -> str | None:
     """Why there are no GPU kernels, or None."""
     return _failure or _import()

@@ -111,6 +111,23 @@ def rescale(
     _cross_entropy(call, input, target, weight, incoming, None, None, grads, divisor, stored=True)
 
 
+def softmax_gradient_(
+    call: RowsCall,
+    logits: Tensor,
+    target: Tensor,
+    weight: Slot,
+    incoming: Tensor,
+    losses: Tensor,
+) -> None:
+    """Writes the losses of rows (N, C), and over the rows their gradients times `incoming` of each.
+
+    A step of linear losses, which hold a chunk of the logits at a time. A row is read whole before it
+    is written to, or, where it does not fit, block by block, by the threads that then write the block.
+    """
+    assert call.reduction == "none"
+    _cross_entropy(call, logits, target, weight, incoming, losses, None, (logits, None))
+
+
 def _gradients(call: RowsCall, input: Tensor, target: Tensor, needed: Sequence[bool]) -> list[Slot]:
     """Memory for the gradients that are needed; its dimensions d1, ... are always collapsible."""
     grads: list[Slot] = [None, None]
