@@ -15,7 +15,10 @@ from .calls import Call
 
 
 def engine(call: Call, tensor: Tensor | None) -> ModuleType:
-    """The module whose `forward` and `backward` run the call on the device of the tensor."""
+    """The module whose `forward` and `backward` run the call on the device of the tensor.
+
+    After the gradients a GPU's `forward` may give more, which its `rescale` takes beside them.
+    """
     if gpu.serves(tensor):
         return gpu.family(call.family)
     return getattr(cpu, call.family)

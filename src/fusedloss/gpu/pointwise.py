@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -159,9 +160,10 @@ def _laid_out(
 
 
 def _index_type(sizes: Sequence[int], strides: Sequence[Sequence[int]]) -> tl.dtype:
-    """Of offsets into strided tensors."""
+    """Of the position of an element, and of offsets into strided tensors."""
     reach = (sum(abs(n * s) for n, s in zip(sizes, row, strict=False)) for row in strides)
-    return tl.int64 if max(reach, default=0) >= 2**31 else tl.int32
+    farthest = max(math.prod(sizes) + BLOCK, *reach)
+    return tl.int64 if farthest >= 2**31 else tl.int32
 
 
 @triton.jit
