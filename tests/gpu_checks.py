@@ -73,7 +73,7 @@ def test_option(case: Case, reduction: str, dtype: torch.dtype, generator: Gener
 # More than one block, program or dimension
 
 
-@pytest.mark.parametrize("size", [1, 15, 16, 17, 64, 65, 300])
+@pytest.mark.parametrize("size", [1, 17, 64, 300])
 @parameters(lambda case: case.family == "pointwise" and case.option == "plain")
 def test_programs_of_pointwise(
     case: Case, size: int, generator: Generator, monkeypatch: pytest.MonkeyPatch
@@ -85,7 +85,7 @@ def test_programs_of_pointwise(
         check(case, tensors, options, generator)
 
 
-@pytest.mark.parametrize("shape", [(3, 33), (2, 33, 5), (5, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 33), (2, 33, 5)], ids=str)
 @parameters(lambda case: case.family == "rows" and case.option in ("plain", "all", "both"))
 def test_rows_longer_than_a_block(
     case: Case, shape: tuple[int, ...], generator: Generator, monkeypatch: pytest.MonkeyPatch
@@ -157,7 +157,7 @@ def test_whether_triton_is_there_is_a_constant_for_the_compiler() -> None:
 def test_the_same_bits_again(case: Case, generator: Generator) -> None:
     tensors, options = case.example((70, 21), torch.float32, generator)
     first = run(case.loss.function, tensors, options, case.loss.differentiable)
-    for _ in range(3):
+    for _ in range(1 if GPU == "interpreted" else 5):
         again = run(case.loss.function, tensors, options, case.loss.differentiable)
         assert_same_bits(again, first)
 
