@@ -125,8 +125,8 @@ MUTANTS = [
     kernel("gather.h", "losses[i] = -w * load_one", "losses[i] = w * load_one", KERNELS + f" and {NLL}"),
     kernel("gather.h", "-w * rows.incoming(n, d)", "-w", KERNELS + f" and {NLL}"),
     # triplets
-    kernel("triplet.h", "minus[i] -= s * v[i];", "minus[i] += s * v[i];", KERNELS + f" and {TRIPLET}"),
-    kernel("triplet.h", "T(scale / double(ties))", "T(scale)", "share_the"),
+    kernel("triplet.h", "out[i] = f * v[i] + g * w[i];", "out[i] = f * v[i] - g * w[i];", KERNELS + f" and {TRIPLET}"),
+    kernel("triplet.h", "scale /= double(ties);", "", "share_the"),
     kernel("triplet.h", "by_far = far < other ? 1 : other < far ? 0 : 0.5;", "by_far = far < other ? 1 : 0;", "share_the"),
     kernel("triplet.h", "= hinge < 0 ? 0 : hinge;", "= hinge;", KERNELS + f" and {TRIPLET}"),
     # types
