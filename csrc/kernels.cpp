@@ -2,6 +2,7 @@
 #include <cstdint>
 
 #include "gather.h"
+#include "linear.h"
 #include "math.h"
 #include "math_probe.h"
 #include "pointwise.h"
@@ -53,6 +54,10 @@ EXPORT void fusedloss_set_parallel_for(void* function) {
     fusedloss::parallel_for = reinterpret_cast<fusedloss::ParallelFor>(function);
 }
 
+EXPORT void fusedloss_advise_huge_pages(void* data, int64_t bytes) {
+    fusedloss::advise_huge_pages(data, bytes);
+}
+
 // The name of the pointwise kernel with this number, or null past the last.
 EXPORT const char* fusedloss_formula(int64_t number) {
     constexpr int64_t count = sizeof(formulas) / sizeof(formulas[0]);
@@ -67,6 +72,12 @@ EXPORT int64_t fusedloss_cross_entropy(const fusedloss::RowsArgs* a) {
     const bool wide = any_double(a->input, a->probabilities ? a->target : a->input);
     return guarded(
         [&] { return wide ? fusedloss::cross_entropy<double>(*a) : fusedloss::cross_entropy<float>(*a); });
+}
+
+EXPORT int64_t fusedloss_linear(const fusedloss::LinearArgs* a) {
+    a->logits_dtype == fusedloss::F64 ? fusedloss::linear_rows<double>(*a)
+                                      : fusedloss::linear_rows<float>(*a);
+    return 0;
 }
 
 EXPORT int64_t fusedloss_nll_loss(const fusedloss::RowsArgs* a) {

@@ -3,6 +3,7 @@
 from .binary import binary_cross_entropy, binary_cross_entropy_with_logits
 from .classification import cross_entropy, nll_loss
 from .divergence import kl_div
+from .linear import linear_cross_entropy
 from .metric import triplet_margin_loss, triplet_margin_with_distance_loss
 from .regression import mse_loss
 
@@ -11,6 +12,7 @@ __all__ = [
     "binary_cross_entropy_with_logits",
     "cross_entropy",
     "kl_div",
+    "linear_cross_entropy",
     "mse_loss",
     "nll_loss",
     "triplet_margin_loss",

@@ -120,13 +120,13 @@ def cross_entropy(
             )
         _check_input(name, "log_softmax_lastdim_kernel_impl", input)
         if weight is not None:
-            _check_weight(name, input, weight)
+            check_weight(name, input, weight)
         for other in (target, weight):
             if other is not None:
                 dtype = torch.promote_types(dtype, other.dtype)
     else:
         _check_input(name, "log_softmax_lastdim_kernel_impl", input)
-        _check_indices(name, input, target, weight, dtype)
+        check_indices(name, input, target, weight, dtype)
     call = RowsCall(name, probabilities, reduction, ignore_index, float(label_smoothing), dtype)
     return _run(name, call, input, target, weight)
 
@@ -191,7 +191,7 @@ def nll_loss(
     if target.device != input.device or weight is not None:
         errors.same_device(name, input=input, target=target, weight=weight)
     dtype = result_dtype(input.dtype, input)
-    _check_indices(name, input, target, weight, dtype)
+    check_indices(name, input, target, weight, dtype)
     _check_input(name, "nll_loss_out_frame", input)
     call = RowsCall(name, False, reduction, ignore_index, 0.0, dtype)
     return _run(name, call, input, target, weight)
@@ -202,7 +202,7 @@ def _check_input(name: str, words: str, input: Tensor) -> None:
         errors.not_floating(name, NotImplementedError, words, input=input)
 
 
-def _check_indices(
+def check_indices(
     name: str, input: Tensor, target: Tensor, weight: Tensor | None, dtype: torch.dtype
 ) -> None:
     """Shapes and types of a call with class indices; the range is the kernel's to check."""
@@ -235,7 +235,7 @@ def _check_indices(
         )
     if weight is None:
         return
-    _check_weight(name, input, weight)
+    check_weight(name, input, weight)
     if weight.dtype not in (dtype, input.dtype):
         errors.fail(
             RuntimeError,
@@ -269,7 +269,7 @@ def _bad_shape(name: str, shape: torch.Size, wanted: torch.Size) -> None:
     )
 
 
-def _check_weight(name: str, input: Tensor, weight: Tensor) -> None:
+def check_weight(name: str, input: Tensor, weight: Tensor) -> None:
     classes = input.shape[0] if input.dim() == 1 else input.shape[1]
     if weight.shape != (classes,):
         errors.fail(

@@ -1,0 +1,273 @@
+// One step over rows of a chunk of logits, for heads whose logits never exist as a whole.
+//
+// A row's classes may come in several stretches: each is gathered into the row's sums, and when all have been
+// seen the row is finished. Where a gradient is wanted all classes are given at once, and it takes the
+// logits' place. With x' = softcap tanh(logit_scale x / softcap), b and B as in rows.h, and L the row's
+// log-sum-exp:
+//   loss = sum_c b_c (L - x'_c) + z_loss L^2,   entropy = L - sum_c p_c x'_c.
+#pragma once
+#include "rows.h"
+
+namespace fusedloss {
+
+// Packed by cpu/linear.py; the field order is shared with it.
+struct LinearArgs {
+    int64_t n, c;            // rows, classes in all
+    int64_t first, columns;  // the classes that are given: [first, first + columns)
+    int64_t finish;          // these are the last ones
+    int64_t differentiate;   // the logits become their gradient
+    double smoothing, z_loss, softcap, logit_scale;
+    int64_t logits_dtype, logits_stride;  // from row to row
+    void* logits;
+    const int64_t* label;  // or null, and `target` holds probabilities
+    Grid target;
+    const void* weight;  // of each class, in the type that is computed in
+    // Of each row, or null:
+    const double* incoming;  // the gradients of the three results
+    const double* incoming_lse;
+    const double* incoming_entropy;
+    double* sums;
+    double* loss;
+    double* lse;
+    double* entropy;
+    double* correct;  // 1 where no class is above the target's
+    Grid grad_target;
+};
+
+// What is gathered of a row.
+struct LinearSums : RowSums {
+    double top = -std::numeric_limits<double>::infinity();
+    double products = 0;  // sum of exp(x - max) (x - max)
+};
+
+// Within 2 ULP: a rational approximation near 0 (Cephes), else from exp(-2 |u|).
+template <class T>
+inline T tanh_of(T u) {
+    const T z = u * u, size = std::fabs(u), e = math::exp_softmax(T(-2) * size);
+    const T p =
+        (T(-9.64399179425052238628e-1) * z + T(-9.92877231001918586564e1)) * z + T(-1.61468768441708447952e3);
+    const T q = ((z + T(1.12811678491632931402e2)) * z + T(2.23548839060100448583e3)) * z +
+                T(4.84406305325125486048e3);
+    const T far = std::copysign((T(1) - e) / (T(1) + e), u);
+    return size < T(0.625) ? u + u * z * (p / q) : (u != u ? u : far);
+}
+
+template <class T>
+FUSEDLOSS_LOOP void scale_into(const T* __restrict x, T factor, int64_t n, T* __restrict y) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) y[i] = x[i] * factor;
+}
+
+template <class T>
+FUSEDLOSS_LOOP void cap_into(const T* __restrict x, T factor, T cap, int64_t n, T* __restrict y) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) y[i] = cap * tanh_of(x[i] * factor);
+}
+
+// exp(x - origin) * factor - flat, in place
+template <class T>
+FUSEDLOSS_LOOP void soften(T* __restrict x, T origin, T factor, T flat, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) x[i] = math::exp_softmax(x[i] - origin) * factor - flat;
+}
+
+// e becomes e (factor + slope (x - origin)); where e is 0 the product is, too.
+template <class T>
+FUSEDLOSS_LOOP void tilt(T* __restrict e, const T* __restrict x, T origin, T factor, T slope, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) e[i] = e[i] == T(0) ? T(0) : e[i] * (factor + slope * (x[i] - origin));
+}
+
+// The derivative of the cap, from what it gave.
+template <class T>
+FUSEDLOSS_LOOP void uncap(T* __restrict g, const T* __restrict x, T inverse_cap, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        const T t = x[i] * inverse_cap;
+        g[i] *= (T(1) - t) * (T(1) + t);
+    }
+}
+
+template <class T>
+FUSEDLOSS_LOOP void take(T* __restrict g, T factor, const T* __restrict part, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) g[i] -= factor * part[i];
+}
+
+template <class T>
+class LinearKernel {
+public:
+    explicit LinearKernel(const LinearArgs& args)
+        : a(args), weight(static_cast<const T*>(args.weight)), hard(T(1 - args.smoothing)) {
+        soft = a.smoothing > 0 ? T(a.smoothing / double(a.c)) : T(0);
+        mixed = !a.label || soft != T(0);
+    }
+
+    void operator()(int64_t n) {
+        LinearSums s;
+        auto* kept = a.sums ? reinterpret_cast<LinearSums*>(a.sums) + n : nullptr;
+        if (kept && a.first) s = *kept;
+        gather(n, s);
+        if (kept) *kept = s;
+        if (a.finish) finish(n, s);
+    }
+
+private:
+    const LinearArgs& a;
+    const T* weight;
+    T hard, soft;
+    bool mixed;  // b has more than the target's class
+    alignas(64) T x_buffer[row_block], e_buffer[row_block], q_buffer[row_block];
+
+    static double value(const double* of_rows, int64_t n, double absent) {
+        return of_rows ? of_rows[n] : absent;
+    }
+
+    void* memory(int64_t n, int64_t c) const { return at(a.logits, a.logits_dtype, n * a.logits_stride + c); }
+
+    // x' of `count` of the given classes from the c-th on.
+    const T* capped(int64_t n, int64_t c, int64_t count) {
+        const T* x = load<T>(memory(n, c), a.logits_dtype, 1, count, x_buffer);
+        if (a.softcap > 0)
+            cap_into(x, T(a.logit_scale / a.softcap), T(a.softcap), count, e_buffer);
+        else if (a.logit_scale != 1)
+            scale_into(x, T(a.logit_scale), count, e_buffer);
+        else
+            return x;
+        std::copy_n(e_buffer, count, x_buffer);
+        return x_buffer;
+    }
+
+    // b_c but for the part of the target's class; null where it is `soft` for all.
+    const T* soft_part(int64_t n, int64_t c, int64_t count) {
+        const T* w = weight ? weight + a.first + c : nullptr;
+        if (!a.label) {
+            const int64_t offset = n * a.target.stride[0] + (a.first + c) * a.target.stride[1];
+            load_strided<T>(a.target.at(offset), a.target.dtype, a.target.stride[1], count, q_buffer);
+        } else if (w) {
+            std::fill_n(q_buffer, count, T(0));
+        } else {
+            return nullptr;
+        }
+        weigh(q_buffer, hard, soft, w, count);
+        return q_buffer;
+    }
+
+    void gather(int64_t n, LinearSums& s) {
+        T max = T(s.top);
+        const int64_t y = a.label ? a.label[n] - a.first : -1;
+        for (int64_t c = 0; c < a.columns; c += row_block) {
+            const int64_t count = std::min(row_block, a.columns - c);
+            const T* x = capped(n, c, count);
+            const T top = greatest(x, count, max);
+            const T origin = top == -std::numeric_limits<T>::infinity() ? T(0) : top;
+            if (top > max && s.sum() > 0) {
+                // What was gathered relative to the old maximum is brought to the new one.
+                const double factor = std::exp(double(max) - double(top));
+                s.products = factor > 0 ? factor * (s.products + (double(max) - double(top)) * s.sum()) : 0;
+                s.others *= factor;
+                s.own *= factor;
+            }
+            if (s.mass != 0) s.dot += s.mass * (s.max - double(origin));
+            max = top;
+            s.max = double(origin);
+            exp_of_difference(x, origin, count, e_buffer);
+            if (a.entropy || a.incoming_entropy) s.products += dot<T>(e_buffer, x, s.max, count);
+            if (y >= c && y < c + count) {
+                s.own = double(e_buffer[y - c]);
+                s.own_x = double(x[y - c]);
+                e_buffer[y - c] = T(0);
+            }
+            s.others += quick_sum(e_buffer, count);
+            if (!mixed) continue;
+            if (const T* part = soft_part(n, c, count)) {
+                s.mass += ordered_sum(part, count);
+                s.dot += dot<T>(part, x, s.max, count);
+            } else {
+                s.mass += double(soft) * double(count);
+                s.dot += double(soft) * (ordered_sum(x, count) - double(count) * s.max);
+            }
+        }
+        s.top = double(max);
+    }
+
+    void finish(int64_t n, const LinearSums& s) {
+        const double log_sum = std::log(s.sum()), lse = s.max + log_sum;
+        const double entropy = log_sum - s.products / s.sum();
+        const double own_weight = a.label ? double(hard) * (weight ? double(weight[a.label[n]]) : 1.0) : 0.0;
+        double loss = mixed ? s.soft_loss() : 0.0;
+        if (a.label) loss += own_weight * s.own_loss();
+        if (a.z_loss != 0) loss += a.z_loss * lse * lse;
+        if (a.loss) a.loss[n] = loss;
+        if (a.lse) a.lse[n] = lse;
+        if (a.entropy) a.entropy[n] = entropy;
+        if (a.correct) a.correct[n] = a.label && s.own_x == s.top;
+        const double g = value(a.incoming, n, 1.0);
+        // First, since the other overwrites the logits.
+        if (a.grad_target.data) target_gradient(n, lse, g);
+        if (a.differentiate) differentiate(n, s, own_weight, lse, s.products / s.sum(), g);
+    }
+
+    void differentiate(int64_t n, const LinearSums& s, double own_weight, double lse, double mean_x,
+                       double g) {
+        // The gradient is p (even + slope (x' - max)) - g b.
+        g *= a.logit_scale;
+        const double slope = -value(a.incoming_entropy, n, 0.0) * a.logit_scale;
+        const double rest = g * (s.mass + 2 * a.z_loss * lse) - slope * mean_x +
+                            value(a.incoming_lse, n, 0.0) * a.logit_scale;
+        const double even = (g * own_weight + rest) / s.sum(), tilted = slope / s.sum();
+        const int64_t y = a.label ? a.label[n] : -1;
+        const bool direct = a.logits_dtype == dtype_of<T>;
+        for (int64_t c = 0; c < a.columns; c += row_block) {
+            const int64_t count = std::min(row_block, a.columns - c);
+            const T* x = capped(n, c, count);
+            T* e = direct ? static_cast<T*>(memory(n, c)) : e_buffer;
+            // x' is needed again where it bends the gradient.
+            if ((tilted != 0 || a.softcap > 0) && x != x_buffer) std::copy_n(x, count, x_buffer);
+            if (e != x) std::copy_n(x, count, e);
+            const T* part = mixed ? soft_part(n, c, count) : nullptr;
+            const T flat = part ? T(0) : T(g) * soft;
+            if (tilted != 0) {
+                soften(e, T(s.max), T(1), T(0), count);
+                tilt(e, x_buffer, T(s.max), T(even), T(tilted), count);
+                if (flat != T(0))
+                    for (int64_t i = 0; i < count; ++i) e[i] -= flat;
+            } else {
+                soften(e, T(s.max), T(even), flat, count);
+            }
+            if (part) take(e, T(g), part, count);
+            // p - 1 as minus the others' share: exact where p is near 1.
+            if (y >= c && y < c + count) {
+                const double share = s.own / s.sum(), bend = slope * (s.own_x - s.max) * share;
+                e[y - c] = T(rest * share + (share > 0 ? bend : 0.0) - g * own_weight * (s.others / s.sum()) -
+                             g * double(soft) * (weight ? double(weight[y]) : 1.0));
+            }
+            if (a.softcap > 0) uncap(e, x_buffer, T(1 / a.softcap), count);
+            if (!direct) store(memory(n, c), a.logits_dtype, 1, count, e);
+        }
+    }
+
+    void target_gradient(int64_t n, double lse, double g) {
+        const T scale = T(g) * hard, top = T(lse);
+        for (int64_t c = 0; c < a.columns; c += row_block) {
+            const int64_t count = std::min(row_block, a.columns - c);
+            const T* x = capped(n, c, count);
+            for (int64_t i = 0; i < count; ++i) e_buffer[i] = scale * (top - x[i]);
+            if (weight)
+                for (int64_t i = 0; i < count; ++i) e_buffer[i] *= weight[a.first + c + i];
+            const int64_t offset = n * a.grad_target.stride[0] + (a.first + c) * a.grad_target.stride[1];
+            store(a.grad_target.at(offset), a.grad_target.dtype, a.grad_target.stride[1], count, e_buffer);
+        }
+    }
+};
+
+template <class T>
+void linear_rows(const LinearArgs& a) {
+    const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, a.columns));
+    parallel_ranges(a.n, grain, [&](int64_t begin, int64_t end) {
+        LinearKernel<T> kernel(a);
+        for (int64_t n = begin; n < end; ++n) kernel(n);
+    });
+}
+
+}  // namespace fusedloss

@@ -1,0 +1,64 @@
+"""The row step of linear losses on the CPU: packs its arguments."""
+
+from __future__ import annotations
+
+import struct
+
+from torch import Tensor
+
+from ..linear.call import LinearCall, Rows, Slot
+from .load import DTYPES, library
+
+SUMS = 8  # doubles of LinearSums in csrc/linear.h
+ABSENT = (0, 0, 0, 0, 0)
+
+
+def step(
+    call: LinearCall,
+    logits: Tensor,
+    target: Tensor,
+    weight: Slot,
+    results: Rows,
+    incoming: Rows | None = None,
+    grad_target: Slot = None,
+    *,
+    first: int = 0,
+    classes: int = 0,
+    sums: Slot = None,
+) -> None:
+    """Fills `results` from a chunk (n, C) of logits; with `incoming` it becomes its gradient.
+
+    `target` is (n) of int64, or (n, C). `results` and `incoming` are float64 for each row. A chunk
+    may hold fewer than all `classes`, those from `first` on: then `sums` remember the row.
+    """
+    n, columns = logits.shape
+    last = first + columns == (classes or columns)
+    arguments = struct.pack(
+        "=6q4d23q",
+        *(n, classes or columns, first, columns, last, incoming is not None),
+        *(call.smoothing, call.z_loss, call.softcap, call.logit_scale),
+        *(DTYPES[logits.dtype], logits.stride(0), logits.data_ptr()),
+        0 if call.probabilities else target.data_ptr(),
+        *(_grid(target) if call.probabilities else ABSENT),
+        _pointer(weight),
+        *map(_pointer, incoming[:3] if incoming else (None,) * 3),
+        *map(_pointer, (sums, *results)),
+        *_grid(grad_target),
+    )
+    library().fusedloss_linear(arguments)
+
+
+def advise_huge_pages(tensor: Slot) -> None:
+    """Large pages for memory that has not been touched yet."""
+    if tensor is not None and tensor.is_cpu:
+        library().fusedloss_advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+
+
+def _pointer(tensor: Slot) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _grid(tensor: Slot) -> tuple[int, ...]:
+    if tensor is None:
+        return ABSENT
+    return (tensor.data_ptr(), DTYPES[tensor.dtype], *tensor.stride(), 0)

@@ -1,0 +1,233 @@
+"""The loop over chunks of rows: logits, the row step in their place, and the products of their gradient.
+
+    logits = x W^T -> step: losses, and the logits become g -> grad_input = g W, grad_weight += g^T x
+
+Nothing of the size of all logits exists. Rows that do not count take part in no product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import errors
+from ..cpu import linear as kernel
+from ..reduce import wide
+from .call import LinearCall, Rows, Slot, Slots
+from .products import HALVES, TILE_BYTES, Direct, products
+from .step import step
+
+BUDGET = 64 << 20
+FORWARD_BUDGET = 12 << 20  # with what a matrix product takes itself, 16 MiB
+FORWARD_ROWS = 512
+ALIGNED = 16  # rows; odd numbers slow the products down
+
+
+Index = slice | Tensor
+
+
+class Plan(NamedTuple):
+    """How much of the logits is there at a time."""
+
+    rows: int
+    classes: int
+
+
+def plan(call: LinearCall, input: Tensor, classes: int, differentiate: bool) -> Plan:
+    """Chunks within the budget. ValueError where not even one row fits."""
+    n, features = input.shape
+    size = wide(input).itemsize
+    half = input.dtype in HALVES
+    # Beside the logits: the row itself, its gradient, and a few numbers of it.
+    per_row = size * (classes + 2 * features) + 128
+    fixed = TILE_BYTES if half else 0
+    budget = call.memory_budget or BUDGET
+    if budget < per_row + fixed:
+        errors.fail(
+            ValueError,
+            call.loss,
+            f"memory_budget = {budget} bytes does not hold one row of {classes} classes and "
+            f"{features} features: the least is {per_row + fixed}",
+        )
+    if differentiate or not input.is_cpu:
+        # What torch operations take for a row step, where there is no kernel.
+        per_row *= 1 if input.is_cpu else 6
+        most, width = (budget - fixed) // per_row, classes
+    else:
+        budget = min(budget, FORWARD_BUDGET) - fixed
+        most = min(FORWARD_ROWS, max(1, budget // (size * (64 + 2 * features) + 128)))
+        most = most if most <= ALIGNED else most // ALIGNED * ALIGNED
+        width = (budget - most * (2 * size * features + 128)) // (size * most)
+        width = min(classes, max(64, width // 64 * 64))
+    most = max(1, min(most, call.chunk_rows or n, n))
+    count = -(-n // most)
+    rows = -(-n // max(count, 1))  # all chunks alike
+    aligned = -(-rows // ALIGNED) * ALIGNED
+    return Plan(aligned if aligned <= most else rows, width)
+
+
+def run(
+    call: LinearCall,
+    tensors: Slots,
+    needed: Sequence[bool] = (),
+    incoming: Sequence[Slot] | None = None,
+) -> tuple[tuple[Tensor, ...], list[Slot]]:
+    """The results of the call, and the gradients that are needed.
+
+    Reduced losses differentiate themselves; others by `incoming`, the gradients of all results.
+    Gradients by half types are of float32, for whoever scales and rounds them.
+    """
+    loop = _Loop(call, tensors, needed, incoming)
+    for head in range(loop.heads):
+        loop.head(head)
+    return call.results(loop.results, tensors), loop.grads
+
+
+class _Loop:
+    def __init__(
+        self,
+        call: LinearCall,
+        tensors: Slots,
+        needed: Sequence[bool],
+        incoming: Sequence[Slot] | None,
+    ) -> None:
+        input, linear_weight, linear_bias, target, weight, sample_weight, _ = tensors
+        assert input is not None and linear_weight is not None and target is not None
+        self.call, self.tensors = call, tensors
+        self.input, self.target = input, target
+        self.linear_weight, self.linear_bias = linear_weight, linear_bias
+        self.sample_weight = sample_weight
+        self.classes, self.heads = linear_weight.shape[:2]
+        self.plan = plan(call, input, self.classes, any(needed))
+        self.weight = None if weight is None else weight.to(wide(input)).contiguous()
+        self.vectors = torch.float64 if input.is_cpu else wide(input)
+        self.results = Rows(*(self.of_rows() for _ in range(4 if call.statistics else 1)))
+        self.incoming = self.incoming_rows(incoming) if any(needed) else None
+        self.grads = self.gradients(needed)
+        self.chunk: Slot = None
+
+    def of_rows(self) -> Tensor:
+        """A number for each row, (N, K), those of a head side by side."""
+        return self.input.new_zeros(self.heads, self.input.shape[0], dtype=self.vectors).t()
+
+    def incoming_rows(self, incoming: Sequence[Slot] | None) -> Rows:
+        loss, *rest = incoming or (None,)
+        if loss is not None or not self.call.statistics:
+            loss = self.call.scale(self.tensors, loss)
+            loss = self.input.new_ones(()) if loss is None else loss
+        else:
+            loss = self.input.new_zeros(())
+        return Rows(*(None if t is None else self.of_rows().copy_(t) for t in (loss, *rest)))
+
+    def gradients(self, needed: Sequence[bool]) -> list[Slot]:
+        input, linear_weight, linear_bias, target, *_ = self.tensors
+        found: list[Slot] = [None] * 4
+        for k, (tensor, need) in enumerate(
+            zip((input, linear_weight, linear_bias, target), needed, strict=False)
+        ):
+            if need and tensor is not None:
+                dtype = tensor.dtype if k == 3 else wide(tensor)
+                make = torch.zeros if k == 0 else torch.empty
+                found[k] = make(tensor.shape, dtype=dtype, device=tensor.device)
+                kernel.advise_huge_pages(found[k])
+        return found
+
+    def head(self, head: int) -> None:
+        """All rows of one head."""
+        bias = None if self.linear_bias is None else self.linear_bias[:, head]
+        product = products(self.linear_weight[:, head], bias)
+        if self.chunk is None:
+            size, dtype = self.plan.rows * self.plan.classes, product.chunk_dtype
+            self.chunk = torch.empty(size, dtype=dtype, device=self.input.device)
+            kernel.advise_huge_pages(self.chunk)
+        kept = self.kept(head)
+        n = self.input.shape[0] if kept is None else kept.shape[0]
+        for a in range(0, n, self.plan.rows):
+            b = min(a + self.plan.rows, n)
+            rows = slice(a, b) if kept is None else kept[a:b]
+            if self.incoming is None:
+                self.evaluate(product, head, rows, b - a)
+            else:
+                self.differentiate(product, head, rows, b - a, self.incoming, add=a > 0)
+        if not n:
+            for grad in self.grads[1:3]:
+                if grad is not None:
+                    grad[:, head].zero_()
+
+    def kept(self, head: int) -> Slot:
+        """The rows that count; None where all do, or where to find out would stop a queue."""
+        if not self.input.is_cpu or self.grads[3] is not None:
+            return None
+        counted = self.call.counted(self.target)
+        masks = [] if counted is None else [counted[:, head]]
+        if self.sample_weight is not None:
+            masks.append(self.sample_weight[:, head] != 0)
+        if self.incoming is not None and self.incoming.lse is self.incoming.entropy is None:
+            masks.append(self.incoming.loss[:, head] != 0)
+        if not masks:
+            return None
+        mask = torch.stack(masks).all(0)
+        return None if mask.all() else mask.nonzero().squeeze(1)
+
+    def targets(self, head: int, rows: Index) -> Tensor:
+        """Of some rows: class indices (n), or probabilities (n, C)."""
+        if self.call.probabilities:
+            return self.target[:, :, head][rows]
+        return self.target[:, head][rows].to(torch.int64).contiguous()
+
+    def evaluate(self, product: Direct, head: int, rows: Index, n: int) -> None:
+        """The results of some rows; their logits come in stretches of classes."""
+        x, target = product.rows(self.input[rows]), self.targets(head, rows)
+        assert self.chunk is not None
+        results = Rows(*(None if r is None else r[:, head][rows] for r in self.results))
+        sums = torch.empty(n, kernel.SUMS, dtype=torch.float64) if self.input.is_cpu else None
+        for first in range(0, self.classes, self.plan.classes):
+            columns = min(self.plan.classes, self.classes - first)
+            logits = self.chunk[: n * columns].view(n, columns)
+            product.logits(x, logits, first)
+            if sums is None:
+                step(self.call, logits, target, self.weight, results)
+            else:
+                kernel.step(
+                    *(self.call, logits, target, self.weight, results),
+                    **{"first": first, "classes": self.classes, "sums": sums},
+                )
+        self.keep(results, head, rows)
+
+    def differentiate(
+        self, product: Direct, head: int, rows: Index, n: int, incoming: Rows, add: bool
+    ) -> None:
+        """The results of some rows, and their part of the gradients."""
+        x, target = product.rows(self.input[rows]), self.targets(head, rows)
+        assert self.chunk is not None
+        g = self.chunk[: n * self.classes].view(n, self.classes)
+        product.logits(x, g)
+        results = Rows(*(None if r is None else r[:, head][rows] for r in self.results))
+        arriving = Rows(*(None if t is None else t[:, head][rows] for t in incoming))
+        grad_input, grad_weight, grad_bias, grad_target = self.grads
+        grad_target = None if grad_target is None else grad_target[:, :, head][rows]
+        advance = kernel.step if self.input.is_cpu else step
+        advance(self.call, g, target, self.weight, results, arriving, grad_target)
+        self.keep(results, head, rows)
+        if grad_input is not None:
+            if self.heads == 1 and isinstance(rows, slice):
+                product.grad_input(g, grad_input[rows])
+            else:
+                part = grad_input.new_empty(n, grad_input.shape[1])
+                product.grad_input(g, part)
+                grad_input[rows] += part
+        if grad_weight is not None:
+            product.grad_weight(g, x, grad_weight[:, head], add)
+        if grad_bias is not None:
+            total = g.sum(0, dtype=grad_bias.dtype)
+            grad_bias[:, head] = grad_bias[:, head] + total if add else total
+
+    def keep(self, results: Rows, head: int, rows: Index) -> None:
+        """Gathered rows go back to where they are from."""
+        if isinstance(rows, Tensor):
+            for whole, part in zip(self.results, results, strict=True):
+                if whole is not None and part is not None:
+                    whole[:, head][rows] = part

@@ -1,0 +1,42 @@
+"""The row step by torch operations, where there is no kernel: the formula, differentiated."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..reduce import wide
+from .call import LinearCall, Rows, Slot
+
+
+def step(
+    call: LinearCall,
+    logits: Tensor,
+    target: Tensor,
+    weight: Slot,
+    results: Rows,
+    incoming: Rows | None = None,
+    grad_target: Slot = None,
+) -> None:
+    """Fills `results` from a chunk (n, C) of logits; with `incoming` it becomes its gradient.
+
+    `target` is (n) or (n, C); `results` and `incoming` hold a number for each row.
+    """
+    with torch.set_grad_enabled(incoming is not None):
+        x = logits.detach().to(wide(logits)).requires_grad_(incoming is not None)
+        q = target.detach().requires_grad_(grad_target is not None)
+        rows = call.rows(x.unsqueeze(2), q.unsqueeze(-1), weight)
+        found = [t.squeeze(1) if t is not None else None for t in rows]
+    for whole, part in zip(results, found, strict=True):
+        if whole is not None and part is not None:
+            whole.copy_(part)
+    if incoming is None:
+        return
+    pairs = [
+        (t, g.to(t.dtype)) for t, g in zip(found, incoming, strict=True) if t is not None and g is not None
+    ]
+    wanted = [x] if grad_target is None else [x, q]
+    grads = torch.autograd.grad([t for t, _ in pairs], wanted, [g for _, g in pairs])
+    logits.copy_(grads[0])
+    if grad_target is not None:
+        grad_target.copy_(grads[1])

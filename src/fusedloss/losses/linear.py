@@ -1,0 +1,360 @@
+"""Losses of a linear head, whose logits never exist as a whole."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from .. import errors
+from ..linear.call import LinearCall, Slots
+from ..linear.run import dispatch
+from ..reduce import resolve, result_dtype
+from .classification import check_indices, check_weight
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    sample_weight: Tensor | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    denominator: Tensor | float | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    r"""Cross entropy of a linear head's logits, which never exist as a whole.
+
+    With logits :math:`x = s\,(h W^T + b)`, capped to :math:`x = k \tanh(x / k)` where `softcap` k is given, and
+    the rest as in :func:`cross_entropy`, the loss of a row is
+
+    .. math::
+        \ell = v \left(\mathrm{cross\_entropy}(x, y) + z\,\mathrm{logsumexp}(x)^2\right)
+
+    As :func:`torch.nn.functional.linear_cross_entropy`
+    (https://docs.pytorch.org/docs/stable/generated/torch.nn.LinearCrossEntropyLoss.html) and everything from
+    `sample_weight` on. A chunk of rows has its logits at a time, so memory does not grow with rows times
+    classes. Products are of the inputs' type and sum in float32 (float64 for float64); the softmax and the
+    sum of the weight's gradient over chunks are of float32, and a gradient is rounded once. A gradient
+    that nobody needs is not computed, and rows that do not count take part in no product.
+
+    With `create_graph=True`, under `torch.func` and in forward mode the logits exist in full.
+
+    Args:
+        input: h, (..., D).
+        linear_weight: W, (C, D), or (C, d1, ..., D) for K-dimensional losses.
+        target: class indices, (...) or (..., d1, ...); or class probabilities, (..., C, d1, ...).
+        linear_bias: b, (C) or (C, d1, ...).
+        weight: of each class, (C).
+        reduction: 'none', 'sum' or 'mean'. 'mean' divides by `denominator`, or by the class weights of the
+            targets that are not ignored; for probabilities, by the number of rows.
+        ignore_index: rows with this target contribute nothing; -100 where None. Not for probabilities.
+        label_smoothing: as in :func:`cross_entropy`.
+        options: a :class:`torch.nn.LinearCrossEntropyOptions`, of which the chunk size is heeded: there is no
+            need for the others here.
+        sample_weight: v, of each row, in the shape of the losses. Rows of weight 0 are left out before the
+            products. It does not enter the denominator of 'mean'.
+        z_loss: z, the weight of the squared log-sum-exp.
+        softcap: k > 0.
+        logit_scale: s.
+        denominator: what 'mean' divides by, a number or a 0-dim tensor: the count of all devices and all
+            steps of an accumulation, say. A batch without a row that counts is then 0 and not NaN.
+        memory_budget: bytes of scratch beside the gradients; None: 64 MiB. The float32 sum of a half-typed
+            weight's gradient comes on top.
+
+    Returns:
+        A scalar, or the losses of all rows with 'none', in the input's type (float32 under autocast).
+        'mean' over no row is NaN.
+
+    Raises:
+        IndexError: a class index out of range; its position is named.
+        ValueError: unknown `reduction`; batch sizes that differ; `softcap` not above 0; a `memory_budget` that
+            does not hold one row.
+        RuntimeError: other shapes that do not fit; dtypes or devices that differ; `label_smoothing` out of
+            range; `ignore_index` with probabilities.
+        NotImplementedError: integer or complex input.
+        TypeError: an argument that is no tensor.
+    """
+    name = "linear_cross_entropy"
+    tensors = (input, linear_weight, target, linear_bias, weight, sample_weight, denominator)
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(
+            linear_cross_entropy,
+            tensors,
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            options=options,
+            sample_weight=sample_weight,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            denominator=denominator,
+            memory_budget=memory_budget,
+        )
+    reduction = resolve(name, reduction)
+    head = Head(name, input, linear_weight, linear_bias, softcap, logit_scale, memory_budget)
+    if not 0.0 <= label_smoothing <= 1.0:
+        errors.fail(
+            RuntimeError,
+            name,
+            f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}",
+        )
+    probabilities = head.check_target(target, weight, ignore_index)
+    if denominator is not None and reduction != "mean":
+        errors.fail(ValueError, name, f"denominator is for reduction = 'mean', got {reduction!r}")
+    (result,) = head.run(
+        target,
+        weight,
+        head.check_sample_weight(sample_weight),
+        _scalar(name, "denominator", denominator, input),
+        probabilities=probabilities,
+        reduction=reduction,
+        ignore_index=-100 if ignore_index is None else ignore_index,
+        smoothing=float(label_smoothing),
+        z_loss=_finite(name, "z_loss", z_loss),
+        chunk_rows=head.chunk_rows(options),
+    )
+    return result
+
+
+class Head:
+    """A checked head: its tensors in the shapes of `linear/call.py`, and the settings of its logits."""
+
+    def __init__(
+        self,
+        name: str,
+        input: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        softcap: float | None,
+        logit_scale: float,
+        memory_budget: int | None,
+    ) -> None:
+        self.name = name
+        given = {"input": input, "linear_weight": linear_weight}
+        if linear_bias is not None:
+            given["linear_bias"] = linear_bias
+        if not all(isinstance(t, Tensor) for t in given.values()):
+            errors.not_tensors(name, TypeError, **given)
+        errors.same_device(name, **given)
+        self._check_shapes(input, linear_weight, linear_bias)
+        if not input.is_floating_point():
+            errors.not_floating(name, NotImplementedError, "addmm_impl_cpu_", input=input)
+        self.dtype = result_dtype(input.dtype, input)
+        kind = input.device.type
+        if torch.is_autocast_enabled(kind):
+            given = {key: t.to(torch.get_autocast_dtype(kind)) for key, t in given.items()}
+            self.dtype = torch.promote_types(self.dtype, torch.float32)
+        for key, tensor in given.items():
+            if tensor.dtype != given["input"].dtype:
+                errors.fail(
+                    RuntimeError,
+                    name,
+                    f"{key} is of {tensor.dtype}, input of {input.dtype}: expected mat1 and mat2 to have "
+                    "the same dtype. Convert one, or run under torch.autocast",
+                )
+        self.input, self.linear_weight = given["input"], given["linear_weight"]
+        self.linear_bias = given.get("linear_bias")
+        self.batch, self.out = input.shape[:-1], linear_weight.shape[1:-1]
+        self.classes, self.features = linear_weight.shape[0], input.shape[-1]
+        self.softcap = 0.0 if softcap is None else _finite(name, "softcap", softcap, above=0.0)
+        self.logit_scale = _finite(name, "logit_scale", logit_scale)
+        if memory_budget is not None:
+            errors.integer(name, memory_budget=memory_budget)
+            if memory_budget <= 0:
+                errors.fail(ValueError, name, f"memory_budget must be above 0, got {memory_budget}")
+        self.memory_budget = memory_budget or 0
+
+    def _check_shapes(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        name, both = self.name, f"input {list(input.shape)} and linear_weight {list(weight.shape)}"
+        if not input.dim():
+            errors.fail(
+                RuntimeError,
+                name,
+                f"expected input with dimensionality 1 or 2 or more, got {input.dim()}",
+            )
+        if weight.dim() < 2:
+            errors.fail(
+                RuntimeError,
+                name,
+                f"expected linear_weight with dimensionality at least 2, got {weight.dim()}",
+            )
+        if input.shape[-1] != weight.shape[-1]:
+            errors.fail(
+                RuntimeError,
+                name,
+                "expected equal input and linear_weight last dimensions (in_features), got "
+                f"{input.shape[-1]} and {weight.shape[-1]}, respectively: {both}",
+            )
+        if bias is not None and bias.shape != weight.shape[:-1]:
+            errors.fail(
+                RuntimeError,
+                name,
+                f"expected linear_bias shape {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}",
+            )
+        if weight.dim() > 2 and input.dim() < 2:
+            errors.fail(
+                RuntimeError,
+                name,
+                f"K-dimensional loss defined by linear_weight shape {tuple(weight.shape)} requires "
+                f"batched input, (N, {input.shape[-1]}), got unbatched input with shape "
+                f"{tuple(input.shape)}",
+            )
+
+    def check_target(self, target: Tensor, weight: Tensor | None, ignore_index: int | None) -> bool:
+        """Whether the target holds probabilities."""
+        name = self.name
+        if not (isinstance(target, Tensor) and (weight is None or isinstance(weight, Tensor))):
+            others = {} if weight is None else {"weight": weight}
+            errors.not_tensors(name, TypeError, target=target, **others)
+        errors.same_device(name, input=self.input, target=target, weight=weight)
+        if ignore_index is not None:
+            errors.integer(name, ignore_index=ignore_index)
+        shape = (*self.batch, self.classes, *self.out)
+        if target.shape != shape:
+            self._check_index_target(target, weight)
+            return False
+        if ignore_index is not None:
+            errors.fail(
+                RuntimeError,
+                name,
+                "ignore_index cannot be specified when target contains probabilities, got "
+                f"{ignore_index}",
+            )
+        if not target.is_floating_point():
+            errors.fail(
+                RuntimeError,
+                name,
+                "Expected floating point type for target with class probabilities, got "
+                f"{target.dtype}: a target of the logits' shape {list(shape)} holds probabilities",
+            )
+        check_weight(name, self._logits(), weight)
+        for other in (target, weight):
+            if other is not None:
+                self.dtype = torch.promote_types(self.dtype, other.dtype)
+        return True
+
+    def _logits(self) -> Tensor:
+        """Of the shape that cross entropy would see, without memory."""
+        batch = (math.prod(self.batch),) if self.batch else ()
+        shape = (*batch, self.classes, *self.out)
+        return torch.empty(shape, dtype=self.input.dtype, device="meta")
+
+    def _check_index_target(self, target: Tensor, weight: Tensor | None) -> None:
+        fits, wanted = (*self.batch, *self.out), target.shape
+        if len(self.batch) > 1:
+            if wanted != fits:
+                errors.fail(
+                    ValueError,
+                    self.name,
+                    f"target of shape {list(wanted)} does not fit input {[*self.batch, self.features]} "
+                    f"and linear_weight {[self.classes, *self.out, self.features]}: expected "
+                    f"{list(fits)}, or {[*self.batch, self.classes, *self.out]} for probabilities",
+                )
+            target = target.flatten(0, len(self.batch) - 1)
+        check_indices(self.name, self._logits(), target, weight, self.dtype)
+
+    def check_sample_weight(self, sample_weight: Tensor | None) -> Tensor | None:
+        if sample_weight is None:
+            return None
+        name, fits = self.name, (*self.batch, *self.out)
+        if not isinstance(sample_weight, Tensor):
+            errors.not_tensors(name, TypeError, sample_weight=sample_weight)
+        errors.same_device(name, input=self.input, sample_weight=sample_weight)
+        if sample_weight.shape != fits:
+            errors.fail(
+                RuntimeError,
+                name,
+                f"sample_weight must have the shape of the losses, {list(fits)}, got "
+                f"{list(sample_weight.shape)}",
+            )
+        if sample_weight.is_complex():
+            errors.not_floating(name, RuntimeError, "mul", sample_weight=sample_weight)
+        return sample_weight
+
+    def chunk_rows(self, options: Any) -> int:
+        """The rows that torch's options ask for; 0 where they leave it open."""
+        if options is None:
+            return 0
+        if options.batch_chunk_size is None and options.chunking_method in (None, "auto"):
+            return 0
+        sizes = {
+            "num_batches": math.prod(self.batch),
+            "in_features": self.features,
+            "num_classes": self.classes,
+        }
+        return options._adjust(**sizes, dtype=self.input.dtype, device=self.input.device).batch_chunk_size
+
+    def run(
+        self,
+        target: Tensor,
+        weight: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        denominator: Tensor | None = None,
+        **settings: Any,
+    ) -> tuple[Tensor, ...]:
+        """Runs the call; results of rows are shaped as the caller's rows."""
+        call = LinearCall(
+            **{
+                "loss": self.name,
+                "statistics": False,
+                "chunk_rows": 0,
+                "softcap": self.softcap,
+                "logit_scale": self.logit_scale,
+                "memory_budget": self.memory_budget,
+                "dtype": self.dtype,
+                **settings,
+            }
+        )
+        n, k = math.prod(self.batch), math.prod(self.out)
+        of_target = (n, self.classes, k) if call.probabilities else (n, k)
+        tensors: Slots = (
+            self.input.reshape(n, self.features),
+            self.linear_weight.reshape(self.classes, k, self.features),
+            None if self.linear_bias is None else self.linear_bias.reshape(self.classes, k),
+            target.reshape(of_target),
+            weight,
+            None if sample_weight is None else sample_weight.reshape(n, k),
+            denominator,
+        )
+        results = dispatch(call, tensors, target)
+        if call.reduction != "none":
+            return results
+        return tuple(t.reshape((*self.batch, *self.out)) for t in results)
+
+
+def _finite(name: str, argument: str, value: float, above: float = -math.inf) -> float:
+    if not (math.isfinite(value) and value > above):
+        rule = "finite" if above == -math.inf else f"finite and greater than {above:g}"
+        errors.fail(ValueError, name, f"{argument} must be {rule}, got {value}")
+    return float(value)
+
+
+def _scalar(name: str, argument: str, value: Tensor | float | None, like: Tensor) -> Tensor | None:
+    """A number as a 0-dim tensor."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        return torch.full((), float(value), dtype=torch.float64)
+    if value.dim():
+        errors.fail(
+            ValueError, name, f"{argument} must be a number or a 0-dim tensor, got {list(value.shape)}"
+        )
+    return value
