@@ -12,6 +12,9 @@ from torch import Tensor
 
 import fusedloss
 
+# Came with torch 2.13.
+LinearCrossEntropyOptions = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of packages that are missing, and not needed
     from torch.testing._internal import common_nn
@@ -26,6 +29,7 @@ LOSSES = {
     "binary_cross_entropy_with_logits": "BCEWithLogitsLoss",
     "kl_div": "KLDivLoss",
     "cross_entropy": "CrossEntropyLoss",
+    "linear_cross_entropy": "LinearCrossEntropyLoss",
     "nll_loss": "NLLLoss",
     "triplet_margin_loss": "TripletMarginLoss",
     "triplet_margin_with_distance_loss": "TripletMarginWithDistanceLoss",
@@ -196,6 +200,44 @@ def _own(name: str, dtype: torch.dtype) -> Iterator[SampleInput]:
             yield SampleInput(tensor([[80.0, -80.0], [-1000.0, 1000.0]]), torch.tensor([0, 1]))
             yield SampleInput(tensor([[80.0, -80.0], [-1000.0, 1000.0]]), torch.tensor([1, 0]))
             yield SampleInput(normal(6, 5), index.to(torch.uint8))
+        case "linear_cross_entropy":
+            index = torch.tensor([2, 0, 4, 2, 1, 2])
+            for reduction in reductions:
+                for smoothing in (0.0, 0.3, 1.0):
+                    for bias in (None, normal(5)):
+                        yield SampleInput(
+                            normal(6, 3),
+                            args=(normal(5, 3), index),
+                            kwargs={
+                                "linear_bias": bias,
+                                "weight": positive(5),
+                                "ignore_index": 2,
+                                "label_smoothing": smoothing,
+                                "reduction": reduction,
+                            },
+                        )
+                    yield SampleInput(
+                        normal(4, 3),
+                        args=(normal(5, 2, 3), _leaf(normal(4, 5, 2).softmax(1))),
+                        kwargs={
+                            "linear_bias": normal(5, 2),
+                            "weight": positive(5),
+                            "label_smoothing": smoothing,
+                            "reduction": reduction,
+                        },
+                    )
+                if LinearCrossEntropyOptions:
+                    yield SampleInput(
+                        normal(6, 3),
+                        args=(normal(5, 3), index),
+                        kwargs={
+                            "linear_bias": normal(5),
+                            "options": LinearCrossEntropyOptions(
+                                batch_chunk_size=2, allow_retain_graph=True
+                            ),
+                            "reduction": reduction,
+                        },
+                    )
         case "nll_loss":
             index = torch.tensor([2, 0, 4, 2, 1, 2])
             for reduction in reductions:

@@ -26,6 +26,7 @@ ORDER = [
     "binary_cross_entropy_with_logits",
     "kl_div",
     "cross_entropy",
+    "linear_cross_entropy",
     "nll_loss",
     "triplet_margin_loss",
     "triplet_margin_with_distance_loss",

@@ -89,6 +89,56 @@ class NLLLoss(torch.nn.NLLLoss):
         )
 
 
+if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # since torch 2.13
+    __all__ += ["LinearCrossEntropyLoss"]
+
+    class LinearCrossEntropyLoss(torch.nn.LinearCrossEntropyLoss):
+        """See :func:`fusedloss.functional.linear_cross_entropy`; constructor as
+        :class:`torch.nn.LinearCrossEntropyLoss`, and the function's own settings after it."""
+
+        def __init__(
+            self,
+            in_features: int,
+            num_classes: int,
+            *,
+            z_loss: float = 0.0,
+            softcap: float | None = None,
+            logit_scale: float = 1.0,
+            memory_budget: int | None = None,
+            **settings: Any,
+        ) -> None:
+            super().__init__(in_features, num_classes, **settings)
+            self.z_loss, self.softcap = z_loss, softcap
+            self.logit_scale, self.memory_budget = logit_scale, memory_budget
+
+        def forward(
+            self,
+            input: Tensor,
+            target: Tensor,
+            *,
+            sample_weight: Tensor | None = None,
+            denominator: Tensor | float | None = None,
+        ) -> Tensor:
+            shape, bias = (self.num_classes, *self.out_features), self.linear.bias
+            return functional.linear_cross_entropy(
+                input,
+                self.linear.weight.reshape(*shape, self.linear.in_features),
+                target,
+                linear_bias=None if bias is None else bias.reshape(shape),
+                weight=self.weight,
+                reduction=self.reduction,
+                ignore_index=self.ignore_index,
+                label_smoothing=self.label_smoothing,
+                options=self.options,
+                sample_weight=sample_weight,
+                z_loss=self.z_loss,
+                softcap=self.softcap,
+                logit_scale=self.logit_scale,
+                denominator=denominator,
+                memory_budget=self.memory_budget,
+            )
+
+
 class TripletMarginLoss(torch.nn.TripletMarginLoss):
     """See :func:`fusedloss.functional.triplet_margin_loss`; constructor as
     :class:`torch.nn.TripletMarginLoss`."""

@@ -23,7 +23,7 @@ TENSORS = {
 LIBRARY = torch.library.Library("fusedloss", "DEF")
 
 
-def settings(call: Call) -> tuple[Any, ...]:
+def settings(call: Any) -> tuple[Any, ...]:
     return tuple(getattr(call, field.name) for field in dataclasses.fields(call))
 
 

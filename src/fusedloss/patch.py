@@ -120,6 +120,6 @@ def _redirect(function: FunctionType) -> CodeType:
 
 
 # TorchScript compiles these in place of ours, patched or not.
-ORIGINALS = {name: _copy(getattr(HOME, name)) for name in losses.__all__}
+ORIGINALS = {name: _copy(getattr(HOME, name)) for name in losses.__all__ if hasattr(HOME, name)}
 for _name, _original in ORIGINALS.items():
     getattr(losses, _name).__prepare_scriptable__ = functools.partial(dict.get, ORIGINALS, _name)

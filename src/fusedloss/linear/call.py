@@ -7,6 +7,7 @@ sample_weight (N, K), denominator (); all but the first, the second and the targ
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -28,6 +29,9 @@ class Rows(NamedTuple):
     lse: Slot = None
     entropy: Slot = None
     correct: Slot = None  # 1 where no class is above the target's
+
+    def each(self, f: Callable[[Tensor], Tensor]) -> Rows:
+        return Rows(f(self.loss), *(None if t is None else f(t) for t in self[1:]))
 
 
 @dataclass(slots=True)
@@ -85,33 +89,36 @@ class LinearCall:
 
     def scale(self, tensors: Slots, incoming: Slot = None) -> Slot:
         """What each row's loss counts in the result, (N, K) or (); None where that is 1."""
-        _, linear_weight, _, target, weight, sample_weight, denominator = tensors
-        assert linear_weight is not None and target is not None
+        sample_weight = tensors[5]
         scale = sample_weight if incoming is None else incoming
         if incoming is not None and sample_weight is not None:
             scale = incoming * sample_weight
-        if self.reduction != "mean":
-            return scale
-        if denominator is None:
-            denominator = self._weight_sum(target, weight, linear_weight.shape[0])
-        return (1 if scale is None else scale) / denominator
+        if self.reduction == "mean":
+            return (1 if scale is None else scale) / self.divisor(tensors)
+        return scale
 
-    def _weight_sum(self, target: Tensor, weight: Slot, classes: int) -> Tensor:
+    def divisor(self, tensors: Slots) -> Tensor:
+        """What 'mean' divides by."""
+        target, weight, _, denominator = tensors[3:]
+        assert target is not None
+        if denominator is not None:
+            return denominator
         counted = self.counted(target)
         if counted is None:
             return torch.full((), target.shape[0] * target.shape[2], device=target.device)
         if weight is None:
             return counted.sum()
-        index = target.to(torch.int64).clamp(0, max(classes - 1, 0))
+        index = target.to(torch.int64).clamp(0, max(weight.shape[0] - 1, 0))
         return torch.where(counted, weight[index], 0).sum()
 
     def results(self, rows: Rows, tensors: Slots) -> tuple[Tensor, ...]:
         """What the call returns: the loss, or with statistics those of each row."""
         if self.statistics:
             return tuple(t.to(self.dtype) for t in rows if t is not None)
-        scale = self.scale(tensors)
-        losses = rows.loss if scale is None else rows.loss * scale
-        return ((losses if self.reduction == "none" else losses.sum()).to(self.dtype),)
+        sample_weight = tensors[5]
+        losses = rows.loss if sample_weight is None else rows.loss * sample_weight
+        divisor = self.divisor(tensors) if self.reduction == "mean" else None
+        return (reduce.total(losses, self.reduction, divisor).to(self.dtype),)
 
 
 def _where(counted: Slot, values: Tensor) -> Tensor:

@@ -63,8 +63,7 @@ def plan(call: LinearCall, input: Tensor, classes: int, differentiate: bool) -> 
         width = (budget - most * (2 * size * features + 128)) // (size * most)
         width = min(classes, max(64, width // 64 * 64))
     most = max(1, min(most, call.chunk_rows or n, n))
-    count = -(-n // most)
-    rows = -(-n // max(count, 1))  # all chunks alike
+    rows = -(-max(n, 1) // max(1, -(-n // most)))  # all chunks alike
     aligned = -(-rows // ALIGNED) * ALIGNED
     return Plan(aligned if aligned <= most else rows, width)
 
@@ -120,7 +119,7 @@ class _Loop:
             loss = self.input.new_ones(()) if loss is None else loss
         else:
             loss = self.input.new_zeros(())
-        return Rows(*(None if t is None else self.of_rows().copy_(t) for t in (loss, *rest)))
+        return Rows(loss, *rest).each(lambda t: self.of_rows().copy_(t))
 
     def gradients(self, needed: Sequence[bool]) -> list[Slot]:
         input, linear_weight, linear_bias, target, *_ = self.tensors
@@ -182,7 +181,7 @@ class _Loop:
         """The results of some rows; their logits come in stretches of classes."""
         x, target = product.rows(self.input[rows]), self.targets(head, rows)
         assert self.chunk is not None
-        results = Rows(*(None if r is None else r[:, head][rows] for r in self.results))
+        results = self.results.each(lambda t: t[:, head][rows])
         sums = torch.empty(n, kernel.SUMS, dtype=torch.float64) if self.input.is_cpu else None
         for first in range(0, self.classes, self.plan.classes):
             columns = min(self.plan.classes, self.classes - first)
@@ -191,10 +190,8 @@ class _Loop:
             if sums is None:
                 step(self.call, logits, target, self.weight, results)
             else:
-                kernel.step(
-                    *(self.call, logits, target, self.weight, results),
-                    **{"first": first, "classes": self.classes, "sums": sums},
-                )
+                given = (self.call, logits, target, self.weight, results)
+                kernel.step(*given, first=first, classes=self.classes, sums=sums)
         self.keep(results, head, rows)
 
     def differentiate(
@@ -205,8 +202,8 @@ class _Loop:
         assert self.chunk is not None
         g = self.chunk[: n * self.classes].view(n, self.classes)
         product.logits(x, g)
-        results = Rows(*(None if r is None else r[:, head][rows] for r in self.results))
-        arriving = Rows(*(None if t is None else t[:, head][rows] for t in incoming))
+        results = self.results.each(lambda t: t[:, head][rows])
+        arriving = incoming.each(lambda t: t[:, head][rows])
         grad_input, grad_weight, grad_bias, grad_target = self.grads
         grad_target = None if grad_target is None else grad_target[:, :, head][rows]
         advance = kernel.step if self.input.is_cpu else step

@@ -33,7 +33,9 @@ def step(
     if incoming is None:
         return
     pairs = [
-        (t, g.to(t.dtype)) for t, g in zip(found, incoming, strict=True) if t is not None and g is not None
+        (t, g.to(t.dtype))
+        for t, g in zip(found, incoming, strict=True)
+        if t is not None and g is not None
     ]
     wanted = [x] if grad_target is None else [x, q]
     grads = torch.autograd.grad([t for t, _ in pairs], wanted, [g for _, g in pairs])

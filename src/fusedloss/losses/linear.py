@@ -221,9 +221,10 @@ class Head:
     def check_target(self, target: Tensor, weight: Tensor | None, ignore_index: int | None) -> bool:
         """Whether the target holds probabilities."""
         name = self.name
-        if not (isinstance(target, Tensor) and (weight is None or isinstance(weight, Tensor))):
-            others = {} if weight is None else {"weight": weight}
-            errors.not_tensors(name, TypeError, target=target, **others)
+        if not isinstance(target, Tensor):
+            errors.not_tensors(name, TypeError, target=target)
+        if not (weight is None or isinstance(weight, Tensor)):
+            errors.not_tensors(name, TypeError, weight=weight)
         errors.same_device(name, input=self.input, target=target, weight=weight)
         if ignore_index is not None:
             errors.integer(name, ignore_index=ignore_index)
@@ -262,21 +263,21 @@ class Head:
         if len(self.batch) > 1:
             if wanted != fits:
                 errors.fail(
-                    ValueError,
+                    RuntimeError,
                     self.name,
-                    f"target of shape {list(wanted)} does not fit input {[*self.batch, self.features]} "
-                    f"and linear_weight {[self.classes, *self.out, self.features]}: expected "
-                    f"{list(fits)}, or {[*self.batch, self.classes, *self.out]} for probabilities",
+                    f"expected input with dimensionality 1 or 2, got {len(self.batch) + 1}, or a target "
+                    f"of shape {list(fits)} ({[*self.batch, self.classes, *self.out]} for "
+                    f"probabilities), got {list(wanted)}",
                 )
             target = target.flatten(0, len(self.batch) - 1)
         check_indices(self.name, self._logits(), target, weight, self.dtype)
 
     def check_sample_weight(self, sample_weight: Tensor | None) -> Tensor | None:
+        name, fits = self.name, (*self.batch, *self.out)
+        if not (sample_weight is None or isinstance(sample_weight, Tensor)):
+            errors.not_tensors(name, TypeError, sample_weight=sample_weight)
         if sample_weight is None:
             return None
-        name, fits = self.name, (*self.batch, *self.out)
-        if not isinstance(sample_weight, Tensor):
-            errors.not_tensors(name, TypeError, sample_weight=sample_weight)
         errors.same_device(name, input=self.input, sample_weight=sample_weight)
         if sample_weight.shape != fits:
             errors.fail(
@@ -300,7 +301,9 @@ class Head:
             "in_features": self.features,
             "num_classes": self.classes,
         }
-        return options._adjust(**sizes, dtype=self.input.dtype, device=self.input.device).batch_chunk_size
+        return options._adjust(
+            **sizes, dtype=self.input.dtype, device=self.input.device
+        ).batch_chunk_size
 
     def run(
         self,
@@ -355,6 +358,8 @@ def _scalar(name: str, argument: str, value: Tensor | float | None, like: Tensor
         return torch.full((), float(value), dtype=torch.float64)
     if value.dim():
         errors.fail(
-            ValueError, name, f"{argument} must be a number or a 0-dim tensor, got {list(value.shape)}"
+            ValueError,
+            name,
+            f"{argument} must be a number or a 0-dim tensor, got {list(value.shape)}",
         )
     return value

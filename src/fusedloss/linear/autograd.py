@@ -1,0 +1,80 @@
+"""The autograd function over the loop, and what it shares with the operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import autograd, errors
+from .call import LinearCall, Slot, Slots
+from .chunks import run
+
+
+def check_range(call: LinearCall, tensors: Slots, given: Tensor) -> None:
+    """IndexError for the first class index out of range, where it can be read without a sync."""
+    linear_weight = tensors[1]
+    assert linear_weight is not None
+    if not (given.is_cpu and autograd.is_plain(given)) or torch._C._is_tracing():
+        return
+    classes, index = linear_weight.shape[0], given.to(torch.int64)
+    outside = (index != call.ignore_index) & ((index < 0) | (index >= classes))
+    if outside.any():
+        position = int(outside.flatten().nonzero()[0])
+        logits = torch.empty(1, classes, device="meta")
+        errors.out_of_range(call.loss, logits, given, position, call.ignore_index)
+
+
+class Chunked(torch.autograd.Function):
+    """A reduced loss computes its gradients in forward, and they wait; others in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, call: LinearCall, *tensors: Slot) -> tuple[Tensor, ...]:
+        needed = ctx.needs_input_grad[1:]
+        ctx.call, ctx.stored = call, call.reduction != "none"
+        results, grads = run(call, tensors, needed[:4] if ctx.stored else ())
+        ctx.save_for_backward(*tensors, *grads)
+        ctx.set_materialize_grads(False)
+        if call.statistics:
+            ctx.mark_non_differentiable(results[-1])
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Slot) -> tuple[Slot, ...]:
+        call, needed = ctx.call, ctx.needs_input_grad[1:]
+        saved = ctx.saved_tensors
+        tensors, stored = saved[: len(needed)], saved[len(needed) :]
+        if all(g is None for g in incoming):
+            grads: Sequence[Slot] = [None] * len(needed)
+        elif torch.is_grad_enabled():
+            grads = redo(call, tensors, needed, incoming, create_graph=True)
+        elif ctx.stored:
+            assert incoming[0] is not None
+            grads = [None if g is None else autograd.scaled(g, incoming[0]) for g in stored]
+        elif all(g is None or autograd.is_plain(g) for g in incoming):
+            grads = run(call, tensors, needed[:4], incoming)[1]
+        else:
+            grads = redo(call, tensors, needed, incoming, create_graph=False)
+        return (None, *grads, *(None,) * (len(needed) - len(grads)))
+
+
+def redo(
+    call: LinearCall,
+    tensors: Slots,
+    needed: Sequence[bool],
+    incoming: Sequence[Slot],
+    create_graph: bool,
+) -> list[Slot]:
+    """Gradients by the formula: for `create_graph=True`, and for gradients that are mapped."""
+    with torch.enable_grad():
+        inputs = [t for t, need in zip(tensors, needed, strict=True) if need and t is not None]
+        pairs = zip(call.by_formula(*tensors), incoming, strict=True)
+        outputs, arriving = zip(*((t, g) for t, g in pairs if g is not None), strict=True)
+        found = iter(
+            torch.autograd.grad(
+                outputs, inputs, arriving, create_graph=create_graph, materialize_grads=True
+            )
+        )
+    return [next(found) if need else None for need in needed]

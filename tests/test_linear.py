@@ -1,0 +1,556 @@
+"""Losses of a linear head: the loop over chunks against the formula, float64 and PyTorch."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import HALVES, formula_path, name_of, same_bits
+from torch import Generator, Tensor
+from torch.nn import functional as F  # noqa: N812
+
+import fusedloss
+from fusedloss import linear_cross_entropy, route
+from fusedloss.linear import chunks, products
+
+N, D, C = 37, 19, 53
+SMALL = 12000  # bytes: chunks of about 13 rows in float64
+
+Tensors = dict[str, Tensor]
+
+
+class Problem:
+    """Random tensors for a head, by the names of the arguments."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        dtype: torch.dtype = torch.float64,
+        out: tuple[int, ...] = (),
+        probabilities: bool = False,
+        shape: tuple[int, int, int] = (N, D, C),
+    ) -> None:
+        self.generator, self.dtype, self.out = generator, dtype, out
+        n, d, c = shape
+        self.n, self.c = n, c
+        self.tensors = {
+            "input": self.normal(n, d),
+            "linear_weight": self.normal(c, *out, d) / d**0.5,
+            "linear_bias": self.normal(c, *out),
+        }
+        if probabilities:
+            self.tensors["target"] = self.normal(n, c, *out).softmax(1)
+        else:
+            target = torch.randint(c, (n, *out), generator=generator)
+            target.view(-1)[::5] = -100
+            self.tensors["target"] = target
+        self.learned = [k for k, t in self.tensors.items() if t.is_floating_point()]
+
+    def normal(self, *shape: int) -> Tensor:
+        values = torch.randn(shape, dtype=torch.float64, generator=self.generator)
+        return values.to(self.dtype)
+
+    def settings(self, name: str) -> dict[str, Any]:
+        positive = self.normal(self.c).abs() + 0.1
+        return {
+            "plain": {},
+            "weight": {"weight": positive},
+            "label_smoothing": {"label_smoothing": 0.2},
+            "z_loss": {"z_loss": 0.01},
+            "softcap": {"softcap": 2.0},
+            "logit_scale": {"logit_scale": -0.5},
+            "sample_weight": {"sample_weight": self.rewards()},
+            "all": {
+                "weight": positive,
+                "label_smoothing": 0.2,
+                "z_loss": 0.01,
+                "softcap": 2.0,
+                "logit_scale": 1.5,
+                "sample_weight": self.rewards(),
+            },
+        }[name]
+
+    def rewards(self) -> Tensor:
+        """Of both signs, and 0 for some rows."""
+        rewards = self.normal(self.n, *self.out)
+        return torch.where(rewards.abs() < 0.3, 0, rewards)
+
+    def run(self, function: Callable[..., Any], **kwargs: Any) -> list[Tensor]:
+        """The results, and the gradients of `learned`; whatever was given stays as it is."""
+        inputs = {
+            k: t.detach().clone().requires_grad_(k in self.learned) for k, t in self.tensors.items()
+        }
+        given = [*inputs.values(), *(v for v in kwargs.values() if isinstance(v, Tensor))]
+        before = [t.detach().clone() for t in given]
+        results = function(**inputs, **kwargs)
+        results = (results,) if isinstance(results, Tensor) else tuple(results)
+        generator = torch.Generator().manual_seed(1)
+        differentiable = [r for r in results if r.requires_grad]
+        incoming = [torch.randn(r.shape, generator=generator).to(r.dtype) for r in differentiable]
+        grads = torch.autograd.grad(differentiable, [inputs[k] for k in self.learned], incoming)
+        for tensor, copy in zip(given, before, strict=True):
+            assert same_bits(tensor.detach(), copy), "an argument was written to"
+        return [*(r.detach() for r in results), *grads]
+
+
+SETTINGS = (
+    "plain",
+    "weight",
+    "label_smoothing",
+    "z_loss",
+    "softcap",
+    "logit_scale",
+    "sample_weight",
+    "all",
+)
+REDUCTIONS = ("none", "mean", "sum")
+each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
+
+
+def close(found: list[Tensor], expected: list[Tensor], **tolerance: float) -> None:
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.fixture
+def torch_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row step of devices that have no kernel."""
+
+    def step(*args: Any, first: int = 0, classes: int = 0, sums: Any = None) -> None:
+        chunks.step(*args)
+
+    whole = chunks.plan
+    monkeypatch.setattr(chunks, "plan", lambda call, x, c, _: whole(call, x, c, True))
+    monkeypatch.setattr(chunks.kernel, "step", step)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("out", [(), (2, 2)])
+@each_reduction
+def test_loop_is_the_formula(
+    setting: str, probabilities: bool, out: tuple[int, ...], reduction: str, generator: Generator
+) -> None:
+    problem = Problem(generator, out=out, probabilities=probabilities)
+    settings = {**problem.settings(setting), "reduction": reduction}
+    with formula_path():
+        expected = problem.run(linear_cross_entropy, **settings)
+    close(problem.run(linear_cross_entropy, **settings, memory_budget=SMALL), expected)
+    close(problem.run(linear_cross_entropy, **settings), expected)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("probabilities", [False, True])
+@each_reduction
+def test_torch_steps(
+    setting: str, probabilities: bool, reduction: str, generator: Generator, torch_steps: None
+) -> None:
+    problem = Problem(generator, probabilities=probabilities)
+    settings = {**problem.settings(setting), "reduction": reduction}
+    with formula_path():
+        expected = problem.run(linear_cross_entropy, **settings)
+    close(problem.run(linear_cross_entropy, **settings, memory_budget=SMALL), expected)
+
+
+def exact(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None = None,
+    *,
+    sample_weight: Tensor | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    reduction: str = "mean",
+    **kwargs: Any,
+) -> Tensor:
+    """The definition, by PyTorch's cross entropy."""
+    x = logit_scale * F.linear(input, linear_weight, linear_bias)
+    x = x if softcap is None else softcap * torch.tanh(x / softcap)
+    counted = target != -100
+    losses = F.cross_entropy(x, target, reduction="none", **kwargs)
+    losses = losses + z_loss * x.logsumexp(1).square() * counted
+    losses = losses if sample_weight is None else losses * sample_weight
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    weight = kwargs.get("weight")
+    return losses.sum() / (counted.sum() if weight is None else weight[target[counted]].sum())
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@each_reduction
+def test_definition(setting: str, reduction: str, generator: Generator) -> None:
+    problem = Problem(generator)
+    settings = {**problem.settings(setting), "reduction": reduction}
+    close(problem.run(linear_cross_entropy, **settings), problem.run(exact, **settings))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=name_of)
+@pytest.mark.parametrize("setting", ["plain", "all"])
+@each_reduction
+def test_errors_are_no_larger_than_eagers(
+    dtype: torch.dtype, setting: str, reduction: str, generator: Generator
+) -> None:
+    shape = (96, 64, 1500)
+    problem = Problem(generator, dtype, shape=shape)
+    settings = {**problem.settings(setting), "reduction": reduction}
+    found = problem.run(linear_cross_entropy, **settings, memory_budget=5 << 20)
+    eager = problem.run(exact, **settings)
+    wide = Problem(generator, shape=shape)
+    wide.tensors = {k: _double(t) for k, t in problem.tensors.items()}
+    true = wide.run(exact, **{k: _double(v) for k, v in settings.items()})
+    for ours, theirs, truth in zip(found, eager, true, strict=True):
+        assert ours.dtype == dtype
+        rounding = torch.finfo(dtype).eps / 4 * truth.abs().max()
+        assert _error(ours, truth) <= 1.1 * _error(theirs, truth) + rounding
+
+
+def _double(value: Any) -> Any:
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.double() if floating else value
+
+
+def _error(found: Tensor, true: Tensor) -> Tensor:
+    return (found.double() - true).square().mean().sqrt()
+
+
+@pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="an older torch")
+def test_half_the_error_of_torchs_chunks_in_bfloat16(generator: Generator) -> None:
+    shape = (256, 64, 1000)
+    problem = Problem(generator, torch.bfloat16, shape=shape)
+    del problem.tensors["linear_bias"]
+    problem.learned.remove("linear_bias")
+    wide = Problem(generator, shape=shape)
+    wide.tensors = {k: _double(t) for k, t in problem.tensors.items()}
+    wide.learned = problem.learned
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=16)
+    *_, true = wide.run(F.linear_cross_entropy)
+    *_, theirs = problem.run(F.linear_cross_entropy, options=options)
+    *_, ours = problem.run(linear_cross_entropy, options=options)
+    assert _error(ours, true) <= 0.5 * _error(theirs, true)
+
+
+@pytest.mark.parametrize("setting", ["plain", "all"])
+@each_reduction
+def test_bfloat16_by_the_machines_own_products(
+    setting: str, reduction: str, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem(generator, torch.bfloat16)
+    settings = {**problem.settings(setting), "reduction": reduction}
+    with formula_path():
+        expected = problem.run(linear_cross_entropy, **settings)
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: True)
+    found = problem.run(linear_cross_entropy, **settings, memory_budget=5 << 20)
+    close(found, expected, rtol=0.05, atol=0.05)
+
+
+def test_rows_that_do_not_count_take_part_in_no_product(generator: Generator) -> None:
+    problem = Problem(generator)
+    input, target = problem.tensors["input"], problem.tensors["target"]
+    input[target == -100] = float("nan")
+    weight = torch.ones(N, dtype=torch.float64)
+    weight[1] = 0
+    input[1] = float("inf")
+    results = problem.run(linear_cross_entropy, sample_weight=weight)
+    assert all(r.isfinite().all() for r in results)
+    assert not results[1][target == -100].any()
+
+
+def test_only_the_gradients_that_are_needed(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem(generator)
+    whole = problem.run(linear_cross_entropy)
+    names = ["input", "linear_weight", "linear_bias"]
+    calls: list[str] = []
+    for product in ("grad_input", "grad_weight"):
+        original = getattr(products.Direct, product)
+
+        def counted(self: Any, *args: Any, name: str = product, then: Any = original) -> None:
+            calls.append(name)
+            then(self, *args)
+
+        monkeypatch.setattr(products.Direct, product, counted)
+    for wanted in itertools.chain.from_iterable(
+        itertools.combinations(range(3), size) for size in (1, 2)
+    ):
+        problem.learned = [names[k] for k in wanted]
+        calls.clear()
+        close(problem.run(linear_cross_entropy), [whole[0], *(whole[1 + k] for k in wanted)])
+        assert set(calls) == {
+            f"grad_{name.removeprefix('linear_')}" for name in problem.learned
+        } - {"grad_bias"}
+
+
+def leaves(problem: Problem) -> list[Tensor]:
+    return [t.requires_grad_() for k, t in problem.tensors.items() if k in problem.learned]
+
+
+@each_reduction
+def test_backward_twice_gives_the_same_bits(reduction: str, generator: Generator) -> None:
+    problem = Problem(generator)
+    inputs = leaves(problem)
+    loss = linear_cross_entropy(**problem.tensors, reduction=reduction, memory_budget=SMALL)
+    incoming = torch.randn(loss.shape, dtype=loss.dtype, generator=generator)
+    first = torch.autograd.grad(loss, inputs, incoming, retain_graph=True)
+    copies = [g.clone() for g in first]
+    for g in first:
+        g.zero_()
+    second = torch.autograd.grad(loss, inputs, incoming)
+    assert all(torch.equal(a, b) for a, b in zip(copies, second, strict=True))
+
+
+@pytest.mark.parametrize("setting", ["plain", "all"])
+@each_reduction
+def test_every_derivative(setting: str, reduction: str, generator: Generator) -> None:
+    problem = Problem(generator, shape=(4, 3, 5))
+    settings = {**problem.settings(setting), "reduction": reduction}
+    names = problem.learned
+
+    def loss(*tensors: Tensor) -> Tensor:
+        given = {**problem.tensors, **dict(zip(names, tensors, strict=True))}
+        return linear_cross_entropy(**given, **settings)
+
+    inputs = tuple(problem.tensors[k].requires_grad_() for k in names)
+    torch.autograd.gradcheck(loss, inputs, check_batched_grad=True, check_forward_ad=True)
+    torch.autograd.gradgradcheck(loss, inputs, check_fwd_over_rev=True, fast_mode=True)
+    # By forward mode and by torch.func, as by backward.
+    wanted = tuple(range(len(names)))
+    grads = torch.func.grad(lambda *t: loss(*t).sum(), wanted)(*(t.detach() for t in inputs))
+    close(list(grads), list(torch.autograd.grad(loss(*inputs).sum(), inputs)))
+
+
+def test_vmap(generator: Generator) -> None:
+    input = torch.randn(3, 5, D, generator=generator)
+    weight = torch.randn(C, D, generator=generator)
+    target = torch.randint(C, (3, 5), generator=generator)
+    mapped = torch.func.vmap(linear_cross_entropy, (0, None, 0))(input, weight, target)
+    each = [linear_cross_entropy(x, weight, t) for x, t in zip(input, target, strict=True)]
+    torch.testing.assert_close(mapped, torch.stack(each))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_compiled_whole(reduction: str, dtype: torch.dtype, generator: Generator) -> None:
+    problem = Problem(generator, dtype)
+
+    def loss(**tensors: Tensor) -> Tensor:
+        return linear_cross_entropy(**tensors, reduction=reduction, z_loss=0.01)
+
+    eager = problem.run(loss)
+    before = route.calls["linear_cross_entropy", "kernel"]
+    compiled = problem.run(torch.compile(loss, fullgraph=True, backend="aot_eager"))
+    assert route.calls["linear_cross_entropy", "kernel"] == before + 1
+    close(compiled, eager)
+    problem.tensors["target"][3] = C
+    with pytest.raises(IndexError, match=re.escape(f"target[3] = {C} is out of range")):
+        torch.compile(loss, fullgraph=True, backend="aot_eager")(**problem.tensors)
+
+
+def test_checkpoint(generator: Generator) -> None:
+    problem = Problem(generator)
+
+    def loss(**tensors: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(
+            linear_cross_entropy, use_reentrant=False, **tensors
+        )
+
+    close(problem.run(loss), problem.run(linear_cross_entropy))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_autocast(reduction: str, generator: Generator) -> None:
+    problem = Problem(generator, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = problem.run(linear_cross_entropy, reduction=reduction)
+        eager = problem.run(exact, reduction=reduction)
+    assert [t.dtype for t in found] == [t.dtype for t in eager]
+    close(found, eager, rtol=0.05, atol=0.05)
+
+
+def test_the_result_of_float16_scales_before_it_rounds(generator: Generator) -> None:
+    """Its gradients would be 0 if they were stored in it before a loss scaler's factor."""
+    problem = Problem(generator, torch.float16)
+    inputs = leaves(problem)
+    loss = linear_cross_entropy(**problem.tensors, denominator=2.0**30)
+    (grad,) = torch.autograd.grad(loss, inputs[:1], torch.tensor(2.0**15, dtype=torch.float16))
+    assert grad.dtype is torch.float16 and grad.any()
+
+
+def test_leading_dimensions(generator: Generator) -> None:
+    problem = Problem(generator, out=(2,), shape=(24, D, C))
+    flat = problem.run(linear_cross_entropy, reduction="none")
+    shaped = dict(problem.tensors)
+    problem.tensors["input"] = shaped["input"].reshape(4, 6, D)
+    problem.tensors["target"] = shaped["target"].reshape(4, 6, 2)
+    found = problem.run(linear_cross_entropy, reduction="none")
+    assert found[0].shape == (4, 6, 2)
+    close([t.reshape(f.shape) for t, f in zip(found, flat, strict=True)], flat)
+
+
+def test_nothing_counts(generator: Generator) -> None:
+    problem = Problem(generator)
+    problem.tensors["target"].fill_(-100)
+    loss, *grads = problem.run(linear_cross_entropy)
+    assert loss.isnan() and not any(g.any() for g in grads)
+    loss, *grads = problem.run(linear_cross_entropy, denominator=3.0)
+    assert loss == 0 and not any(g.any() for g in grads)
+
+
+def test_no_rows(generator: Generator) -> None:
+    problem = Problem(generator, shape=(0, D, C))
+    for reduction in REDUCTIONS:
+        value, *grads = problem.run(linear_cross_entropy, reduction=reduction)
+        assert value.shape == ((0,) if reduction == "none" else ())
+        assert value.isnan().all() if reduction == "mean" else not value.any()
+        assert all(not g.any() for g in grads)
+
+
+def test_denominator(generator: Generator) -> None:
+    """Of all steps of an accumulation, which then adds up to the whole batch."""
+    problem = Problem(generator)
+    whole = problem.run(linear_cross_entropy, reduction="sum")
+    for count in (7.0, torch.tensor(7), torch.tensor(7.0, dtype=torch.float64)):
+        close(problem.run(linear_cross_entropy, denominator=count), [t / 7 for t in whole])
+
+
+def test_options(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        pytest.skip("an older torch")
+    seen: list[int] = []
+    step = chunks.kernel.step
+
+    def counted(call: Any, logits: Tensor, *args: Any, **kwargs: Any) -> None:
+        seen.append(logits.shape[0])
+        step(call, logits, *args, **kwargs)
+
+    monkeypatch.setattr(chunks.kernel, "step", counted)
+    problem = Problem(generator)
+    problem.tensors["target"].clamp_(min=0)
+    whole = problem.run(linear_cross_entropy)
+    assert seen == [N]
+    for options, most in (
+        (torch.nn.LinearCrossEntropyOptions(batch_chunk_size=10), 10),
+        (torch.nn.LinearCrossEntropyOptions(chunking_method="aspect_ratio"), 16),
+    ):
+        seen.clear()
+        close(problem.run(linear_cross_entropy, options=options), whole)
+        assert sum(seen) == N and max(seen) <= most
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_module(bias: bool, generator: Generator) -> None:
+    if not hasattr(torch.nn, "LinearCrossEntropyLoss"):
+        pytest.skip("an older torch")
+    settings = {"out_features": (2,), "bias": bias, "label_smoothing": 0.1, "dtype": torch.float64}
+    theirs = torch.nn.LinearCrossEntropyLoss(D, C, **settings)
+    ours = fusedloss.nn.LinearCrossEntropyLoss(D, C, **settings, memory_budget=SMALL)
+    ours.load_state_dict(theirs.state_dict())
+    problem = Problem(generator, out=(2,))
+    for module in (ours, theirs):
+        module(problem.tensors["input"], problem.tensors["target"]).backward()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    capped = fusedloss.nn.LinearCrossEntropyLoss(D, C, softcap=2.0, z_loss=0.1, logit_scale=0.5)
+    input, target = torch.randn(3, D), torch.tensor([1, 2, 3])
+    torch.testing.assert_close(
+        capped(input, target, denominator=5.0),
+        exact(
+            *(input, capped.linear.weight, target),
+            softcap=2.0,
+            z_loss=0.1,
+            logit_scale=0.5,
+            reduction="sum",
+        )
+        / 5,
+    )
+
+
+def bad(**changes: Any) -> Callable[[], Tensor]:
+    problem = Problem(torch.Generator().manual_seed(0), torch.float32)
+    return lambda: linear_cross_entropy(**{**problem.tensors, **changes})
+
+
+def f32(*shape: int) -> Tensor:
+    return torch.zeros(shape)
+
+
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"input": f32(N, 7)}, RuntimeError, f"input [{N}, 7] and linear_weight [{C}, {D}]"),
+    ({"input": f32()}, RuntimeError, "dimensionality"),
+    (
+        {"linear_weight": f32(D)},
+        RuntimeError,
+        "linear_weight with dimensionality at least 2, got 1",
+    ),
+    (
+        {"linear_bias": f32(C - 1)},
+        RuntimeError,
+        f"expected linear_bias shape ({C},), got ({C - 1},)",
+    ),
+    (
+        {"linear_weight": torch.zeros(C, D, dtype=torch.bfloat16)},
+        RuntimeError,
+        "linear_weight is of torch.bfloat16, input of torch.float32",
+    ),
+    ({"input": torch.zeros(N, D, dtype=torch.int64)}, NotImplementedError, "input"),
+    ({"input": [1.0]}, TypeError, "argument 'input'"),
+    ({"target": [1]}, TypeError, "argument 'target'"),
+    ({"target": torch.zeros(N - 1, dtype=torch.int64)}, ValueError, f"batch_size ({N})"),
+    ({"target": f32(N)}, RuntimeError, "expected target dtype to be Long"),
+    (
+        {"target": torch.full((N,), C)},
+        IndexError,
+        f"target[0] = {C} is out of range for {C} classes",
+    ),
+    ({"target": torch.full((N,), -1)}, IndexError, "target[0] = -1"),
+    ({"target": torch.zeros(N, C, dtype=torch.int64)}, RuntimeError, "Expected floating point"),
+    ({"target": f32(N, C), "ignore_index": 1}, RuntimeError, "ignore_index cannot be specified"),
+    ({"ignore_index": 0.5}, TypeError, "ignore_index"),
+    ({"weight": f32(C + 1)}, RuntimeError, f"for all {C} classes"),
+    ({"weight": torch.ones(C).double()}, RuntimeError, "scalar type Float but found Double"),
+    (
+        {"label_smoothing": 1.5},
+        RuntimeError,
+        "label_smoothing must be between 0.0 and 1.0. Got: 1.5",
+    ),
+    ({"reduction": "average"}, ValueError, "average is not a valid value for reduction"),
+    ({"sample_weight": f32(N + 1)}, RuntimeError, f"the losses, [{N}], got [{N + 1}]"),
+    ({"softcap": 0.0}, ValueError, "softcap must be finite and greater than 0, got 0.0"),
+    ({"softcap": float("nan")}, ValueError, "softcap"),
+    ({"logit_scale": float("inf")}, ValueError, "logit_scale must be finite, got inf"),
+    ({"z_loss": float("nan")}, ValueError, "z_loss must be finite, got nan"),
+    ({"memory_budget": 100}, ValueError, "memory_budget = 100 bytes does not hold one row"),
+    ({"memory_budget": -1}, ValueError, "memory_budget must be above 0, got -1"),
+    ({"memory_budget": 1.5}, TypeError, "memory_budget"),
+    (
+        {"denominator": f32(2)},
+        ValueError,
+        "denominator must be a number or a 0-dim tensor, got [2]",
+    ),
+    ({"denominator": 1.0, "reduction": "sum"}, ValueError, "denominator is for reduction = 'mean'"),
+    ({"target": torch.zeros(N, device="meta")}, RuntimeError, "target is on meta, input on cpu"),
+]
+
+
+@pytest.mark.parametrize(("changes", "kind", "words"), BAD, ids=[words for _, _, words in BAD])
+def test_bad_input(changes: dict[str, Any], kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=re.escape(words)) as caught:
+        bad(**changes)()
+    assert str(caught.value).startswith("linear_cross_entropy: ")
+
+
+def test_the_least_budget_is_enough() -> None:
+    with pytest.raises(ValueError, match="the least is") as caught:
+        bad(memory_budget=1)()
+    least = int(re.search(r"the least is (\d+)", str(caught.value))[1])  # type: ignore[index]
+    assert bad(memory_budget=least)().isfinite()
+    with pytest.raises(ValueError, match="memory_budget"):
+        bad(memory_budget=least - 1)()
