@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F  # noqa: N812
 
 import fusedloss
-from fusedloss import linear_cross_entropy, route
+from fusedloss import linear_cross_entropy, linear_log_prob, route
 from fusedloss.linear import chunks, products
 
 N, D, C = 37, 19, 53
@@ -471,6 +471,84 @@ def test_module(bias: bool, generator: Generator) -> None:
         )
         / 5,
     )
+
+
+def plain_log_prob(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    statistics: bool = True,
+) -> tuple[Tensor, ...]:
+    x = F.linear(input, linear_weight, linear_bias)
+    x = (x if softcap is None else softcap * torch.tanh(x / softcap)) / temperature
+    counted, log_p = target != -100, x.log_softmax(1)
+    index = target.clamp(min=0)
+    entropy = -(log_p.exp() * log_p).sum(1)
+    correct = (x.argmax(1) == index) & counted
+    own = log_p.gather(1, index[:, None])[:, 0]
+    found = (own, x.logsumexp(1), entropy)
+    of_rows = tuple(torch.where(counted, t, 0) for t in found)
+    return (*of_rows, correct, counted.sum()) if statistics else of_rows[:1]
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "softcap": 3.0}], ids=str)
+@pytest.mark.parametrize("statistics", [False, True])
+def test_log_prob(statistics: bool, settings: dict[str, Any], generator: Generator) -> None:
+    problem = Problem(generator)
+    problem.tensors["target"][:8] = F.linear(*list(problem.tensors.values())[:3]).argmax(1)[
+        :8
+    ]  # some are correct
+    settings = {**settings, "statistics": statistics}
+    expected = problem.run(plain_log_prob, **settings)
+    close(problem.run(linear_log_prob, **settings), expected)
+    close(problem.run(linear_log_prob, **settings, memory_budget=SMALL), expected)
+    with formula_path():
+        close(problem.run(linear_log_prob, **settings), expected)
+    compiled = torch.compile(
+        lambda **tensors: linear_log_prob(**tensors, **settings),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    close(problem.run(compiled), expected)
+
+
+def test_log_prob_by_torch_steps(generator: Generator, torch_steps: None) -> None:
+    problem = Problem(generator)
+    expected = problem.run(plain_log_prob)
+    close(problem.run(linear_log_prob, statistics=True, memory_budget=6 * SMALL), expected)
+
+
+def test_log_prob_of_one_statistic(generator: Generator) -> None:
+    """Gradients of some results alone, and of every order."""
+    problem = Problem(generator, shape=(4, 3, 5))
+    inputs = leaves(problem)
+    for k in range(3):
+        ours = linear_log_prob(**problem.tensors, statistics=True)[k].sum()
+        plain = plain_log_prob(**problem.tensors)[k].sum()
+        close(list(torch.autograd.grad(ours, inputs)), list(torch.autograd.grad(plain, inputs)))
+
+    def entropy(*tensors: Tensor) -> Tensor:
+        given = dict(zip(problem.learned, tensors, strict=True))
+        return linear_log_prob(**{**problem.tensors, **given}, statistics=True).entropy
+
+    torch.autograd.gradgradcheck(entropy, inputs, fast_mode=True)
+
+
+def test_log_prob_is_never_of_a_half_type(generator: Generator) -> None:
+    problem = Problem(generator, torch.bfloat16)
+    assert linear_log_prob(**problem.tensors).dtype is torch.float32
+
+
+def test_log_prob_of_bad_input() -> None:
+    problem = Problem(torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="linear_log_prob: temperature must be finite and greater"):
+        linear_log_prob(**problem.tensors, temperature=0.0)
+    with pytest.raises(RuntimeError, match="linear_log_prob: target holds probabilities"):
+        linear_log_prob(**{**problem.tensors, "target": torch.zeros(N, C)})
 
 
 def bad(**changes: Any) -> Callable[[], Tensor]:

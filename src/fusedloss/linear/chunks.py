@@ -21,7 +21,7 @@ from .products import HALVES, TILE_BYTES, Direct, products
 from .step import step
 
 BUDGET = 64 << 20
-FORWARD_BUDGET = 12 << 20  # with what a matrix product takes itself, 16 MiB
+FORWARD_BUDGET = 10 << 20  # with what a matrix product takes itself, 16 MiB
 FORWARD_ROWS = 512
 ALIGNED = 16  # rows; odd numbers slow the products down
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -132,6 +132,92 @@ def linear_cross_entropy(
         chunk_rows=head.chunk_rows(options),
     )
     return result
+
+
+class LogProb(NamedTuple):
+    """Of each row; the first three are differentiable. `valid` is the number of rows that count."""
+
+    log_prob: Tensor
+    lse: Tensor
+    entropy: Tensor
+    correct: Tensor
+    valid: Tensor
+
+
+def linear_log_prob(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    statistics: bool = False,
+    memory_budget: int | None = None,
+) -> Tensor | LogProb:
+    r"""The log-probability that a linear head gives each target, :math:`\log \mathrm{softmax}(x / T)_y`.
+
+    The logits x are those of :func:`linear_cross_entropy`, capped before they are divided by the temperature
+    T, and never exist as a whole; backward makes them once more.
+
+    Args:
+        input: (..., D).
+        linear_weight: (C, D), or (C, d1, ..., D).
+        target: class indices, (...) or (..., d1, ...).
+        linear_bias: (C) or (C, d1, ...).
+        ignore_index: rows with this target get 0 in everything; -100 where None.
+        temperature: T > 0.
+        softcap: as in :func:`linear_cross_entropy`.
+        statistics: also give each row's log-sum-exp, entropy and whether no class is above the target's, and
+            the number of rows that count: from the same pass, and without a stop of a GPU's queue.
+        memory_budget: as in :func:`linear_cross_entropy`.
+
+    Returns:
+        The log-probabilities in the target's shape, of float32 at least; or a `LogProb` of them
+        with the statistics, of which all but `correct` and `valid` are differentiable.
+
+    Raises:
+        As :func:`linear_cross_entropy`; ValueError for a `temperature` not above 0.
+    """
+    name = "linear_log_prob"
+    tensors = (input, linear_weight, target, linear_bias)
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(
+            linear_log_prob,
+            tensors,
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            ignore_index=ignore_index,
+            temperature=temperature,
+            softcap=softcap,
+            statistics=statistics,
+            memory_budget=memory_budget,
+        )
+    temperature = _finite(name, "temperature", temperature, above=0.0)
+    head = Head(name, input, linear_weight, linear_bias, softcap, 1 / temperature, memory_budget)
+    head.softcap /= temperature
+    head.dtype = torch.promote_types(head.dtype, torch.float32)
+    if head.check_target(target, None, ignore_index):
+        errors.fail(
+            RuntimeError, name, f"target holds probabilities of {target.dtype}, not indices"
+        )
+    ignored = -100 if ignore_index is None else ignore_index
+    loss, *rest = head.run(
+        target,
+        probabilities=False,
+        reduction="none",
+        ignore_index=ignored,
+        smoothing=0.0,
+        z_loss=0.0,
+        statistics=statistics,
+    )
+    if not statistics:
+        return -loss
+    lse, entropy, correct = rest
+    return LogProb(-loss, lse, entropy, correct.bool(), (target != ignored).sum())
 
 
 class Head:
