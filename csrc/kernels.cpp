@@ -1,6 +1,7 @@
 // The C ABI: pointers, sizes and strides; nothing of torch or Python. Called through cpu/load.py.
 #include <cstdint>
 
+#include "distill.h"
 #include "gather.h"
 #include "linear.h"
 #include "math.h"
@@ -77,6 +78,12 @@ EXPORT int64_t fusedloss_cross_entropy(const fusedloss::RowsArgs* a) {
 EXPORT int64_t fusedloss_linear(const fusedloss::LinearArgs* a) {
     a->logits_dtype == fusedloss::F64 ? fusedloss::linear_rows<double>(*a)
                                       : fusedloss::linear_rows<float>(*a);
+    return 0;
+}
+
+EXPORT int64_t fusedloss_distill(const fusedloss::DistillArgs* a) {
+    a->student.dtype == fusedloss::F64 ? fusedloss::distill_rows<double>(*a)
+                                       : fusedloss::distill_rows<float>(*a);
     return 0;
 }
 

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F  # noqa: N812
 
 import fusedloss
-from fusedloss import linear_cross_entropy, linear_log_prob, route
+from fusedloss import linear_cross_entropy, linear_kl_div, linear_log_prob, route
 from fusedloss.linear import chunks, products
 
 N, D, C = 37, 19, 53
@@ -549,6 +549,215 @@ def test_log_prob_of_bad_input() -> None:
         linear_log_prob(**problem.tensors, temperature=0.0)
     with pytest.raises(RuntimeError, match="linear_log_prob: target holds probabilities"):
         linear_log_prob(**{**problem.tensors, "target": torch.zeros(N, C)})
+
+
+class Distillation(Problem):
+    """A student and a teacher; both give some classes no probability at all."""
+
+    def __init__(self, generator: Generator, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__(generator, dtype)
+        self.teacher = {
+            "teacher_input": self.normal(N, 7),
+            "teacher_weight": self.normal(C, 7),
+            "teacher_bias": self.normal(C),
+        }
+
+    def logits(self) -> Tensor:
+        return F.linear(*self.teacher.values())
+
+
+def plain_divergence(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor,
+    target: Tensor | None = None,
+    *,
+    teacher_logits: Tensor,
+    temperature: float = 1.0,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    soft_weight: float = 1.0,
+    hard_weight: float = 0.0,
+    softcap: float | None = None,
+    sample_weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    x = F.linear(input, linear_weight, linear_bias)
+    x = x if softcap is None else softcap * torch.tanh(x / softcap)
+    s, t = (x / temperature).log_softmax(1), (teacher_logits / temperature).log_softmax(1)
+    m = (beta * t.exp() + (1 - beta) * s.exp()).log()
+    soft = {
+        "forward": lambda: F.kl_div(s, t, reduction="none", log_target=True).sum(1),
+        "reverse": lambda: F.kl_div(t, s, reduction="none", log_target=True).sum(1),
+        "js": lambda: (
+            beta * F.kl_div(m, t, reduction="none", log_target=True)
+            + (1 - beta) * F.kl_div(m, s, reduction="none", log_target=True)
+        ).sum(1),
+    }[divergence]()
+    losses = soft_weight * soft
+    if target is not None:
+        losses = losses + hard_weight * F.cross_entropy(x, target, reduction="none")
+        losses = torch.where(target == -100, 0, losses)
+    losses = losses if sample_weight is None else losses * sample_weight
+    count = input.shape[0] if target is None else (target != -100).sum()
+    return {"none": losses, "sum": losses.sum(), "mean": losses.sum() / count}[reduction]
+
+
+DISTILL: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "temperature": {"temperature": 2.5},
+    "hard": {"temperature": 2.0, "soft_weight": 0.7, "hard_weight": 0.4},
+    "softcap": {"softcap": 1.5, "temperature": 0.5, "hard_weight": 0.1},
+}
+each_divergence = pytest.mark.parametrize("divergence", ["forward", "reverse", "js"])
+
+
+@pytest.mark.parametrize("setting", DISTILL)
+@each_divergence
+@each_reduction
+def test_divergence(divergence: str, setting: str, reduction: str, generator: Generator) -> None:
+    problem = Distillation(generator)
+    settings = {**DISTILL[setting], "divergence": divergence, "reduction": reduction, "beta": 0.3}
+    if setting == "plain":
+        del problem.tensors["target"]
+    settings["sample_weight"] = problem.rewards()
+    expected = problem.run(plain_divergence, **settings, teacher_logits=problem.logits())
+    for teacher in (problem.teacher, {"teacher_logits": problem.logits()}):
+        close(problem.run(linear_kl_div, **settings, **teacher), expected)
+        close(problem.run(linear_kl_div, **settings, **teacher, memory_budget=SMALL), expected)
+    with formula_path():
+        close(problem.run(linear_kl_div, **settings, **problem.teacher), expected)
+
+
+@each_divergence
+def test_divergence_of_what_has_no_probability(divergence: str, generator: Generator) -> None:
+    """Classes that neither the teacher nor the student can take count for nothing."""
+    problem = Distillation(generator)
+    del problem.tensors["target"]
+    problem.tensors["linear_bias"][5] = problem.teacher["teacher_bias"][5] = -torch.inf
+    loss, *grads = problem.run(linear_kl_div, divergence=divergence, **problem.teacher)
+    assert loss.isfinite() and all(g.isfinite().all() for g in grads)
+    for tensors in (problem.tensors, problem.teacher):
+        for name in [n for n in tensors if n.endswith(("weight", "bias"))]:
+            tensors[name] = torch.cat([tensors[name][:5], tensors[name][6:]])
+    torch.testing.assert_close(
+        linear_kl_div(**problem.tensors, **problem.teacher, divergence=divergence), loss
+    )
+
+
+@each_divergence
+def test_divergence_from_itself_is_0(divergence: str, generator: Generator) -> None:
+    problem = Distillation(generator)
+    names = {
+        "teacher_input": "input",
+        "teacher_weight": "linear_weight",
+        "teacher_bias": "linear_bias",
+    }
+    teacher = {k: problem.tensors[name] for k, name in names.items()}
+    loss, *grads = problem.run(linear_kl_div, divergence=divergence, **teacher)
+    assert abs(loss) < 1e-14 and all(g.abs().max() < 1e-14 for g in grads)
+
+
+@each_divergence
+def test_divergence_by_torch_steps(
+    divergence: str, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Distillation(generator)
+    settings = {"divergence": divergence, "hard_weight": 0.5, **problem.teacher}
+    expected = problem.run(linear_kl_div, **settings)
+    monkeypatch.setattr(chunks.kernel, "distill", chunks.steps.distill)
+    close(problem.run(linear_kl_div, **settings, memory_budget=SMALL), expected)
+
+
+@each_divergence
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_every_derivative_of_a_divergence(
+    divergence: str, reduction: str, generator: Generator
+) -> None:
+    problem = Distillation(generator)
+    settings = {"divergence": divergence, "reduction": reduction, **problem.teacher}
+
+    def loss(**tensors: Tensor) -> Tensor:
+        return linear_kl_div(**tensors, **settings)
+
+    def of_input(x: Tensor) -> Tensor:
+        return loss(**{**problem.tensors, "input": x})
+
+    input = problem.tensors["input"].clone().requires_grad_()
+    torch.autograd.gradcheck(of_input, input, check_forward_ad=True, fast_mode=True)
+    torch.autograd.gradgradcheck(of_input, input, fast_mode=True)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    close(problem.run(compiled), problem.run(loss))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=name_of)
+@each_divergence
+def test_divergence_in_other_types(
+    divergence: str, dtype: torch.dtype, generator: Generator
+) -> None:
+    problem = Distillation(generator, dtype)
+    settings: dict[str, Any] = {"divergence": divergence, "hard_weight": 0.5}
+    wide = Distillation(generator)
+    wide.tensors = {k: _double(t) for k, t in problem.tensors.items()}
+    wide.teacher = {k: _double(t) for k, t in problem.teacher.items()}
+    true = wide.run(plain_divergence, **settings, teacher_logits=wide.logits())
+    found = problem.run(linear_kl_div, **settings, **problem.teacher, memory_budget=5 << 20)
+    for ours, truth in zip(found, true, strict=True):
+        assert ours.dtype == dtype
+        assert (ours.double() - truth).abs().max() <= torch.finfo(
+            dtype
+        ).eps * 16 * truth.abs().max()
+
+
+def test_no_gradient_flows_to_the_teacher(generator: Generator) -> None:
+    problem = Distillation(generator)
+    inputs = leaves(problem)
+    teacher = {k: t.requires_grad_() for k, t in problem.teacher.items()}
+    linear_kl_div(**problem.tensors, **teacher).backward()
+    assert all(t.grad is not None for t in inputs)
+    assert all(t.grad is None for t in teacher.values())
+
+
+BAD_DISTILLATION: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"temperature": 0.0}, ValueError, "temperature must be finite and greater than 0, got 0.0"),
+    (
+        {"divergence": "kl"},
+        ValueError,
+        "divergence must be one of 'forward', 'reverse', 'js', got 'kl'",
+    ),
+    ({"beta": 1.0}, ValueError, "beta must be between 0 and 1, got 1.0"),
+    ({"target": None, "hard_weight": 1.0}, ValueError, "hard_weight = 1.0 needs a target"),
+    ({"teacher_weight": None}, ValueError, "the teacher is either"),
+    ({"teacher_logits": torch.zeros(N, C)}, ValueError, "the teacher is either"),
+    (
+        {"teacher_weight": torch.zeros(C, 6).double()},
+        RuntimeError,
+        f"teacher_input [{N}, 7] and teacher_weight [{C}, 6]",
+    ),
+    (
+        {"teacher_weight": torch.zeros(C - 1, 7).double(), "teacher_bias": None},
+        RuntimeError,
+        f"the teacher's logits are of shape [{N}, {C - 1}], the student's of [{N}, {C}]",
+    ),
+    (
+        {"teacher_bias": torch.zeros(3).double()},
+        RuntimeError,
+        f"expected teacher_bias shape ({C},)",
+    ),
+    ({"softcap": -1.0}, ValueError, "softcap must be finite and greater than 0, got -1.0"),
+    ({"memory_budget": 10}, ValueError, "does not hold one row"),
+    ({"target": torch.full((N,), C)}, IndexError, f"target[0] = {C} is out of range"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"), BAD_DISTILLATION, ids=[words for _, _, words in BAD_DISTILLATION]
+)
+def test_bad_distillation(changes: dict[str, Any], kind: type[Exception], words: str) -> None:
+    problem = Distillation(torch.Generator().manual_seed(0))
+    with pytest.raises(kind, match=re.escape(words)) as caught:
+        linear_kl_div(**{**problem.tensors, **problem.teacher, **changes})
+    assert str(caught.value).startswith("linear_kl_div: ")
 
 
 def bad(**changes: Any) -> Callable[[], Tensor]:

@@ -7,6 +7,7 @@ import struct
 from torch import Tensor
 
 from ..linear.call import LinearCall, Rows, Slot
+from ..linear.distill import KINDS, DistillCall
 from .load import DTYPES, library
 
 SUMS = 8  # doubles of LinearSums in csrc/linear.h
@@ -46,6 +47,29 @@ def step(
         *_grid(grad_target),
     )
     library().fusedloss_linear(arguments)
+
+
+def distill(
+    call: DistillCall,
+    logits: Tensor,
+    teacher: Tensor,
+    target: Slot,
+    results: Rows,
+    incoming: Rows | None = None,
+) -> None:
+    """The same for the divergence from a teacher's logits (n, C)."""
+    n, classes = logits.shape
+    if teacher.stride(1) != 1:
+        teacher = teacher.contiguous()
+    arguments = struct.pack(
+        "=4q4d3qd3qd3q",
+        *(n, classes, KINDS.index(call.divergence), incoming is not None),
+        *(call.beta, call.temperature, call.soft_weight, call.hard_weight),
+        *(logits.data_ptr(), DTYPES[logits.dtype], logits.stride(0), call.softcap),
+        *(teacher.data_ptr(), DTYPES[teacher.dtype], teacher.stride(0), call.teacher_softcap),
+        *(_pointer(target), _pointer(incoming and incoming.loss), _pointer(results.loss)),
+    )
+    library().fusedloss_distill(arguments)
 
 
 def advise_huge_pages(tensor: Slot) -> None:

@@ -50,6 +50,7 @@ class LinearCall:
     dtype: torch.dtype  # of the result
 
     family: ClassVar[str] = "linear"
+    logits: ClassVar[int] = 1  # of each row and class, in a chunk
     gradients: ClassVar[int] = 4  # by the first four tensors, unless the target is of indices
 
     def by_formula(self, *tensors: Slot) -> tuple[Tensor, ...]:
@@ -83,9 +84,9 @@ class LinearCall:
         correct = (x.gather(1, index).squeeze(1) == x.amax(1)).to(x.dtype)
         return Rows(losses, *(_where(counted, t) for t in (lse, entropy, correct)))
 
-    def counted(self, target: Tensor) -> Slot:
+    def counted(self, target: Slot) -> Slot:
         """Which rows are not ignored; None where all count."""
-        return None if self.probabilities else target != self.ignore_index
+        return None if self.probabilities or target is None else target != self.ignore_index
 
     def scale(self, tensors: Slots, incoming: Slot = None) -> Slot:
         """What each row's loss counts in the result, (N, K) or (); None where that is 1."""
@@ -99,14 +100,15 @@ class LinearCall:
 
     def divisor(self, tensors: Slots) -> Tensor:
         """What 'mean' divides by."""
-        target, weight, _, denominator = tensors[3:]
-        assert target is not None
+        input, linear_weight, _, target, weight, _, denominator = tensors[:7]
+        assert input is not None and linear_weight is not None
         if denominator is not None:
             return denominator
         counted = self.counted(target)
         if counted is None:
-            return torch.full((), target.shape[0] * target.shape[2], device=target.device)
-        if weight is None:
+            rows = input.shape[0] * linear_weight.shape[1]
+            return torch.full((), rows, device=input.device)
+        if weight is None or target is None:
             return counted.sum()
         index = target.to(torch.int64).clamp(0, max(weight.shape[0] - 1, 0))
         return torch.where(counted, weight[index], 0).sum()

@@ -16,9 +16,10 @@ from torch import Tensor
 from .. import errors
 from ..cpu import linear as kernel
 from ..reduce import wide
+from . import steps
 from .call import LinearCall, Rows, Slot, Slots
+from .distill import DistillCall
 from .products import HALVES, TILE_BYTES, Direct, products
-from .step import step
 
 BUDGET = 64 << 20
 FORWARD_BUDGET = 10 << 20  # with what a matrix product takes itself, 16 MiB
@@ -42,7 +43,7 @@ def plan(call: LinearCall, input: Tensor, classes: int, differentiate: bool) -> 
     size = wide(input).itemsize
     half = input.dtype in HALVES
     # Beside the logits: the row itself, its gradient, and a few numbers of it.
-    per_row = size * (classes + 2 * features) + 128
+    per_row = size * (call.logits * classes + 2 * features) + 128
     fixed = TILE_BYTES if half else 0
     budget = call.memory_budget or BUDGET
     if budget < per_row + fixed:
@@ -52,8 +53,8 @@ def plan(call: LinearCall, input: Tensor, classes: int, differentiate: bool) -> 
             f"memory_budget = {budget} bytes does not hold one row of {classes} classes and "
             f"{features} features: the least is {per_row + fixed}",
         )
-    if differentiate or not input.is_cpu:
-        # What torch operations take for a row step, where there is no kernel.
+    if differentiate or not input.is_cpu or call.logits > 1:
+        # Where there is no kernel, torch operations take copies of the logits.
         per_row *= 1 if input.is_cpu else 6
         most, width = (budget - fixed) // per_row, classes
     else:
@@ -79,7 +80,7 @@ def run(
     Reduced losses differentiate themselves; others by `incoming`, the gradients of all results.
     Gradients by half types are of float32, for whoever scales and rounds them.
     """
-    loop = _Loop(call, tensors, needed, incoming)
+    loop = LOOPS[call.family](call, tensors, needed, incoming)
     for head in range(loop.heads):
         loop.head(head)
     return call.results(loop.results, tensors), loop.grads
@@ -93,8 +94,8 @@ class _Loop:
         needed: Sequence[bool],
         incoming: Sequence[Slot] | None,
     ) -> None:
-        input, linear_weight, linear_bias, target, weight, sample_weight, _ = tensors
-        assert input is not None and linear_weight is not None and target is not None
+        input, linear_weight, linear_bias, target, weight, sample_weight = tensors[:6]
+        assert input is not None and linear_weight is not None
         self.call, self.tensors = call, tensors
         self.input, self.target = input, target
         self.linear_weight, self.linear_bias = linear_weight, linear_bias
@@ -147,10 +148,10 @@ class _Loop:
         for a in range(0, n, self.plan.rows):
             b = min(a + self.plan.rows, n)
             rows = slice(a, b) if kept is None else kept[a:b]
-            if self.incoming is None:
+            if self.incoming is None and self.input.is_cpu and self.call.logits == 1:
                 self.evaluate(product, head, rows, b - a)
             else:
-                self.differentiate(product, head, rows, b - a, self.incoming, add=a > 0)
+                self.differentiate(product, head, rows, b - a, add=a > 0)
         if not n:
             for grad in self.grads[1:3]:
                 if grad is not None:
@@ -173,6 +174,7 @@ class _Loop:
 
     def targets(self, head: int, rows: Index) -> Tensor:
         """Of some rows: class indices (n), or probabilities (n, C)."""
+        assert self.target is not None
         if self.call.probabilities:
             return self.target[:, :, head][rows]
         return self.target[:, head][rows].to(torch.int64).contiguous()
@@ -182,33 +184,26 @@ class _Loop:
         x, target = product.rows(self.input[rows]), self.targets(head, rows)
         assert self.chunk is not None
         results = self.results.each(lambda t: t[:, head][rows])
-        sums = torch.empty(n, kernel.SUMS, dtype=torch.float64) if self.input.is_cpu else None
+        sums = torch.empty(n, kernel.SUMS, dtype=torch.float64)
         for first in range(0, self.classes, self.plan.classes):
             columns = min(self.plan.classes, self.classes - first)
             logits = self.chunk[: n * columns].view(n, columns)
             product.logits(x, logits, first)
-            if sums is None:
-                step(self.call, logits, target, self.weight, results)
-            else:
-                given = (self.call, logits, target, self.weight, results)
-                kernel.step(*given, first=first, classes=self.classes, sums=sums)
+            given = (self.call, logits, target, self.weight, results)
+            kernel.step(*given, first=first, classes=self.classes, sums=sums)
         self.keep(results, head, rows)
 
-    def differentiate(
-        self, product: Direct, head: int, rows: Index, n: int, incoming: Rows, add: bool
-    ) -> None:
-        """The results of some rows, and their part of the gradients."""
-        x, target = product.rows(self.input[rows]), self.targets(head, rows)
+    def differentiate(self, product: Direct, head: int, rows: Index, n: int, add: bool) -> None:
+        """The results of some rows, and their part of the gradients that are needed."""
+        x = product.rows(self.input[rows])
         assert self.chunk is not None
         g = self.chunk[: n * self.classes].view(n, self.classes)
         product.logits(x, g)
         results = self.results.each(lambda t: t[:, head][rows])
-        arriving = incoming.each(lambda t: t[:, head][rows])
-        grad_input, grad_weight, grad_bias, grad_target = self.grads
-        grad_target = None if grad_target is None else grad_target[:, :, head][rows]
-        advance = kernel.step if self.input.is_cpu else step
-        advance(self.call, g, target, self.weight, results, arriving, grad_target)
+        arriving = self.incoming and self.incoming.each(lambda t: t[:, head][rows])
+        self.step(g, head, rows, results, arriving)
         self.keep(results, head, rows)
+        grad_input, grad_weight, grad_bias, _ = self.grads
         if grad_input is not None:
             if self.heads == 1 and isinstance(rows, slice):
                 product.grad_input(g, grad_input[rows])
@@ -222,9 +217,49 @@ class _Loop:
             total = g.sum(0, dtype=grad_bias.dtype)
             grad_bias[:, head] = grad_bias[:, head] + total if add else total
 
+    def step(
+        self, logits: Tensor, head: int, rows: Index, results: Rows, incoming: Rows | None
+    ) -> None:
+        grad_target = self.grads[3]
+        grad_target = None if grad_target is None else grad_target[:, :, head][rows]
+        advance = kernel.step if self.input.is_cpu else steps.step
+        target = self.targets(head, rows)
+        advance(self.call, logits, target, self.weight, results, incoming, grad_target)
+
     def keep(self, results: Rows, head: int, rows: Index) -> None:
         """Gathered rows go back to where they are from."""
         if isinstance(rows, Tensor):
             for whole, part in zip(self.results, results, strict=True):
                 if whole is not None and part is not None:
                     whole[:, head][rows] = part
+
+
+class _DistillLoop(_Loop):
+    """With the teacher's logits of the same rows in a chunk beside."""
+
+    def step(
+        self, logits: Tensor, head: int, rows: Index, results: Rows, incoming: Rows | None
+    ) -> None:
+        assert isinstance(self.call, DistillCall)
+        advance = kernel.distill if self.input.is_cpu else steps.distill
+        target = None if self.target is None else self.targets(head, rows)
+        advance(self.call, logits, self.teacher(rows), target, results, incoming)
+
+    def teacher(self, rows: Index) -> Tensor:
+        """The teacher's logits of some rows."""
+        input, weight, bias, logits = self.tensors[7:]
+        if logits is not None:
+            return logits[rows]
+        assert input is not None and weight is not None
+        if not hasattr(self, "product"):
+            self.product = products(weight[:, 0], None if bias is None else bias[:, 0])
+            shape, dtype = (self.plan.rows, self.classes), self.product.chunk_dtype
+            self.other = torch.empty(shape, dtype=dtype, device=input.device)
+            kernel.advise_huge_pages(self.other)
+        x = self.product.rows(input[rows])
+        out = self.other[: x.shape[0]]
+        self.product.logits(x, out)
+        return out
+
+
+LOOPS = {"linear": _Loop, "distill": _DistillLoop}

@@ -8,17 +8,19 @@ from torch import Tensor
 from .. import route
 from . import op
 from .autograd import Chunked, check_range
-from .call import LinearCall, Slots
+from .call import LinearCall, Slot, Slots
 from .chunks import run as run_chunks
 
 
-def dispatch(call: LinearCall, tensors: Slots, given: Tensor) -> tuple[Tensor, ...]:
+def dispatch(call: LinearCall, tensors: Slots, given: Slot) -> tuple[Tensor, ...]:
     """The results of the call; `given` is the target as the caller shaped it."""
     if torch.compiler.is_compiling():
-        return op.run(call, tensors) if _operator_serves(tensors) else call.by_formula(*tensors)
-    why = _formula_reason(tensors)
-    route._note(call.loss, None if why else "linear", why or "no transform needs the formula")
-    if not call.probabilities:
+        return (
+            op.run(call, tensors) if _operator_serves(call, tensors) else call.by_formula(*tensors)
+        )
+    why = _formula_reason(call, tensors)
+    route._note(call.loss, None if why else call.family, why or "no transform needs the formula")
+    if given is not None and not call.probabilities:
         check_range(call, tensors, given)
     if why:
         return call.by_formula(*tensors)
@@ -28,19 +30,19 @@ def dispatch(call: LinearCall, tensors: Slots, given: Tensor) -> tuple[Tensor, .
     return run_chunks(call, tensors)[0]
 
 
-def _formula_reason(tensors: Slots) -> str | None:
+def _formula_reason(call: LinearCall, tensors: Slots) -> str | None:
     elsewhere = [t for t in tensors if t is not None and not t.is_cpu]
     if any(type(t) not in route.PLAIN or t.is_meta for t in elsewhere):
         return "a tensor is no plain one"
-    if any(t is not None and t.requires_grad for t in tensors[LinearCall.gradients :]):
+    if any(t is not None and t.requires_grad for t in tensors[call.gradients :]):
         return "a weight requires a gradient"
     return route.formula_reason(*(t for t in tensors if t is not None and t.is_cpu))
 
 
-def _operator_serves(tensors: Slots) -> bool:
+def _operator_serves(call: LinearCall, tensors: Slots) -> bool:
     return (
         not torch.compiler.is_exporting()
         and not torch._C._are_functorch_transforms_active()
         and all(t is None or t.device.type == "cpu" for t in tensors)
-        and not any(t is not None and t.requires_grad for t in tensors[LinearCall.gradients :])
+        and not any(t is not None and t.requires_grad for t in tensors[call.gradients :])
     )

@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import errors
 from ..linear.call import LinearCall, Slots
+from ..linear.distill import KINDS, DistillCall
 from ..linear.run import dispatch
 from ..reduce import resolve, result_dtype
 from .classification import check_indices, check_weight
@@ -108,7 +109,7 @@ def linear_cross_entropy(
             denominator=denominator,
             memory_budget=memory_budget,
         )
-    reduction = resolve(name, reduction)
+    reduction = _reduction(name, reduction, denominator)
     head = Head(name, input, linear_weight, linear_bias, softcap, logit_scale, memory_budget)
     if not 0.0 <= label_smoothing <= 1.0:
         errors.fail(
@@ -117,13 +118,11 @@ def linear_cross_entropy(
             f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}",
         )
     probabilities = head.check_target(target, weight, ignore_index)
-    if denominator is not None and reduction != "mean":
-        errors.fail(ValueError, name, f"denominator is for reduction = 'mean', got {reduction!r}")
     (result,) = head.run(
         target,
         weight,
         head.check_sample_weight(sample_weight),
-        _scalar(name, "denominator", denominator, input),
+        _scalar(name, "denominator", denominator),
         probabilities=probabilities,
         reduction=reduction,
         ignore_index=-100 if ignore_index is None else ignore_index,
@@ -220,6 +219,151 @@ def linear_log_prob(
     return LogProb(-loss, lse, entropy, correct.bool(), (target != ignored).sum())
 
 
+def linear_kl_div(
+    input: Tensor,
+    linear_weight: Tensor,
+    teacher_input: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    *,
+    linear_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    teacher_logits: Tensor | None = None,
+    temperature: float = 1.0,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    target: Tensor | None = None,
+    soft_weight: float = 1.0,
+    hard_weight: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    denominator: Tensor | float | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    r"""Distillation: the divergence of a student's head from a teacher's, the logits of neither in full.
+
+    With s and t the softmax of the student's and of the teacher's logits over the temperature, and
+    :math:`m = \beta t + (1 - \beta) s`, the loss of a row is
+
+    .. math::
+        \ell = w_\text{soft}\, D(t, s) + w_\text{hard}\, \mathrm{cross\_entropy}(x, y),\qquad D = \begin{cases}
+        \mathrm{KL}(t \| s) & \text{forward} \\ \mathrm{KL}(s \| t) & \text{reverse} \\
+        \beta\, \mathrm{KL}(t \| m) + (1 - \beta)\, \mathrm{KL}(s \| m) & \text{js} \end{cases}
+
+    ('js' is the generalised Jensen-Shannon divergence of https://arxiv.org/abs/2306.13649.) The hard term
+    takes the logits x without the temperature. Where both terms are used, Hinton et al.
+    (https://arxiv.org/abs/1503.02531) scale the soft one by the temperature's square: `soft_weight`.
+    The teacher is a constant here: no gradient flows to it.
+
+    Args:
+        input: the student's, (..., D).
+        linear_weight: the student's, (C, D).
+        teacher_input: (..., E).
+        teacher_weight: (C, E).
+        linear_bias: (C).
+        teacher_bias: (C).
+        teacher_logits: (..., C), in place of the teacher's head.
+        temperature: greater than 0.
+        divergence: 'forward', 'reverse' or 'js'.
+        beta: of 'js', between 0 and 1.
+        target: class indices (...): of the hard term, and rows that are ignored do not count in either.
+        soft_weight: of the divergence.
+        hard_weight: of the cross entropy; it needs `target`.
+        ignore_index: rows with this target contribute nothing.
+        reduction: 'none', 'sum' or 'mean', which divides by `denominator` or by the number of rows that count.
+        sample_weight: of each row, (...). It does not enter the denominator.
+        softcap: of the student's logits, as in :func:`linear_cross_entropy`.
+        teacher_softcap: of the teacher's.
+        denominator: as in :func:`linear_cross_entropy`.
+        memory_budget: as in :func:`linear_cross_entropy`.
+
+    Returns:
+        A scalar, or the losses of all rows with 'none', in the input's type (float32 under autocast).
+
+    Raises:
+        As :func:`linear_cross_entropy`; ValueError for an unknown `divergence`, a `temperature` or `beta`
+        out of range, a teacher given twice or not at all, and `hard_weight` without `target`.
+    """
+    name = "linear_kl_div"
+    teacher = (teacher_input, teacher_weight, teacher_bias, teacher_logits)
+    tensors = (input, linear_weight, linear_bias, target, sample_weight, denominator, *teacher)
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(
+            linear_kl_div,
+            tensors,
+            input,
+            linear_weight,
+            teacher_input,
+            teacher_weight,
+            linear_bias=linear_bias,
+            teacher_bias=teacher_bias,
+            teacher_logits=teacher_logits,
+            temperature=temperature,
+            divergence=divergence,
+            beta=beta,
+            target=target,
+            soft_weight=soft_weight,
+            hard_weight=hard_weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            sample_weight=sample_weight,
+            softcap=softcap,
+            teacher_softcap=teacher_softcap,
+            denominator=denominator,
+            memory_budget=memory_budget,
+        )
+    if divergence not in KINDS:
+        expected = ", ".join(map(repr, KINDS))
+        errors.fail(ValueError, name, f"divergence must be one of {expected}, got {divergence!r}")
+    if not 0 < beta < 1:
+        errors.fail(ValueError, name, f"beta must be between 0 and 1, got {beta}")
+    if hard_weight and target is None:
+        errors.fail(ValueError, name, f"hard_weight = {hard_weight} needs a target")
+    reduction = _reduction(name, reduction, denominator)
+    head = Head(name, input, linear_weight, linear_bias, softcap, 1.0, memory_budget)
+    if head.out:
+        errors.fail(
+            RuntimeError,
+            name,
+            f"expected linear_weight with dimensionality 2, got {list(linear_weight.shape)}",
+        )
+    if target is not None and head.check_target(target, None, ignore_index):
+        errors.fail(
+            RuntimeError, name, f"target holds probabilities of {target.dtype}, not indices"
+        )
+    (result,) = head.run(
+        target,
+        None,
+        head.check_sample_weight(sample_weight),
+        _scalar(name, "denominator", denominator),
+        head.teacher(*teacher),
+        kind=DistillCall,
+        probabilities=False,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        smoothing=0.0,
+        z_loss=0.0,
+        divergence=divergence,
+        beta=float(beta),
+        temperature=_finite(name, "temperature", temperature, above=0.0),
+        teacher_softcap=0.0
+        if teacher_softcap is None
+        else _finite(name, "teacher_softcap", teacher_softcap, above=0.0),
+        soft_weight=_finite(name, "soft_weight", soft_weight),
+        hard_weight=_finite(name, "hard_weight", hard_weight),
+    )
+    return result
+
+
+def _reduction(name: str, reduction: str, denominator: Tensor | float | None) -> str:
+    reduction = resolve(name, reduction)
+    if denominator is not None and reduction != "mean":
+        errors.fail(ValueError, name, f"denominator is for reduction = 'mean', got {reduction!r}")
+    return reduction
+
+
 class Head:
     """A checked head: its tensors in the shapes of `linear/call.py`, and the settings of its logits."""
 
@@ -232,32 +376,33 @@ class Head:
         softcap: float | None,
         logit_scale: float,
         memory_budget: int | None,
+        prefix: str = "",  # of a teacher's arguments
     ) -> None:
-        self.name = name
-        given = {"input": input, "linear_weight": linear_weight}
-        if linear_bias is not None:
-            given["linear_bias"] = linear_bias
+        self.name, self.prefix = name, prefix
+        names = [f"{prefix}input", f"{prefix or 'linear_'}weight", f"{prefix or 'linear_'}bias"]
+        tensors = zip(names, (input, linear_weight, linear_bias), strict=True)
+        given = {key: tensor for key, tensor in tensors if tensor is not None}
         if not all(isinstance(t, Tensor) for t in given.values()):
             errors.not_tensors(name, TypeError, **given)
         errors.same_device(name, **given)
-        self._check_shapes(input, linear_weight, linear_bias)
+        self._check_shapes(names, input, linear_weight, linear_bias)
         if not input.is_floating_point():
-            errors.not_floating(name, NotImplementedError, "addmm_impl_cpu_", input=input)
+            errors.not_floating(name, NotImplementedError, "addmm_impl_cpu_", **{names[0]: input})
         self.dtype = result_dtype(input.dtype, input)
         kind = input.device.type
         if torch.is_autocast_enabled(kind):
             given = {key: t.to(torch.get_autocast_dtype(kind)) for key, t in given.items()}
             self.dtype = torch.promote_types(self.dtype, torch.float32)
         for key, tensor in given.items():
-            if tensor.dtype != given["input"].dtype:
+            if tensor.dtype != given[names[0]].dtype:
                 errors.fail(
                     RuntimeError,
                     name,
-                    f"{key} is of {tensor.dtype}, input of {input.dtype}: expected mat1 and mat2 to have "
+                    f"{key} is of {tensor.dtype}, {names[0]} of {input.dtype}: expected mat1 and mat2 to have "
                     "the same dtype. Convert one, or run under torch.autocast",
                 )
-        self.input, self.linear_weight = given["input"], given["linear_weight"]
-        self.linear_bias = given.get("linear_bias")
+        self.input, self.linear_weight = given[names[0]], given[names[1]]
+        self.linear_bias = given.get(names[2])
         self.batch, self.out = input.shape[:-1], linear_weight.shape[1:-1]
         self.classes, self.features = linear_weight.shape[0], input.shape[-1]
         self.softcap = 0.0 if softcap is None else _finite(name, "softcap", softcap, above=0.0)
@@ -268,38 +413,41 @@ class Head:
                 errors.fail(ValueError, name, f"memory_budget must be above 0, got {memory_budget}")
         self.memory_budget = memory_budget or 0
 
-    def _check_shapes(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        name, both = self.name, f"input {list(input.shape)} and linear_weight {list(weight.shape)}"
+    def _check_shapes(
+        self, names: list[str], input: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> None:
+        name, (of_input, of_weight, of_bias) = self.name, names
+        both = f"{of_input} {list(input.shape)} and {of_weight} {list(weight.shape)}"
         if not input.dim():
             errors.fail(
                 RuntimeError,
                 name,
-                f"expected input with dimensionality 1 or 2 or more, got {input.dim()}",
+                f"expected {of_input} with dimensionality 1 or 2 or more, got {input.dim()}",
             )
         if weight.dim() < 2:
             errors.fail(
                 RuntimeError,
                 name,
-                f"expected linear_weight with dimensionality at least 2, got {weight.dim()}",
+                f"expected {of_weight} with dimensionality at least 2, got {weight.dim()}",
             )
         if input.shape[-1] != weight.shape[-1]:
             errors.fail(
                 RuntimeError,
                 name,
-                "expected equal input and linear_weight last dimensions (in_features), got "
+                f"expected equal {of_input} and {of_weight} last dimensions (in_features), got "
                 f"{input.shape[-1]} and {weight.shape[-1]}, respectively: {both}",
             )
         if bias is not None and bias.shape != weight.shape[:-1]:
             errors.fail(
                 RuntimeError,
                 name,
-                f"expected linear_bias shape {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}",
+                f"expected {of_bias} shape {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}",
             )
         if weight.dim() > 2 and input.dim() < 2:
             errors.fail(
                 RuntimeError,
                 name,
-                f"K-dimensional loss defined by linear_weight shape {tuple(weight.shape)} requires "
+                f"K-dimensional loss defined by {of_weight} shape {tuple(weight.shape)} requires "
                 f"batched input, (N, {input.shape[-1]}), got unbatched input with shape "
                 f"{tuple(input.shape)}",
             )
@@ -391,16 +539,67 @@ class Head:
             **sizes, dtype=self.input.dtype, device=self.input.device
         ).batch_chunk_size
 
+    def teacher(
+        self,
+        input: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        logits: Tensor | None,
+    ) -> Slots:
+        """The checked tensors of a teacher, as in `linear/distill.py`."""
+        name = self.name
+        if (logits is None) == (input is None or weight is None) or (
+            logits is not None and not (input is weight is bias is None)
+        ):
+            errors.fail(
+                ValueError,
+                name,
+                "the teacher is either teacher_input and teacher_weight (and teacher_bias) or "
+                "teacher_logits",
+            )
+        if logits is None:
+            assert input is not None and weight is not None
+            head = Head(name, input, weight, bias, None, 1.0, None, prefix="teacher_")
+            batch, classes = head.batch, (head.classes, *head.out)
+            found: Slots = (head.input, head.linear_weight, head.linear_bias)
+        else:
+            if not isinstance(logits, Tensor):
+                errors.not_tensors(name, TypeError, teacher_logits=logits)
+            if not logits.is_floating_point():
+                errors.not_floating(name, NotImplementedError, "softmax", teacher_logits=logits)
+            batch, classes = logits.shape[:-1], logits.shape[-1:]
+            found = (None, None, None)
+        errors.same_device(name, input=self.input, teacher=logits if logits is not None else input)
+        if batch != self.batch or classes != (self.classes,):
+            errors.fail(
+                RuntimeError,
+                name,
+                f"the teacher's logits are of shape {[*batch, *classes]}, the student's of "
+                f"{[*self.batch, self.classes]}",
+            )
+        n = math.prod(batch)
+        teacher_input, teacher_weight, teacher_bias = (
+            t if t is None else t.detach() for t in found
+        )
+        return (
+            None if teacher_input is None else teacher_input.reshape(n, -1),
+            None if teacher_weight is None else teacher_weight.unsqueeze(1),
+            None if teacher_bias is None else teacher_bias.unsqueeze(1),
+            None if logits is None else logits.detach().reshape(n, self.classes),
+        )
+
     def run(
         self,
-        target: Tensor,
+        target: Tensor | None,
         weight: Tensor | None = None,
         sample_weight: Tensor | None = None,
         denominator: Tensor | None = None,
+        teacher: Slots = (),
+        kind: type[LinearCall] = LinearCall,
         **settings: Any,
     ) -> tuple[Tensor, ...]:
         """Runs the call; results of rows are shaped as the caller's rows."""
-        call = LinearCall(
+        call = kind(
             **{
                 "loss": self.name,
                 "statistics": False,
@@ -418,10 +617,11 @@ class Head:
             self.input.reshape(n, self.features),
             self.linear_weight.reshape(self.classes, k, self.features),
             None if self.linear_bias is None else self.linear_bias.reshape(self.classes, k),
-            target.reshape(of_target),
+            None if target is None else target.reshape(of_target),
             weight,
             None if sample_weight is None else sample_weight.reshape(n, k),
             denominator,
+            *teacher,
         )
         results = dispatch(call, tensors, target)
         if call.reduction != "none":
@@ -436,7 +636,7 @@ def _finite(name: str, argument: str, value: float, above: float = -math.inf) ->
     return float(value)
 
 
-def _scalar(name: str, argument: str, value: Tensor | float | None, like: Tensor) -> Tensor | None:
+def _scalar(name: str, argument: str, value: Tensor | float | None) -> Tensor | None:
     """A number as a 0-dim tensor."""
     if value is None:
         return None

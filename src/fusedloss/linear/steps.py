@@ -1,4 +1,4 @@
-"""The row step by torch operations, where there is no kernel: the formula, differentiated."""
+"""The steps over rows by torch operations, where there is no kernel: the formulas, differentiated."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..reduce import wide
 from .call import LinearCall, Rows, Slot
+from .distill import DistillCall
 
 
 def step(
@@ -42,3 +43,20 @@ def step(
     logits.copy_(grads[0])
     if grad_target is not None:
         grad_target.copy_(grads[1])
+
+
+def distill(
+    call: DistillCall,
+    logits: Tensor,
+    teacher: Tensor,
+    target: Slot,
+    results: Rows,
+    incoming: Rows | None = None,
+) -> None:
+    """The same for the divergence from a teacher's logits (n, C)."""
+    with torch.set_grad_enabled(incoming is not None):
+        x = logits.detach().to(wide(logits)).requires_grad_(incoming is not None)
+        losses = call.divergences(x, teacher.detach(), target)
+    results.loss.copy_(losses.detach())
+    if incoming is not None:
+        logits.copy_(torch.autograd.grad(losses, x, incoming.loss.to(x.dtype))[0])
