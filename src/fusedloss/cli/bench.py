@@ -32,6 +32,7 @@ from fusedloss.cli.selection import (
     add_arguments,
     check_writable,
     chosen_losses,
+    chosen_threads,
     selection,
 )
 from fusedloss.cpu import load
@@ -48,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         if args.device == "cuda":
             check_writable("--output", args.output)
             return gpu.run(args.output, chosen_losses(args.only))
+        if args.linear:
+            return linear_bench(args)
         chosen = selection(args)
     except UsageError as error:
         print(f"fusedloss bench: {error}", file=sys.stderr)
@@ -89,6 +92,13 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"Interrupted: {len(results)} of {len(chosen.cases)} cases done.")
         return 130
     return int(any(r.wrong for r in results) or not results)
+
+
+def linear_bench(args: argparse.Namespace) -> int:
+    from fusedloss.cli import linear
+
+    check_writable("--output", args.output)
+    return linear.run(args, chosen_threads(args.threads))
 
 
 class Bench:

@@ -25,6 +25,11 @@ class UsageError(ValueError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer cases, sizes and samples: two minutes at most")
+    add(
+        "--linear",
+        action="store_true",
+        help="linear cross entropy instead; takes --quick, --threads",
+    )
     add("--only", nargs="+", metavar="LOSS", help="these losses alone")
     add("--dtype", nargs="+", metavar="DTYPE", help=f"these of {', '.join(DTYPES)}")
     add(
