@@ -378,6 +378,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", type=loss_name, nargs="+", metavar="LOSS", help="run these losses' tasks alone"
     )
+    parser.add_argument(
+        "--lm", action="store_true", help="a language model, its head and loss three ways"
+    )
     parser.add_argument("--quick", action="store_true", help=f"train 1/{QUICK} of the epochs")
     parser.add_argument("--no-plot", action="store_true", help="do not draw fusedloss-demo.png")
 
@@ -393,6 +396,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.no_plot:
         # Before the training: a missing matplotlib is said at once.
         import_module("matplotlib")
+    if args.lm:
+        from fusedloss.cli import lm
+
+        return lm.run(args)
     console = Console(highlight=False)
     tasks = [task for task in TASKS if not args.only or task.loss in args.only]
     results: list[Result] = []
