@@ -108,6 +108,8 @@ class Work:
     def step(self, variant: str) -> Step:
         if variant == "products":
             return self.products
+        if variant == "forward":
+            return self.forward
         loss: Callable[..., torch.Tensor] = fusedloss.linear_cross_entropy
         options = {}
         if variant != "ours":
@@ -120,6 +122,10 @@ class Work:
             self.x.grad = self.weight.grad = None
 
         return step
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        fusedloss.linear_cross_entropy(self.x, self.weight, self.target)
 
     @torch.no_grad()
     def products(self) -> None:
@@ -235,8 +241,8 @@ def run(args: argparse.Namespace, threads: int) -> int:
     try:
         for result in measure(cases(args.quick), 2 if args.quick else 7, threads):
             results.append(result)
-            best = result.best("ours")
-            console.print(f"{result.case.title}: {best and 1e3 * best:.0f} ms", markup=False)
+            best = number((result.best("ours") or math.nan) * 1e3, 0) or "failed"
+            console.print(f"{result.case.title}, ms: {best}", markup=False)
     except KeyboardInterrupt:
         interrupted = True
     console.print(table(results))

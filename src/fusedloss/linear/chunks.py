@@ -56,7 +56,8 @@ def plan(call: LinearCall, input: Tensor, classes: int, differentiate: bool) -> 
     if differentiate or not input.is_cpu or call.logits > 1:
         # Where there is no kernel, torch operations take copies of the logits.
         per_row *= 1 if input.is_cpu else 6
-        most, width = (budget - fixed) // per_row, classes
+        # An eighth is for what the matrix products take themselves.
+        most, width = (budget * 7 // 8 - fixed) // per_row, classes
     else:
         budget = min(budget, FORWARD_BUDGET) - fixed
         most = min(FORWARD_ROWS, max(1, budget // (size * (64 + 2 * features) + 128)))
