@@ -121,7 +121,7 @@ def torch_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """The row step of devices that have no kernel."""
 
     def step(*args: Any, first: int = 0, classes: int = 0, sums: Any = None) -> None:
-        chunks.step(*args)
+        chunks.steps.step(*args)
 
     whole = chunks.plan
     monkeypatch.setattr(chunks, "plan", lambda call, x, c, _: whole(call, x, c, True))

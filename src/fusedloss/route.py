@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch.autograd import forward_ad
 from . import autograd, cpu, errors, gpu, ops
 from .calls import Call, RowsCall
 from .cpu.load import FLOATS
+
+if TYPE_CHECKING:
+    from .linear.call import LinearCall
 
 PLAIN = (Tensor, torch.nn.Parameter)
 MOST_DIMS = 16  # max_dims of csrc/pointwise.h
@@ -47,7 +50,7 @@ calls: Counter[tuple[str, str]] = Counter()
 _trace: list[Route] | None = None
 
 
-def formula_reason(call: Call, tensors: tuple[Tensor | None, ...]) -> str | None:
+def formula_reason(call: Call | LinearCall, tensors: tuple[Tensor | None, ...]) -> str | None:
     """Why this call needs the formula, or None where a kernel serves."""
     if _transforms_active():
         return "a torch.func transform is active"
@@ -130,7 +133,7 @@ def _check_range(call: RowsCall, input: Tensor, target: Tensor) -> None:
         errors.out_of_range(call.loss, input, target, position, call.ignore_index)
 
 
-def _kernel_gap(call: Call, tensors: tuple[Tensor | None, ...]) -> str | None:
+def _kernel_gap(call: Call | LinearCall, tensors: tuple[Tensor | None, ...]) -> str | None:
     """What the kernels of this call cannot do, or None."""
     indices = 1 if call.family == "rows" else None  # the tensor that may hold class indices
     on_gpu = gpu.serves(tensors[0])
@@ -146,6 +149,13 @@ def _kernel_gap(call: Call, tensors: tuple[Tensor | None, ...]) -> str | None:
         if on_gpu and not tensor.numel():
             return "there is nothing to compute"
     return None
+
+
+def note(loss: str, kernel: str | None, why: str) -> None:
+    """Counts a call that another module dispatches, and tells `explain` of it."""
+    calls[loss, "kernel" if kernel else "formula"] += 1
+    if _trace is not None:
+        _trace.append(Route(loss, kernel, why))
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Route:

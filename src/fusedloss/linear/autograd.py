@@ -52,7 +52,8 @@ class Chunked(torch.autograd.Function):
             grads = redo(call, tensors, needed, incoming, create_graph=True)
         elif ctx.stored:
             assert incoming[0] is not None
-            grads = [None if g is None else autograd.scaled(g, incoming[0]) for g in stored]
+            plain = autograd.is_plain(incoming[0])
+            grads = [g if g is None else autograd.scaled(g, incoming[0], plain) for g in stored]
         elif all(g is None or autograd.is_plain(g) for g in incoming):
             grads = run(call, tensors, needed[:4], incoming)[1]
         else:

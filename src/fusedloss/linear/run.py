@@ -19,7 +19,7 @@ def dispatch(call: LinearCall, tensors: Slots, given: Slot) -> tuple[Tensor, ...
             op.run(call, tensors) if _operator_serves(call, tensors) else call.by_formula(*tensors)
         )
     why = _formula_reason(call, tensors)
-    route._note(call.loss, None if why else call.family, why or "no transform needs the formula")
+    route.note(call.loss, None if why else call.family, why or "no transform needs the formula")
     if given is not None and not call.probabilities:
         check_range(call, tensors, given)
     if why:
@@ -36,7 +36,8 @@ def _formula_reason(call: LinearCall, tensors: Slots) -> str | None:
         return "a tensor is no plain one"
     if any(t is not None and t.requires_grad for t in tensors[call.gradients :]):
         return "a weight requires a gradient"
-    return route.formula_reason(*(t for t in tensors if t is not None and t.is_cpu))
+    floats = (t if t is None or (t.is_cpu and t.is_floating_point()) else None for t in tensors)
+    return route.formula_reason(call, tuple(floats))
 
 
 def _operator_serves(call: LinearCall, tensors: Slots) -> bool:

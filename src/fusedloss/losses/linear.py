@@ -480,7 +480,8 @@ class Head:
                 "Expected floating point type for target with class probabilities, got "
                 f"{target.dtype}: a target of the logits' shape {list(shape)} holds probabilities",
             )
-        check_weight(name, self._logits(), weight)
+        if weight is not None:
+            check_weight(name, self._logits(), weight)
         for other in (target, weight):
             if other is not None:
                 self.dtype = torch.promote_types(self.dtype, other.dtype)
