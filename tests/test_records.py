@@ -15,6 +15,7 @@ import torch
 from records import (
     DTYPES,
     LOSSES,
+    MANY,
     SINGULAR,
     module,
     module_dtypes,
@@ -275,7 +276,8 @@ def test_module_db(loss: str, dtype: torch.dtype, tally: Any) -> None:
     count = tally(loss, "module_db")
     record = module(loss)
     theirs_class = getattr(torch.nn, LOSSES[loss])
-    for sample in module_samples(loss, dtype):
+    samples = module_samples(loss, dtype)
+    for k, sample in enumerate(samples):
         with count(sample.desc):
             built = (sample.constructor_input.args, sample.constructor_input.kwargs)
             ours = record.module_cls(*built[0], **built[1])
@@ -288,7 +290,9 @@ def test_module_db(loss: str, dtype: torch.dtype, tally: Any) -> None:
                 check_against_torch(ours, theirs, call)
                 # PyTorch skips the gradient checks of KLDivLoss, whose record is full of NaN.
                 # A mean over nothing is NaN, which has no differences.
-                if loss != "kl_div" and not call(ours, call.tensors).isnan().any():
+                # Where there are very many, op_db has the differences of all kinds.
+                wanted = loss != "kl_div" and (len(samples) < MANY or k % 8 == 0)
+                if wanted and not call(ours, call.tensors).isnan().any():
                     check_gradients(ours, call, fast=True)
             else:
                 check_against_float64(ours, theirs, call, dtype, deepcopy(theirs).double())
