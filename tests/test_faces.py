@@ -28,6 +28,9 @@ from fusedloss.define import REGISTRY
 
 LOSSES = {loss.name: loss.module for loss in REGISTRY.values()}
 MODULES = sorted(LOSSES.values())
+# Those of a linear head that this torch has, too.
+LINEAR = {"linear_cross_entropy"} & set(dir(torch.nn.functional))
+LINEAR_MODULES = {"LinearCrossEntropyLoss"} & set(dir(torch.nn))
 LEGACY = [
     (a, r) for a in (None, True, False) for r in (None, True, False) if (a, r) != (None, None)
 ]
@@ -46,8 +49,8 @@ def test_registry_has_the_eight_losses() -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs", "own"),
     [
-        pytest.param(nn, torch.nn, {*MODULES, "functional"}, id="nn"),
-        pytest.param(functional, torch.nn.functional, set(LOSSES), id="functional"),
+        pytest.param(nn, torch.nn, {*MODULES, *LINEAR_MODULES, "functional"}, id="nn"),
+        pytest.param(functional, torch.nn.functional, {*LOSSES, *LINEAR}, id="functional"),
     ],
 )
 def test_face_serves_all_of_torch(ours: Any, theirs: Any, own: set[str]) -> None:

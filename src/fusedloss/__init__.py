@@ -43,3 +43,7 @@ __all__ = [
     "synchronize",
     "unpatch",
 ]
+
+if "LinearCrossEntropyLoss" in nn.__all__:  # torch has it since 2.13
+    LinearCrossEntropyLoss = nn.LinearCrossEntropyLoss
+    __all__ += ["LinearCrossEntropyLoss"]

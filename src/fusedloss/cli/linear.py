@@ -197,6 +197,9 @@ def in_a_process(function: Callable[..., Any], *args: Any) -> Any:
     except EOFError:
         process.join()
         error, answer = f"its process ended with exit code {process.exitcode}", None
+    except BaseException:
+        process.kill()
+        raise
     finally:
         process.join()
     if error:

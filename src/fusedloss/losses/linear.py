@@ -119,6 +119,7 @@ def linear_cross_entropy(
         )
     probabilities = head.check_target(target, weight, ignore_index)
     (result,) = head.run(
+        LinearCall,
         target,
         weight,
         head.check_sample_weight(sample_weight),
@@ -205,6 +206,7 @@ def linear_log_prob(
         )
     ignored = -100 if ignore_index is None else ignore_index
     loss, *rest = head.run(
+        LinearCall,
         target,
         probabilities=False,
         reduction="none",
@@ -334,12 +336,12 @@ def linear_kl_div(
             RuntimeError, name, f"target holds probabilities of {target.dtype}, not indices"
         )
     (result,) = head.run(
+        DistillCall,
         target,
         None,
         head.check_sample_weight(sample_weight),
         _scalar(name, "denominator", denominator),
         head.teacher(*teacher),
-        kind=DistillCall,
         probabilities=False,
         reduction=reduction,
         ignore_index=ignore_index,
@@ -591,12 +593,12 @@ class Head:
 
     def run(
         self,
+        kind: type[LinearCall],
         target: Tensor | None,
         weight: Tensor | None = None,
         sample_weight: Tensor | None = None,
         denominator: Tensor | None = None,
         teacher: Slots = (),
-        kind: type[LinearCall] = LinearCall,
         **settings: Any,
     ) -> tuple[Tensor, ...]:
         """Runs the call; results of rows are shaped as the caller's rows."""
