@@ -52,6 +52,22 @@ inline T tanh_of(T u) {
     return size < T(0.625) ? u + u * z * (p / q) : (u != u ? u : far);
 }
 
+// The sum of part * (x - origin). 0 * -inf is 0 here: a class without probability does not count.
+template <class T>
+FUSEDLOSS_LOOP double dot(const T* __restrict part, const T* __restrict x, double origin, int64_t n) {
+    constexpr int width = 16;
+    double sums[width] = {};
+    const int64_t whole = n - n % width;
+    const auto term = [&](int64_t i) {
+        const double product = double(part[i]) * (double(x[i]) - origin);
+        return part[i] == T(0) && x[i] == x[i] ? 0.0 : product;
+    };
+    for (int64_t i = 0; i < whole; i += width)
+        for (int j = 0; j < width; ++j) sums[j] += term(i + j);
+    for (int64_t i = whole; i < n; ++i) sums[i - whole] += term(i);
+    return ordered_sum(sums, width);
+}
+
 template <class T>
 FUSEDLOSS_LOOP void scale_into(const T* __restrict x, T factor, int64_t n, T* __restrict y) {
 #pragma omp simd

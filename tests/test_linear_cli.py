@@ -66,6 +66,7 @@ def test_language_model(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
     text = lm.corpus()[:60_000]
     monkeypatch.setattr(lm, "corpus", lambda: text)
     monkeypatch.setattr(lm, "in_a_process", lambda f, *args: f(*args))
+    monkeypatch.setattr(lm, "RATE", 0.5)
     for name, size in {"VOCABULARY": 600, "FEATURES": 16, "CONTEXT": 16, "QUICK_STEPS": 30}.items():
         monkeypatch.setattr(lm, name, size)
     assert main(["demo", "--lm", "--quick"]) == 0
@@ -89,6 +90,7 @@ def test_a_wrong_gradient_is_found(here: Path, monkeypatch: pytest.MonkeyPatch) 
     text = lm.corpus()[:60_000]
     monkeypatch.setattr(lm, "corpus", lambda: text)
     monkeypatch.setattr(lm, "in_a_process", lambda f, *args: f(*args))
+    monkeypatch.setattr(lm, "RATE", 0.5)
     for name, size in {"VOCABULARY": 600, "FEATURES": 16, "CONTEXT": 16, "QUICK_STEPS": 30}.items():
         monkeypatch.setattr(lm, name, size)
     assert main(["demo", "--lm", "--quick", "--no-plot"]) == 1

@@ -25,7 +25,7 @@ VOCABULARY = 32768
 CORPUS_BYTES = 8_000_000
 FEATURES, LAYERS, HEADS, CONTEXT, BATCH = 256, 2, 4, 256, 4
 STEPS, QUICK_STEPS = 15, 5
-RATE = 0.5
+RATE = 0.1
 # Rounding grows from step to step of a training; what is wrong shows at once.
 TOLERANCE = 5e-3
 
