@@ -34,8 +34,7 @@ int64_t nll(const RowsArgs& a) {
             for (int64_t i = 0; i < count; ++i) store_one(a.loss.data, a.loss.dtype, first + i, losses[i]);
         sums[size_t(b)] = ordered_sum(losses, count);
     });
-    if (a.total.data)
-        store_one(a.total.data, a.total.dtype, 0, ordered_sum(sums.data(), blocks) / rows.denominator);
+    if (a.total.data) store_one(a.total.data, a.total.dtype, 0, total_sum(sums) / rows.denominator);
     return -1;
 }
 

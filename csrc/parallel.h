@@ -45,16 +45,27 @@ inline double tree_sum(double (&sums)[lanes]) {
     return sums[0];
 }
 
-// Sixteen sums of every sixteenth term, then a tree: the order depends on n alone.
+// As many sums as lanes, of every so-many-th term, then a tree: the order depends on n alone.
 template <class T>
 FUSEDLOSS_LOOP double ordered_sum(const T* __restrict v, int64_t n) {
-    constexpr int lanes = 16;
+    constexpr int lanes = std::is_same_v<T, double> ? 32 : 16;  // shorter sums where T is no narrower
     double sums[lanes] = {};
     const int64_t whole = n - n % lanes;
     for (int64_t i = 0; i < whole; i += lanes)
         for (int j = 0; j < lanes; ++j) sums[j] += double(v[i + j]);
     for (int64_t i = whole; i < n; ++i) sums[i - whole] += double(v[i]);
     return tree_sum(sums);
+}
+
+// The sum of the blocks' sums. What each addition loses is kept beside it (Knuth's two-sum).
+inline double total_sum(const std::vector<double>& sums) {
+    double total = 0, lost = 0;
+    for (const double term : sums) {
+        const double sum = total + term, added = sum - total;
+        lost += (total - (sum - added)) + (term - added);
+        total = sum;
+    }
+    return lost == lost ? total + lost : total;  // NaN where the sum is infinite
 }
 
 // The same of many terms of one sign, four of them added in T before they are widened: twice as fast.

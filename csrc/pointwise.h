@@ -254,8 +254,7 @@ int64_t pointwise(const PointwiseArgs& a) {
         walk.store(a.grad[1], GRAD + 1, start, n, g1, slopes[1]);
     });
     if (outside.load() != none) return outside.load();
-    if (a.total.data)
-        store_one(a.total.data, a.total.dtype, 0, ordered_sum(sums.data(), blocks) / a.denominator);
+    if (a.total.data) store_one(a.total.data, a.total.dtype, 0, total_sum(sums) / a.denominator);
     return -1;
 }
 

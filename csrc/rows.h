@@ -92,7 +92,7 @@ struct Rows {
             sums[size_t(b)] = sum;
         });
         if (outside.load() != none) return outside.load();
-        if (a.mean) denominator = ordered_sum(sums.data(), blocks);
+        if (a.mean) denominator = total_sum(sums);
         return -1;
     }
 
@@ -187,20 +187,35 @@ FUSEDLOSS_LOOP SoftSums soft_sums(const T* __restrict part, const T* __restrict 
     return {tree_sum(masses), tree_sum(dots)};
 }
 
-// What the passes over a row gather, and what the last pass needs of it.
+// scale * -log p, where top + rest is the log of the sum; 0 for a masked class without probability.
+template <class T>
+FUSEDLOSS_LOOP void log_shares(const T* __restrict part, const T* __restrict x, T scale, T top, T rest,
+                               int64_t n, T* __restrict out) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        const T share = scale * ((top - x[i]) + rest);
+        out[i] = part[i] == T(0) && x[i] == -std::numeric_limits<T>::infinity() ? T(0) : share;
+    }
+}
+
+// What the passes over a row gather, and what the last pass needs of it. The row's own class is the target's,
+// or of probabilities the largest: it is kept apart from the others, so that no digits are lost near p = 1.
 struct RowSums {
     double max = 0;     // finite, or 0 for a row of -inf
-    double others = 0;  // sum of exp(x - max) but for the target class
-    double own = 0;     // that of the target class
+    double others = 0;  // sum of exp(x - max) but for the own class
+    double own = 0;     // that of the own class
     double own_x = 0;
-    double dot = 0;   // sum of b_c (x_c - max) over the soft part of b
-    double mass = 0;  // sum of the soft part of b
+    double dot = 0;    // sum of b_c (x_c - max) over the soft part of b
+    double mass = 0;   // sum of the soft part of b
+    double rest = 0;   // of probabilities: that of the other classes
+    int64_t top = -1;  // of probabilities: the own class
 
     double sum() const { return others + own; }
 
-    // -log p of the target class. Where it is the largest, log1p keeps the digits that 1 + others loses.
-    double own_loss() const { return own == 1.0 ? std::log1p(others) : std::log(sum()) + (max - own_x); }
-    double soft_loss() const { return mass * std::log(sum()) - dot; }
+    // Where the target class is the largest, log1p keeps the digits that 1 + others loses.
+    double log_sum() const { return own == 1.0 ? std::log1p(others) : std::log(sum()); }
+    double own_loss() const { return log_sum() + (own == 1.0 ? 0.0 : max - own_x); }
+    double soft_loss() const { return mass * log_sum() - dot; }
 };
 
 // Contiguous (or gathered) classes: vectorised along the row.
@@ -239,9 +254,11 @@ public:
             if (y >= 0)
                 e[y] = T(g * ((s.mass * s.own - own_weight * s.others) / s.sum() -
                               double(r.soft) * r.class_weight(y)));
+            // B p - b of the largest class as (B - b) - B (1 - p), for the same reason.
+            if (s.top >= 0) e[s.top] = T(g * (s.rest - s.mass * s.others / s.sum()));
             if (!scratch.empty()) store(a.grad.at(g_row), a.grad.dtype, a.grad.stride[1], a.c, e);
         }
-        if (a.grad_target.data) target_gradient(x_row, n, d, s.max + std::log(s.sum()), g);
+        if (a.grad_target.data) target_gradient(x_row, n, d, s, g);
         return loss;
     }
 
@@ -289,7 +306,8 @@ private:
             const T* __restrict x = input(x_row, c, count);
             const T top = greatest(x, count, max);
             const T origin = top == -std::numeric_limits<T>::infinity() ? T(0) : top;
-            if (top > max && s.others + s.own > 0) {
+            const bool raised = top > max;
+            if (raised && s.others + s.own > 0) {
                 const double factor = std::exp(double(max) - double(top));
                 s.others *= factor;
                 s.own *= factor;
@@ -306,16 +324,31 @@ private:
                 s.own_x = double(x[y - c]);
                 e[y - c] = T(0);
             }
-            s.others += quick_sum(e, count);
-            if (soft) {
-                if (const T* part = soft_part(n, d, c, count)) {
-                    const SoftSums sums = soft_sums<T>(part, x, origin, count);
-                    s.mass += sums.mass;
-                    s.dot += sums.dot;
-                } else {
-                    s.mass += double(r.soft) * double(count);
-                    s.dot += double(r.soft) * (ordered_sum(x, count) - double(count) * s.max);
+            const T* part = soft ? soft_part(n, d, c, count) : nullptr;
+            double own_part = 0;
+            if (a.probabilities && raised) {
+                // The class that was the largest is one of the others now.
+                if (keep && s.top >= 0) keep[s.top] = T(1);
+                s.others += s.own;
+                s.rest = s.mass;
+                const int64_t at = std::find(e, e + count, T(1)) - e;  // none where max is inf
+                s.own = at < count ? 1 : 0;
+                s.top = at < count ? c + at : -1;
+                if (at < count) {
+                    if (part != q_buffer) part = std::copy_n(part, count, q_buffer) - count;
+                    own_part = double(q_buffer[at]);
+                    e[at] = q_buffer[at] = T(0);  // its product below is 0, too
                 }
+            }
+            s.others += quick_sum(e, count);
+            if (part) {
+                const SoftSums sums = soft_sums<T>(part, x, origin, count);
+                s.rest += sums.mass;
+                s.mass += sums.mass + own_part;
+                s.dot += sums.dot;
+            } else if (soft) {
+                s.mass += double(r.soft) * double(count);
+                s.dot += double(r.soft) * (ordered_sum(x, count) - double(count) * s.max);
             }
         }
         return s;
@@ -335,12 +368,13 @@ private:
         }
     }
 
-    void target_gradient(int64_t x_row, int64_t n, int64_t d, double lse, double g) {
-        const T scale = T(g) * r.hard, top = T(lse);
+    void target_gradient(int64_t x_row, int64_t n, int64_t d, const RowSums& s, double g) {
+        const T scale = T(g) * r.hard, top = T(s.max), rest = T(s.log_sum());
         for (int64_t c = 0; c < a.c; c += row_block) {
             const int64_t count = std::min(row_block, a.c - c);
             const T* __restrict x = input(x_row, c, count);
-            for (int64_t i = 0; i < count; ++i) e_buffer[i] = scale * (top - x[i]);
+            const T* __restrict part = soft_part(n, d, c, count);
+            log_shares(part, x, scale, top, rest, count, e_buffer);
             if (r.weight)
                 for (int64_t i = 0; i < count; ++i) e_buffer[i] *= r.weight[c + i];
             const int64_t offset = a.grad_target.row(n, d) + c * a.grad_target.stride[1];
@@ -356,6 +390,16 @@ FUSEDLOSS_LOOP void raise(T* __restrict max, const T* __restrict x, int64_t n) {
     for (int64_t i = 0; i < n; ++i) max[i] = x[i] > max[i] ? x[i] : max[i];
 }
 
+template <class T, class Index>
+FUSEDLOSS_LOOP void raise(T* __restrict max, Index* __restrict largest, const T* __restrict x, Index c,
+                          int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        largest[i] = x[i] > max[i] ? c : largest[i];
+        max[i] = x[i] > max[i] ? x[i] : max[i];
+    }
+}
+
 template <class T>
 FUSEDLOSS_LOOP void exp_in_place(T* __restrict x, const T* __restrict max, int64_t n) {
 #pragma omp simd
@@ -366,6 +410,13 @@ template <class T>
 FUSEDLOSS_LOOP void add(double* __restrict sums, const T* __restrict e, int64_t n) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) sums[i] += double(e[i]);
+}
+
+template <class T, class Index>
+FUSEDLOSS_LOOP void add_but_largest(double* __restrict sums, const T* __restrict part,
+                                    const Index* __restrict largest, Index c, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) sums[i] += double(largest[i] == c ? T(0) : part[i]);
 }
 
 template <class T>
@@ -426,16 +477,21 @@ public:
         const int64_t padded = (count + 15) / 16 * 16;
         std::fill_n(max, padded, -std::numeric_limits<T>::infinity());
         std::fill_n(others, padded, 0.0);
+        std::fill_n(largest, padded, Index(0));
         for (int64_t c = 0; c < a.c; ++c) {
             load_strided<T>(a.input.at(a.input.row(n, d0) + c * a.input.stride[1]), a.input.dtype,
                             a.input.stride[2], count, at(c));
             std::fill(at(c) + count, at(c) + padded, T(0));
-            raise(max, at(c), padded);
+            if (a.probabilities)
+                raise(max, largest, at(c), Index(c), padded);
+            else
+                raise(max, at(c), padded);
         }
         for (int64_t i = 0; i < count; ++i) {
             if (max[i] == -std::numeric_limits<T>::infinity()) max[i] = T(0);
-            const int64_t label = a.probabilities ? none : r.label(n, d0 + i);
-            y[i] = label == a.ignore_index && !a.probabilities ? ignored : label;
+            // Of probabilities, the largest class is the row's own.
+            y[i] = a.probabilities ? largest[i] : r.label(n, d0 + i);
+            if (y[i] == a.ignore_index && !a.probabilities) y[i] = ignored;
             own_x[i] = y[i] >= 0 ? at(y[i])[i] : T(0);
         }
         if (soft) gather_soft(n, d0, count, padded);
@@ -448,15 +504,15 @@ public:
 
         bool any_ignored = false;
         for (int64_t i = 0; i < count; ++i) {
-            own_weight[i] = y[i] < 0 ? 0 : double(r.hard) * r.class_weight(y[i]);
+            own_weight[i] = y[i] < 0 || a.probabilities ? 0 : double(r.hard) * r.class_weight(y[i]);
             any_ignored |= y[i] == ignored;
         }
         std::fill(own + count, own + padded, T(0));
         logarithms(others, own, padded, log_sum, log1p_others);
         for (int64_t i = 0; i < count; ++i) {
-            const double own_loss =
-                own[i] == T(1) ? log1p_others[i] : log_sum[i] + (double(max[i]) - double(own_x[i]));
-            losses[i] = y[i] < 0 ? 0 : own_weight[i] * own_loss;
+            if (own[i] == T(1)) log_sum[i] = log1p_others[i];
+            const double own_loss = log_sum[i] + (own[i] == T(1) ? 0 : double(max[i]) - double(own_x[i]));
+            losses[i] = y[i] < 0 || a.probabilities ? 0 : own_weight[i] * own_loss;
             if (soft && y[i] != ignored) losses[i] += masses[i] * log_sum[i] - dots[i];
         }
         if (!a.grad.data && !a.grad_target.data) return;
@@ -465,9 +521,10 @@ public:
             const double mass = soft ? masses[i] : 0, sum = others[i] + double(own[i]);
             g[i] = T(in);
             factor[i] = T(in * (own_weight[i] + mass) / sum);
-            top[i] = T(double(max[i]) + log_sum[i]);
             // p - 1 as minus the others' share: exact where p is near 1.
-            if (y[i] >= 0)
+            if (a.probabilities)
+                own[i] = T(in * (rest[i] - mass * others[i] / sum));
+            else if (y[i] >= 0)
                 own[i] = T(in * ((mass * double(own[i]) - own_weight[i] * others[i]) / sum -
                                  double(r.soft) * r.class_weight(y[i])));
         }
@@ -491,15 +548,17 @@ public:
     }
 
 private:
-    static constexpr int64_t most = 256, none = -1, ignored = -2;
+    using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;  // as wide as T, for whole vectors
+    static constexpr int64_t most = 256, ignored = -2;
     const Rows<T>& r;
     const RowsArgs& a;
     const int64_t width;
     const bool soft;
     std::vector<T> tile, parts;
-    alignas(64) T max[most], own_x[most], own[most], factor[most] = {}, g[most] = {}, top[most];
-    alignas(64) double others[most], dots[most], masses[most], own_weight[most], log_sum[most],
+    alignas(64) T max[most], own_x[most], own[most], factor[most] = {}, g[most] = {};
+    alignas(64) double others[most], dots[most], masses[most], rest[most], own_weight[most], log_sum[most],
         log1p_others[most];
+    alignas(64) Index largest[most];
     int64_t y[most];
 
     T* at(int64_t c) { return tile.data() + c * width; }
@@ -508,6 +567,7 @@ private:
     void gather_soft(int64_t n, int64_t d0, int64_t count, int64_t padded) {
         std::fill_n(dots, padded, 0.0);
         std::fill_n(masses, padded, 0.0);
+        std::fill_n(rest, padded, 0.0);
         for (int64_t c = 0; c < a.c; ++c) {
             const T w = r.weight ? r.weight[c] : T(1);
             if (a.probabilities) {
@@ -518,9 +578,14 @@ private:
             } else {
                 std::fill_n(part(c), padded, r.soft * w);
             }
-            add(masses, part(c), padded);
+            if (a.probabilities)
+                add_but_largest(rest, part(c), largest, Index(c), padded);
+            else
+                add(masses, part(c), padded);
             add_products(dots, part(c), at(c), max, padded);
         }
+        if (a.probabilities)
+            for (int64_t i = 0; i < count; ++i) masses[i] = rest[i] + double(part(y[i])[i]);
     }
 
     void target_gradient(int64_t n, int64_t d0, int64_t count) {
@@ -529,7 +594,10 @@ private:
             load_strided<T>(a.input.at(a.input.row(n, d0) + c * a.input.stride[1]), a.input.dtype,
                             a.input.stride[2], count, x);
             const T scale = r.hard * (r.weight ? r.weight[c] : T(1));
-            for (int64_t i = 0; i < count; ++i) x[i] = g[i] * scale * (top[i] - x[i]);
+            for (int64_t i = 0; i < count; ++i) {
+                const bool absent = part(c)[i] == T(0) && x[i] == -std::numeric_limits<T>::infinity();
+                x[i] = absent ? T(0) : g[i] * scale * ((max[i] - x[i]) + T(log_sum[i]));
+            }
             store(a.grad_target.at(a.grad_target.row(n, d0) + c * a.grad_target.stride[1]),
                   a.grad_target.dtype, a.grad_target.stride[2], count, x);
         }
@@ -589,8 +657,7 @@ int64_t cross_entropy(RowsArgs a) {
             }
         }
     });
-    if (a.total.data)
-        store_one(a.total.data, a.total.dtype, 0, ordered_sum(sums.data(), blocks) / rows.denominator);
+    if (a.total.data) store_one(a.total.data, a.total.dtype, 0, total_sum(sums) / rows.denominator);
     return -1;
 }
 

@@ -229,8 +229,7 @@ int64_t triplet(const TripletArgs& a) {
                 sums[size_t(b)] = ordered_sum(losses.data(), count);
             }
         });
-    if (a.total.data)
-        store_one(a.total.data, a.total.dtype, 0, ordered_sum(sums.data(), blocks) / a.denominator);
+    if (a.total.data) store_one(a.total.data, a.total.dtype, 0, total_sum(sums) / a.denominator);
     return -1;
 }
 

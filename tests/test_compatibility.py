@@ -43,15 +43,94 @@ def refuses(kind: type[Exception], function: Function, *inputs: Tensor, **option
 @deviation
 def _() -> None:
     """`kl_div`: an element whose target probability is 0 counts for nothing, in the value and in
-    both gradients, whatever its input"""
-    x, t = tensor([-INF, -1.0, NAN]), tensor([0.0, 0.0, 0.0])
-    assert theirs.kl_div(x, t, reduction="none").isnan().tolist() == [True, False, True]
+    both gradients, whatever its input but NaN"""
+    x, t = tensor([-INF, -1.0]), tensor([0.0, 0.0])
+    assert theirs.kl_div(x, t, reduction="none").isnan().tolist() == [True, False]
     assert gradient(theirs.kl_div, x, t, by=1, reduction="sum").isnan().all()
-    assert ours.kl_div(x, t, reduction="none").tolist() == [0, 0, 0]
-    assert gradient(ours.kl_div, x, t, by=1, reduction="sum").tolist() == [0, 0, 0]
-    log_t = torch.full((3,), -INF)
+    assert ours.kl_div(x, t, reduction="none").tolist() == [0, 0]
+    assert gradient(ours.kl_div, x, t, by=1, reduction="sum").tolist() == [0, 0]
+    log_t = torch.full((2,), -INF)
     assert theirs.kl_div(x, log_t, reduction="none", log_target=True).isnan().all()
-    assert ours.kl_div(x, log_t, reduction="none", log_target=True).tolist() == [0, 0, 0]
+    assert ours.kl_div(x, log_t, reduction="none", log_target=True).tolist() == [0, 0]
+    for target, log_target in ((0.0, False), (-INF, True)):
+        nans = tensor([NAN]), tensor([target])
+        for library in (ours, theirs):
+            assert library.kl_div(*nans, reduction="sum", log_target=log_target).isnan()
+
+
+@deviation
+def _() -> None:
+    """`binary_cross_entropy_with_logits`: the gradient keeps its digits where a logit is right and
+    sure"""
+    x, t = tensor([20.0, 17.0]), tensor([1.0, 1.0])
+    exact = -torch.sigmoid(-x.double()).float()
+    name = "binary_cross_entropy_with_logits"
+    assert gradient(getattr(theirs, name), x, t, reduction="sum").tolist() == [0, 0]
+    torch.testing.assert_close(
+        gradient(getattr(ours, name), x, t, reduction="sum"), exact, rtol=1e-6, atol=0
+    )
+
+
+@deviation
+def _() -> None:
+    """`binary_cross_entropy_with_logits`: the loss is 0 where the logit is infinite and right, and inf
+    where it is partly right"""
+    x, t = tensor([INF, -INF, -INF]), tensor([1.0, 0.0, 0.5])
+    name = "binary_cross_entropy_with_logits"
+    assert getattr(theirs, name)(x, t, reduction="none").isnan().all()
+    assert getattr(ours, name)(x, t, reduction="none").tolist() == [0, 0, INF]
+
+
+@deviation
+def _() -> None:
+    """`cross_entropy`: loss and gradient keep their digits where the target's class is near certain"""
+    x = tensor([[20.0, 0.0, 0.0]])
+    share = 2 * math.exp(-20)
+    for target in (tensor([0]), tensor([[1.0, 0.0, 0.0]])):
+        assert theirs.cross_entropy(x, target).item() == 0
+        assert gradient(theirs.cross_entropy, x, target)[0, 0] == 0
+        assert ours.cross_entropy(x, target).item() == pytest.approx(share, rel=1e-6)
+        assert gradient(ours.cross_entropy, x, target)[0, 0].item() == pytest.approx(
+            -share, rel=1e-6
+        )
+
+
+@deviation
+def _() -> None:
+    """`binary_cross_entropy(..., exact_grad=True)` and `BCELoss(exact_grad=True)`: the gradient by the
+    input is not clamped"""
+    x, t = tensor([1e-20, 1.0, 0.0, 1e-3]), tensor([1.0, 1.0, 0.0, 0.25])
+    refuses(TypeError, theirs.binary_cross_entropy, x, t, exact_grad=True)
+    clamped = gradient(ours.binary_cross_entropy, x, t, reduction="sum")
+    assert clamped.equal(gradient(theirs.binary_cross_entropy, x, t, reduction="sum"))
+    assert clamped[0] == -1e12
+    exact = tensor([-1e20, -1.0, 1.0, (1e-3 - 0.25) / (1e-3 * 0.999)])
+    for function in (
+        ours.binary_cross_entropy,
+        lambda *a, **k: ours.BCELoss(reduction="sum", **k)(*a),
+    ):
+        options = {} if function is not ours.binary_cross_entropy else {"reduction": "sum"}
+        found = gradient(function, x, t, exact_grad=True, **options)
+        torch.testing.assert_close(found, exact, rtol=1e-6, atol=0)
+
+
+@deviation
+def _() -> None:
+    """`triplet_margin_loss`: powers of distances do not overflow"""
+    a, b = torch.full((1, 4), 1e18), torch.zeros(1, 4)
+    assert theirs.triplet_margin_loss(a, b, a, p=3) == INF
+    assert ours.triplet_margin_loss(a, b, a, p=3).item() == pytest.approx(4 ** (1 / 3) * 1e18)
+
+
+@deviation
+def _() -> None:
+    """`kl_div`, `triplet_margin_loss`, `mse_loss` in bfloat16 and float16: rounded once, from
+    float32"""
+    x = torch.linspace(-9, -1, 64, dtype=torch.bfloat16)
+    t = torch.linspace(0.1, 0.9, 64, dtype=torch.bfloat16)
+    once = ours.kl_div(x.float(), t.float(), reduction="none").bfloat16()
+    assert ours.kl_div(x, t, reduction="none").equal(once)
+    assert not theirs.kl_div(x, t, reduction="none").equal(once)
 
 
 @deviation
@@ -92,6 +171,8 @@ def _() -> None:
     x = tensor([[1.0, -INF]])
     assert theirs.cross_entropy(x, tensor([[1.0, 0.0]])).isnan()
     assert ours.cross_entropy(x, tensor([[1.0, 0.0]])).item() == 0
+    assert gradient(theirs.cross_entropy, x, tensor([[1.0, 0.0]]), by=1)[0, 1] == INF
+    assert gradient(ours.cross_entropy, x, tensor([[1.0, 0.0]]), by=1)[0, 1] == 0
     x, weight = tensor([[1.0, -INF, 2.0]]), tensor([1.0, 0.0, 1.0])
     options = {"weight": weight, "label_smoothing": 0.1}
     assert theirs.cross_entropy(x, tensor([0]), **options).isnan()

@@ -74,10 +74,17 @@ def shape_of(signature: inspect.Signature) -> list[tuple[str, Any, Any]]:
     return [(p.name, p.kind, p.default) for p in signature.parameters.values()]
 
 
+def assert_extends(ours: Any, theirs: Any) -> None:
+    """The same parameters, and after them only keywords."""
+    mine, given = shape_of(inspect.signature(ours)), shape_of(inspect.signature(theirs))
+    assert mine[: len(given)] == given
+    assert all(kind is inspect.Parameter.KEYWORD_ONLY for _, kind, _ in mine[len(given) :])
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_function_signature(name: str) -> None:
     ours, theirs = getattr(functional, name), getattr(torch.nn.functional, name)
-    assert shape_of(inspect.signature(ours)) == shape_of(inspect.signature(theirs))
+    assert_extends(ours, theirs)
     assert ours.__doc__ and theirs.__name__ in ours.__doc__
 
 
@@ -86,7 +93,7 @@ def test_module_class(name: str) -> None:
     ours, theirs = getattr(nn, name), getattr(torch.nn, name)
     assert issubclass(ours, theirs)
     assert ours.__name__ == theirs.__name__ and ours.__module__ == "fusedloss.nn"
-    assert shape_of(inspect.signature(ours)) == shape_of(inspect.signature(theirs))
+    assert_extends(ours, theirs)
     assert list(inspect.signature(ours.forward).parameters) == list(
         inspect.signature(theirs.forward).parameters
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -34,6 +36,7 @@ from conftest import (
 from torch import Generator, Tensor
 
 import fusedloss
+from fusedloss.define import REGISTRY
 
 VECTOR = 16  # the widest: floats of AVX-512
 BLOCK = 1024  # elements of a pointwise block, classes of a row block
@@ -91,6 +94,35 @@ def test_equals_torch_in_float64(
                 equal_nan=True,
                 msg=lambda m: f"{shape} {name}: {m}",  # noqa: B023
             )
+
+
+EXTENSIONS = [
+    Case(dataclasses.replace(loss, options=loss.extensions), option)
+    for loss in REGISTRY.values()
+    for option in loss.extensions
+]
+
+
+@each_path
+@each_dtype
+@pytest.mark.parametrize("case", EXTENSIONS, ids=str)
+def test_extensions(
+    case: Case, dtype: torch.dtype, path: Callable[[], Any], generator: Generator
+) -> None:
+    """Options that PyTorch lacks, against their formula in float64 and its finite differences."""
+    for shape in (*shapes_of(case), (3, 1030)):
+        tensors, options = case.example(shape, dtype, generator)
+        with path():
+            for options["reduction"] in case.loss.reductions:
+                check(case, tensors, options, generator)
+    assert_kernel(case, tensors, options)
+    if dtype is torch.float64:
+        tensors, options = case.example((2, 3), dtype, generator)
+        inputs = tuple(t.requires_grad_() for t in tensors)
+        with path():
+            function = functools.partial(case.loss.function, **options)
+            assert torch.autograd.gradcheck(function, inputs)
+            assert torch.autograd.gradgradcheck(function, inputs)
 
 
 @each_dtype

@@ -86,7 +86,7 @@ class RowsCall:
         if weight is not None:
             weight = weight.to(compute)
         if self.probabilities:
-            result = self._soft(x.log_softmax(axis), target.to(compute), weight)
+            result = self._soft(formula.log_softmax(x, axis), target.to(compute), weight)
         else:
             result = self._hard(x, target.reshape(self.shape(input, target)), weight)
         return result.to(self.dtype)
@@ -111,7 +111,7 @@ class RowsCall:
         # What an ignored row holds reaches neither the loss nor, as 0 * inf, a gradient.
         log_p = torch.where(counted.unsqueeze(axis), x, 0)
         if self.loss == "cross_entropy":
-            log_p = log_p.log_softmax(axis)
+            log_p = formula.log_softmax(log_p, axis)
         own = log_p.gather(axis, index).squeeze(axis)
         own_weight = torch.ones_like(own) if weight is None else weight[index.squeeze(axis)]
         losses = -own_weight * own
@@ -157,7 +157,13 @@ class TripletCall:
         return torch.broadcast_shapes(anchor.shape, positive.shape, negative.shape)[:-1]
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(a - b + self.eps, self.p, -1)
+        difference = a - b + self.eps
+        if not difference.shape[-1]:
+            return torch.linalg.vector_norm(difference, self.p, -1)
+        # Of the ratio to the largest coordinate, so that no power leaves the range.
+        top = difference.detach().abs().amax(-1, keepdim=True)
+        top = torch.where((top > 0) & (top < formula.inf), top, 1)
+        return torch.linalg.vector_norm(difference / top, self.p, -1) * top.squeeze(-1)
 
     def by_formula(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         if not anchor.is_complex():

@@ -53,12 +53,24 @@ class Pointwise:
 
 
 @dataclass(frozen=True)
+class Bounds:
+    """The greatest error of (value, gradient) of one element or row, in ulps as docs/accuracy.md defines them.
+
+    `fusedloss verify` holds every path to them.
+    """
+
+    float32: tuple[float, float] = (2.0, 2.0)
+    float64: tuple[float, float] = (2.0, 2.0)
+    formula: tuple[float, float] = (2.0, 2.0)  # in either type
+
+
+@dataclass(frozen=True)
 class Loss:
     """One public loss: what tests, documentation and benchmarks need to know of it.
 
     `example(shape, dtype, generator)` draws the tensor arguments from the loss's domain;
     `options` names the keyword sets to try, each made from those tensors. `differentiable` are the
-    positions of the arguments that receive gradients.
+    positions of the arguments that receive gradients. `extensions` are option sets that PyTorch lacks.
     """
 
     function: Callable[..., Tensor]
@@ -69,6 +81,8 @@ class Loss:
     differentiable: tuple[int, ...] = (0, 1)
     rows: bool = False  # one axis of the example is a row of classes or features
     variant: str = ""  # tells rows of one function apart
+    extensions: Mapping[str, Options] = field(default_factory=dict)
+    bounds: Bounds = Bounds()
 
     @property
     def name(self) -> str:

@@ -50,6 +50,16 @@ def maximum(a: Tensor, b: float) -> Tensor:
     return torch.clamp_min(a, b)
 
 
+def log_softmax(x: Tensor, axis: int) -> Tensor:
+    """As torch's, but of a class near certainty from the others' share: torch gives 0 there."""
+    log_p = x.log_softmax(axis)
+    certain = log_p > -0.5  # one class of a row at most
+    own = torch.where(certain, x, 0).sum(axis, keepdim=True)
+    others = certain.any(axis, keepdim=True) & ~certain
+    share = torch.where(others, x - own, -inf).exp().sum(axis, keepdim=True)
+    return torch.where(certain, -torch.log1p(share), log_p)
+
+
 class _Traced(torch.autograd.Function):
     """`value` with `grad` as its derivative; this much of it torch.compile can trace."""
 

@@ -34,9 +34,33 @@ class MSELoss(torch.nn.MSELoss):
 
 
 class BCELoss(torch.nn.BCELoss):
-    """See :func:`fusedloss.functional.binary_cross_entropy`; constructor as :class:`torch.nn.BCELoss`."""
+    """See :func:`fusedloss.functional.binary_cross_entropy`; constructor as :class:`torch.nn.BCELoss`,
+    and `exact_grad`."""
+
+    __constants__ = [*torch.nn.BCELoss.__constants__, "exact_grad"]  # noqa: RUF012
+    exact_grad = False
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        *,
+        exact_grad: bool = False,
+    ) -> None:
+        super().__init__(weight, size_average, reduce, reduction)
+        if exact_grad:
+            self.exact_grad = True
+
+    def extra_repr(self) -> str:
+        return "exact_grad=True" if self.exact_grad else ""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if self.exact_grad:  # TorchScript, which has PyTorch's own function, drops the branch
+            return functional.binary_cross_entropy(
+                input, target, weight=self.weight, reduction=self.reduction, exact_grad=True
+            )
         return functional.binary_cross_entropy(
             input, target, weight=self.weight, reduction=self.reduction
         )

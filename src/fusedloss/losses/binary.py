@@ -43,23 +43,49 @@ def _refuse(at: str, x: float, t: float) -> NoReturn:
 BCE = Pointwise(bce, bce_grad, domain=bce_domain, refuse=_refuse)
 
 
+def bce_exact(x, t):
+    return -(t * m.maximum(m.log(x), -100.0) + (1.0 - t) * m.maximum(m.log1p(-x), -100.0))
+
+
+def bce_exact_grad(x, t):
+    # (x - t) / (x (1 - x)) with its limits -1 and 1 at x = t = 1 and 0. At 1 over the clamp, 1.5 * 2^-128,
+    # the slope is still finite in float32: times the 0 of a saturated sigmoid it gives 0, not NaN.
+    above = m.where(t == 1.0, -1.0, m.where(t == 0.0, 1.0, x - t))
+    below = m.where(t == 1.0, x, m.where(t == 0.0, 1.0 - x, x * (1.0 - x)))
+    slope = above / m.maximum(below, 4.408103815583578e-39)
+    return slope, m.maximum(m.log1p(-x), -100.0) - m.maximum(m.log(x), -100.0)
+
+
+BCE_EXACT = Pointwise(bce_exact, bce_exact_grad, domain=bce_domain, refuse=_refuse)
+
+
 def bce_with_logits(x, t):
-    return (1.0 - t) * x - m.log_sigmoid(x)
+    # Both terms are positive for a target in [0, 1]; the first is 0, not NaN, where x is inf and right.
+    slope = m.where(x > 0.0, 1.0 - t, -t)
+    return m.where(slope == 0.0, 0.0, slope * x) - m.log_sigmoid(m.abs(x))
 
 
 def bce_with_logits_grad(x, t):
-    return m.sigmoid(x) - t, -x
+    # sigmoid(x) - t, without the digits that it loses where it is small.
+    e = m.exp(-m.abs(x))
+    tail = e / (1.0 + e)
+    return m.where(x > 0.0, (1.0 - t) - tail, tail - t), -x
 
 
 BCE_WITH_LOGITS = Pointwise(bce_with_logits, bce_with_logits_grad)
 
 
 def bce_with_logits_pos(x, t, w):
-    return (1.0 - t) * x - ((w - 1.0) * t + 1.0) * m.log_sigmoid(x)
+    slope = m.where(x > 0.0, 1.0 - t, -w * t)
+    rest = (1.0 - t + w * t) * m.log_sigmoid(m.abs(x))
+    return m.where(slope == 0.0, 0.0, slope * x) - rest
 
 
 def bce_with_logits_pos_grad(x, t, w):
-    slope = (1.0 - t) - ((w - 1.0) * t + 1.0) * m.sigmoid(-x)
+    e = m.exp(-m.abs(x))
+    head = 1.0 / (1.0 + e)
+    tail = e / (1.0 + e)
+    slope = (1.0 - t) * m.where(x > 0.0, head, tail) - w * t * m.where(x > 0.0, tail, head)
     return slope, m.log_sigmoid(-x) - w * m.log_sigmoid(x), -t * m.log_sigmoid(x)
 
 
@@ -73,12 +99,17 @@ def binary_cross_entropy(
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
+    *,
+    exact_grad: bool = False,
 ) -> Tensor:
     r"""Binary cross entropy of probabilities: :math:`\ell = -w\,(t \log x + (1 - t) \log(1 - x))`.
 
     Each log is clamped to at least -100 and the slope's denominator :math:`x (1 - x)` to at least
     1e-12, as :func:`torch.nn.functional.binary_cross_entropy` documents and does
     (https://docs.pytorch.org/docs/stable/generated/torch.nn.BCELoss.html).
+
+    The second clamp loses the gradient of small probabilities: for a target of 1 it is -1e12 at
+    x = 1e-20, where -1e20 is right. `exact_grad` leaves it out.
 
     Args:
         input: probabilities in [0, 1], of any shape.
@@ -87,6 +118,8 @@ def binary_cross_entropy(
         size_average: deprecated, overrides `reduction`.
         reduce: deprecated, overrides `reduction`.
         reduction: 'none', 'mean' (over the number of elements, whatever the weight) or 'sum'.
+        exact_grad: the slope :math:`(x - t) / (x (1 - x))` itself, with its limits -1 and 1 at x = t = 1 and
+            x = t = 0; kept within ±2.27e38, so that it is finite in float32 where x is 0 or 1. Not PyTorch's.
 
     Returns:
         A scalar, or the losses of all elements with 'none', in the input's type (float32 under
@@ -108,6 +141,7 @@ def binary_cross_entropy(
             size_average=size_average,
             reduce=reduce,
             reduction=reduction,
+            **({"exact_grad": True} if exact_grad else {}),  # PyTorch's own has none
         )
     name = "binary_cross_entropy"
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
@@ -134,7 +168,7 @@ def binary_cross_entropy(
     if weight is not None:
         errors.expands(name, input.shape, weight=weight)
         weight = _floating(name, weight, input)
-    call = PointwiseCall(BCE, (), reduction, None, dtype)
+    call = PointwiseCall(BCE_EXACT if exact_grad else BCE, (), reduction, None, dtype)
     try:
         return route.dispatch(name, call, (input, target, weight))
     except OutsideDomain:
@@ -252,6 +286,7 @@ register(
         "BCELoss",
         _example,
         {"plain": plain, "weight": lambda t, g: {"weight": _weight(t, g)}},
+        extensions={"exact_grad": lambda t, g: {"exact_grad": True}},
     )
 )
 register(

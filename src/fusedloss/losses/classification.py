@@ -8,7 +8,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import errors, route, strict, strictness
 from ..calls import RowsCall
-from ..define import Loss, normal, plain, register, uniform
+from ..define import Bounds, Loss, normal, plain, register, uniform
 from ..reduce import resolve, result_dtype
 
 INDICES = frozenset(
@@ -334,6 +334,8 @@ register(
         },
         differentiable=(0,),
         rows=True,
+        # The formula's gradient is torch's, of log_softmax in the type computed in.
+        bounds=Bounds(float32=(2, 3), float64=(8, 8), formula=(4, 64)),
     )
 )
 register(
@@ -364,5 +366,6 @@ register(
         },
         rows=True,
         variant="probabilities",
+        bounds=Bounds(float32=(2, 3), float64=(8, 32), formula=(8, 64)),
     )
 )

@@ -14,11 +14,11 @@ from ..reduce import REDUCTIONS, promoted, resolve, result_dtype
 
 
 def kl(x, t):
-    return m.where(t == 0.0, 0.0, t * (m.log_or_zero(t) - x))
+    return m.where((t == 0.0) & (x == x), 0.0, t * (m.log_or_zero(t) - x))
 
 
 def kl_grad(x, t):
-    return -t, m.where(t == 0.0, 0.0, m.log_or_zero(t) - x + 1.0)
+    return -t, m.where((t == 0.0) & (x == x), 0.0, m.log_or_zero(t) - x + 1.0)
 
 
 KL = Pointwise(kl, kl_grad)
@@ -26,13 +26,13 @@ KL = Pointwise(kl, kl_grad)
 
 def kl_log(x, t):
     finite = m.where(t == -m.inf, 0.0, t)
-    return m.where(t == -m.inf, 0.0, m.exp(finite) * (finite - x))
+    return m.where((t == -m.inf) & (x == x), 0.0, m.exp(finite) * (finite - x))
 
 
 def kl_log_grad(x, t):
     finite = m.where(t == -m.inf, 0.0, t)
     p = m.where(t == -m.inf, 0.0, m.exp(finite))
-    return -p, m.where(t == -m.inf, 0.0, m.exp(finite) * (finite - x + 1.0))
+    return -p, m.where((t == -m.inf) & (x == x), 0.0, m.exp(finite) * (finite - x + 1.0))
 
 
 KL_LOG = Pointwise(kl_log, kl_log_grad)
