@@ -1,0 +1,308 @@
+"""The losses with 50 digits: what `fusedloss verify` holds every path against.
+
+A pointwise formula runs as it is written, over a namespace `m` of mpmath. Losses over rows have a
+reference of their own here. With each result comes its `unit`: how far a rounding of each input moves
+it, zeros and ones apart, which are labels and exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from mpmath import MPContext
+from torch import Tensor
+
+from .. import reduce
+from ..calls import Call, PointwiseCall, RowsCall, TripletCall
+
+DIGITS = 50
+mp = MPContext()
+mp.dps = DIGITS + 15  # for what formulas as written lose
+
+Number = Any  # an mpf
+Results = list[Number]  # the value, then the derivatives
+
+
+class Exact(NamedTuple):
+    """A result as the sum of two float64 tensors, and its unit."""
+
+    high: Tensor
+    low: Tensor
+    unit: Tensor
+
+    def at(self, shape: Sequence[int]) -> Exact:
+        return Exact(*(part.reshape(tuple(shape)) for part in self))
+
+
+def exp(a: Number) -> Number:
+    return mp.exp(a)
+
+
+def log(a: Number) -> Number:
+    return mp.log(a) if a > 0 else -mp.inf if a == 0 else mp.nan
+
+
+def log1p(a: Number) -> Number:
+    return mp.log1p(a) if a > -1 else -mp.inf if a == -1 else mp.nan
+
+
+def log_or_zero(a: Number) -> Number:
+    return mp.mpf(0) if a == 0 else log(a)
+
+
+def sigmoid(a: Number) -> Number:
+    return 1 / (1 + mp.exp(-a))
+
+
+def log_sigmoid(a: Number) -> Number:
+    return a if a == -mp.inf else -mp.log1p(mp.exp(-a))
+
+
+def maximum(a: Number, b: Number) -> Number:
+    return a if mp.isnan(a) or a > b else mp.mpf(b)
+
+
+def where(condition: bool, a: Number, b: Number) -> Number:
+    return mp.mpf(a if condition else b)
+
+
+class _Namespace(SimpleNamespace):
+    def __getattr__(self, name: str) -> Any:
+        return getattr(mp, name)
+
+
+# What `m` means to a formula here.
+m = _Namespace(
+    abs=abs,
+    exp=exp,
+    inf=mp.inf,
+    log=log,
+    log1p=log1p,
+    log_or_zero=log_or_zero,
+    log_sigmoid=log_sigmoid,
+    maximum=maximum,
+    sigmoid=sigmoid,
+    where=where,
+)
+
+
+def rebound(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The formula with this `m` in place of torch's."""
+    assert isinstance(function, FunctionType)
+    return FunctionType(function.__code__, {**function.__globals__, "m": m}, function.__name__)
+
+
+def reference(call: Call, tensors: Sequence[Tensor | None]) -> list[Exact]:
+    """The unreduced losses of a call, and their gradients by the tensors that it differentiates by."""
+    given = [t for t in tensors if t is not None and t.is_floating_point()]
+    info = torch.finfo(reduce.wide(*given))
+    with mp.workdps(mp.dps):
+        if isinstance(call, PointwiseCall):
+            return _pointwise(call, tensors, info)
+        if isinstance(call, RowsCall):
+            return _rows(call, tensors, info)
+        return _triplets(call, tensors, info)
+
+
+def numbers(tensor: Tensor) -> Any:
+    """As nested lists of mpf."""
+    values = tensor.double().tolist()
+
+    def convert(v: Any) -> Any:
+        return [convert(each) for each in v] if isinstance(v, list) else mp.mpf(v)
+
+    return convert(values)
+
+
+def _collect(rows: Iterator[tuple[Results, Results]]) -> list[Exact]:
+    """One `Exact` a column, from rows of (results, units)."""
+    found = list(rows)
+    results = list(zip(*(r for r, _ in found), strict=True))
+    units = list(zip(*(u for _, u in found), strict=True))
+    return [_pack(r, u) for r, u in zip(results, units, strict=True)]
+
+
+def _pack(results: Sequence[Number], units: Sequence[Number]) -> Exact:
+    high = [float(r) for r in results]
+    low = [float(r - h) if math.isfinite(h) else 0.0 for r, h in zip(results, high, strict=True)]
+    unit = [float(u) if mp.isfinite(u) else 0.0 for u in units]
+    return Exact(*(torch.tensor(part, dtype=torch.float64) for part in (high, low, unit)))
+
+
+def _rounding(a: Number, info: torch.finfo) -> Number:
+    if a in (0, 1, -1) or not mp.isfinite(a):
+        return mp.mpf(0)
+    return max(abs(a), mp.mpf(info.smallest_normal)) * info.eps
+
+
+def _pointwise(
+    call: PointwiseCall, tensors: Sequence[Tensor | None], info: torch.finfo
+) -> list[Exact]:
+    *operands, weight = tensors
+    present = [t for t in (*operands, weight) if t is not None]
+    shape = torch.broadcast_shapes(*(t.shape for t in present))
+    columns = [numbers(t.expand(shape).flatten()) for t in present]
+    value, grad = rebound(call.formula.value), rebound(call.formula.grad)
+    settings = dict(zip(call.formula.params, call.params, strict=True))
+
+    def results(point: Sequence[Number]) -> Results:
+        w = 1 if weight is None else point[-1]
+        arguments = point if weight is None else point[:-1]
+        slopes = grad(*arguments, **settings)[:2]
+        return [w * value(*arguments, **settings), *(w * slope for slope in slopes)]
+
+    def row(point: tuple[Number, ...]) -> tuple[Results, Results]:
+        here = results(point)
+        units = [mp.mpf(0)] * len(here)
+        for k, a in enumerate(point):
+            if step := _rounding(a, info):
+                # Towards 0: a probability stays one.
+                moved = results([*point[:k], a - mp.sign(a) * step, *point[k + 1 :]])
+                units = [u + abs(b - h) for u, b, h in zip(units, moved, here, strict=True)]
+        return here, units
+
+    return [part.at(shape) for part in _collect(map(row, zip(*columns, strict=True)))]
+
+
+def _rows(call: RowsCall, tensors: Sequence[Tensor | None], info: torch.finfo) -> list[Exact]:
+    input, target, weight = tensors
+    assert input is not None and target is not None
+    classes = input.shape[1]
+    x = numbers(input)
+    w = [mp.mpf(1)] * classes if weight is None else numbers(weight)
+    zeros = [mp.mpf(0)] * classes
+    values, by_input, by_target = [], [], []
+    for row, chosen in zip(
+        x, numbers(target) if call.probabilities else target.tolist(), strict=True
+    ):
+        if not call.probabilities and chosen == call.ignore_index:
+            values.append((zeros[0], zeros[0]))
+            by_input.append((zeros, zeros))
+        elif call.loss == "nll_loss":
+            slope = [-w[c] * (c == chosen) for c in range(classes)]
+            values.append((-w[chosen] * row[chosen], zeros[0]))
+            by_input.append((slope, zeros))
+        else:
+            one_hot = [mp.mpf(c == chosen) for c in range(classes)]
+            found = _softmax_row(row, chosen if call.probabilities else one_hot, w, call, info)
+            values.append(found[0])
+            by_input.append(found[1])
+            by_target.append(found[2])
+    exact = [_pack([v for v, _ in values], [u for _, u in values])]
+    for rows in (by_input, by_target if call.probabilities else []):
+        if rows:
+            flat = _pack([a for r, _ in rows for a in r], [u for _, us in rows for u in us])
+            exact.append(flat.at(input.shape))
+    return exact
+
+
+def _softmax_row(
+    x: Results, q: Results, w: Results, call: RowsCall, info: torch.finfo
+) -> tuple[tuple[Number, Number], tuple[Results, Results], tuple[Results, Results]]:
+    """Cross entropy of one row: value, gradient by x, gradient by q; each with its unit."""
+    h, classes = mp.mpf(call.smoothing), range(len(x))
+    shares = [(1 - h) * wc for wc in w]  # what a probability weighs
+    b = [s * qc + h / len(x) * wc for s, qc, wc in zip(shares, q, w, strict=True)]
+    top = max(x)
+    top = top if mp.isfinite(top) else mp.mpf(0)
+    e = [mp.exp(a - top) for a in x]
+    total = mp.fsum(e)
+    lse = top + log(total)
+    p = [a / total for a in e]
+    mass = mp.fsum(b)
+    value = mp.fsum(bc * (lse - a) for bc, a in zip(b, x, strict=True) if bc != 0)
+    slope = [mass * pc - bc for pc, bc in zip(p, b, strict=True)]
+    dx = [_rounding(a, info) for a in x]
+    dq = [s * _rounding(a, info) for s, a in zip(shares, q, strict=True)]
+    spread = mp.fsum(pc * d for pc, d in zip(p, dx, strict=True))
+    lost = mp.fsum(dq)
+    by_q = [
+        s * (lse - a) if bc != 0 or a != -mp.inf else mp.mpf(0)
+        for s, a, bc in zip(shares, x, b, strict=True)
+    ]
+    value_unit = mp.fsum(abs(s) * d for s, d in zip(slope, dx, strict=True))
+    value_unit += mp.fsum(d * abs(lse - a) for d, a in zip(dq, x, strict=True) if d != 0)
+    # d slope_c / d x_k = B p_c ([c = k] - p_k), d slope_c / d q_k = s_k (p_c - [c = k])
+    slope_unit = [
+        mass * p[c] * (spread + (1 - 2 * p[c]) * dx[c]) + p[c] * lost + (1 - 2 * p[c]) * dq[c]
+        for c in classes
+    ]
+    q_unit = [s * (spread + (1 - 2 * pc) * d) for s, pc, d in zip(shares, p, dx, strict=True)]
+    return (value, value_unit), (slope, slope_unit), (by_q, q_unit)
+
+
+class _Distance(NamedTuple):
+    """|a - b + eps|_p and its derivative by a, each with its unit."""
+
+    length: Number
+    unit: Number
+    slope: Results
+    slope_unit: Results
+
+
+def _distance(a: Results, b: Results, call: TripletCall, info: torch.finfo) -> _Distance:
+    p = call.p
+    v = [s - t + mp.mpf(call.eps) for s, t in zip(a, b, strict=True)]
+    moved = [_rounding(s, info) + _rounding(t, info) for s, t in zip(a, b, strict=True)]
+    size = [abs(d) for d in v]
+    zeros = [mp.mpf(0)] * len(v)
+    top = max(size)
+    if top == 0:
+        return _Distance(top, mp.fsum(moved), zeros, zeros)
+    if math.isinf(p):
+        ties = sum(s == top for s in size)
+        slope = [mp.sign(d) * (s == top) / ties for d, s in zip(v, size, strict=True)]
+        return _Distance(top, max(moved), slope, zeros)
+    p = mp.mpf(p)
+    length = mp.fsum(s**p for s in size if s) ** (1 / p)
+    ratio = [s / length for s in size]
+    slope = [mp.sign(d) * r ** (p - 1) if r else mp.mpf(0) for d, r in zip(v, ratio, strict=True)]
+    unit = mp.fsum(abs(g) * d for g, d in zip(slope, moved, strict=True))
+    # d slope_i / d v_j = (p - 1) / |v| (|v_i / |v||^(p-2) [i = j] - slope_i slope_j)
+    units = [
+        abs(p - 1) / length * ((r ** (p - 2) * d if r else 0) + abs(g) * unit)
+        for r, d, g in zip(ratio, moved, slope, strict=True)
+    ]
+    return _Distance(length, unit, slope, units)
+
+
+def _triplets(
+    call: TripletCall, tensors: Sequence[Tensor | None], info: torch.finfo
+) -> list[Exact]:
+    rows = zip(*(numbers(t) for t in tensors if t is not None), strict=True)
+    return _stack([_triplet(call, info, *row) for row in rows])
+
+
+def _triplet(
+    call: TripletCall, info: torch.finfo, anchor: Results, positive: Results, negative: Results
+) -> tuple[Number, Number, list[Results], list[Results]]:
+    """Of one row: the value and its unit, the gradients and their units."""
+    near = _distance(anchor, positive, call, info)
+    far, pair = _distance(anchor, negative, call, info), (0, 2)
+    if call.swap:
+        other = _distance(positive, negative, call, info)
+        if other.length < far.length:
+            far, pair = other, (1, 2)
+    zeros = [mp.mpf(0)] * len(anchor)
+    slopes, units = [zeros] * 3, [zeros] * 3
+    hinge = mp.mpf(call.margin) + near.length - far.length
+    if hinge < 0:
+        return mp.mpf(0), mp.mpf(0), slopes, units
+    for distance, sign, (plus, minus) in ((near, 1, (0, 1)), (far, -1, pair)):
+        for k, side in ((plus, sign), (minus, -sign)):
+            slopes[k] = [s + side * g for s, g in zip(slopes[k], distance.slope, strict=True)]
+            units[k] = [s + u for s, u in zip(units[k], distance.slope_unit, strict=True)]
+    return hinge, near.unit + far.unit, slopes, units
+
+
+def _stack(rows: Sequence[tuple[Number, Number, list[Results], list[Results]]]) -> list[Exact]:
+    exact = [_pack([value for value, *_ in rows], [unit for _, unit, *_ in rows])]
+    for k in range(3):
+        slopes = [g for _, _, each, _ in rows for g in each[k]]
+        units = [u for *_, each in rows for u in each[k]]
+        exact.append(_pack(slopes, units).at((len(rows), -1)))
+    return exact

@@ -1,0 +1,213 @@
+"""The fixed inputs of `fusedloss verify`: random bulk, and the hard places of each loss."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from ..define import REGISTRY, Loss, normal, uniform
+
+Tensors = tuple[Tensor, ...]
+Draw = Callable[[int, torch.dtype, Generator], Iterator[Tensors]]
+
+INF = math.inf
+TINY = 2.0**-149  # the least positive float32
+BELOW_ONE = 1 - 2.0**-24
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows": lambda t: t.clone(),
+    "columns": lambda t: t.t().clone().t() if t.dim() == 2 else t.clone(),
+    "dims": lambda t: _batched(t).movedim(2, 1).contiguous() if t.dim() == 2 else _batched(t),
+}
+
+
+def _batched(tensor: Tensor) -> Tensor:
+    return tensor.clone().unflatten(0, (2, -1))
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Tensors and options of one call; losses over rows of classes run in several layouts."""
+
+    loss: str  # its key in the registry
+    option: str
+    kind: str
+    tensors: Tensors
+    options: dict[str, Any] = field(default_factory=dict)
+    layouts: tuple[str, ...] = ("rows",)
+
+    @property
+    def registered(self) -> Loss:
+        return REGISTRY[self.loss]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensors[0].dtype
+
+    def arranged(self, layout: str) -> Probe:
+        """The same rows in another layout; `flat` undoes it."""
+        return replace(self, tensors=tuple(LAYOUTS[layout](t) for t in self.tensors))
+
+
+def flat(tensor: Tensor, layout: str, classes: bool) -> Tensor:
+    """A result in the order of the "rows" layout."""
+    if layout != "dims":
+        return tensor
+    return (tensor.movedim(1, -1) if classes else tensor).flatten(0, 1)
+
+
+def probes(key: str, dtype: torch.dtype, count: int) -> Iterator[Probe]:
+    """About `count` elements of bulk over all options, and the hard ones of the loss."""
+    loss = REGISTRY[key]
+    generator = Generator().manual_seed(7)
+    classes = loss.rows and len(loss.differentiable) < 3
+    options_of = {**loss.options, **loss.extensions}
+    count = math.ceil(count / len(options_of))
+    for option, make in options_of.items():
+
+        def probe(kind: str, tensors: Tensors, option: str = option, make: Any = make) -> Probe:
+            layouts = tuple(LAYOUTS) if classes else ("rows",)
+            options = make(tensors, generator)
+            if "ignore_index" in options and kind == "hard":
+                input, target = tensors
+                ignored = (target == options["ignore_index"]).unsqueeze(1)
+                tensors = input.masked_fill(ignored, math.nan), target
+            return Probe(key, option, kind, tensors, options, layouts)
+
+        for shape in _shapes(loss, classes, count):
+            yield probe("bulk", loss.example(shape, dtype, generator))
+        for tensors in HARD.get(key, _none)(count, dtype, generator):
+            yield probe("hard", tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors))
+
+
+def _shapes(loss: Loss, classes: bool, count: int) -> Sequence[tuple[int, ...]]:
+    if classes:
+        long = max(count, 100)  # past one block of the kernels, where many are wanted
+        return (2 * math.ceil(count / 20), 10), (2, long)
+    return ((math.ceil(count / 24), 8),) if loss.rows else ((count,),)
+
+
+def _none(*_: Any) -> Iterator[Tensors]:
+    return iter(())
+
+
+def _grid(*axes: Sequence[float]) -> Tensors:
+    """Every combination."""
+    columns = zip(*itertools.product(*axes), strict=True)
+    return tuple(torch.tensor(column, dtype=torch.float64) for column in columns)
+
+
+def _powers(count: int, generator: Generator, low: float, high: float) -> Tensor:
+    """Numbers whose logarithms are spread evenly."""
+    return 10 ** uniform((count,), torch.float64, generator, low, high)
+
+
+def _targets(count: int, generator: Generator) -> Tensor:
+    """A third each at 0, at 1 and between."""
+    third = torch.arange(count) % 3
+    between = uniform((count,), torch.float64, generator, 0, 1)
+    return torch.where(third == 0, 0.0, torch.where(third == 1, 1.0, between))
+
+
+def _mse(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
+    edges = (0.0, 1.0, -1.0, TINY, 1e-20, 1e19, -1e38, 60000.0)
+    yield _grid(edges, edges)
+    x = normal((count // 4,), dtype, generator)
+    steps = torch.randint(-3, 4, x.shape, generator=generator)
+    yield x, x * (1 + steps * torch.finfo(dtype).eps)  # differences that cancel
+
+
+def _bce(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
+    edges = (0.0, 1.0, TINY, 1e-30, 1e-12, 1e-6, 0.5, 1 - 1e-6, BELOW_ONE)
+    yield _grid(edges, (0.0, 1.0, TINY, 1e-3, 0.5, BELOW_ONE))
+    n = count // 2
+    near = torch.cat([_powers(n, generator, -38, 0), 1 - _powers(n, generator, -7.2, 0)])
+    yield near, _targets(2 * n, generator)
+
+
+def _logits(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
+    edges = (0.0, TINY, 17.0, 20.0, 88.0, 104.0, 700.0, 1e4, 6e4)
+    targets = (0.0, 1.0, TINY, 1e-3, 0.5, BELOW_ONE)
+    yield _grid([*edges, *(-x for x in edges)], targets)
+    yield _grid((INF, -INF), (0.25, 0.5))
+    n = count // 2
+    yield uniform((n,), torch.float64, generator, -120, 120), _targets(n, generator)
+
+
+def _kl(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
+    yield _grid((0.0, -1.0, -30.0, -1e4, 0.5), (0.0, 1.0, TINY, 1e-30, 0.5, BELOW_ONE))
+    yield _grid((-INF,), (0.0,))
+    t = _powers(count // 2, generator, -30, 0).to(dtype)
+    yield t.double().log() * (1 + 1e-6 * normal(t.shape, torch.float64, generator)), t
+    yield t.double().log(), t  # a divergence that cancels
+
+
+def _kl_log(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
+    yield _grid((0.0, -1.0, -30.0, -1e4, 0.5), (-INF, -1e4, -80.0, -1.0, -TINY, 0.0, 3.0))
+    yield _grid((-INF,), (-INF,))
+    t = -_powers(count // 2, generator, -3, 2).to(dtype)
+    yield t * (1 + torch.finfo(dtype).eps), t
+
+
+def _cross_entropy(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
+    return _hard_rows(count, generator)
+
+
+def _soft_rows(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
+    for x, y in _hard_rows(count, generator):
+        one_hot = torch.nn.functional.one_hot(y, x.shape[1]).double()
+        soft = 0.7 * one_hot + 0.3 * normal(x.shape, torch.float64, generator).softmax(1)
+        certain = torch.arange(len(y)) % 2 == 0
+        # A class that is masked has no probability.
+        yield x, torch.where(certain[:, None] | x.isinf().any(1, True), one_hot, soft)
+
+
+def _hard_rows(count: int, generator: Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and the class of each row: certain, offset, huge, tied, masked."""
+    for classes in (10, 70):  # short rows and long ones take different kernels
+        n = 2 * math.ceil(count / 8 / classes)
+        x = normal((n, classes), torch.float64, generator)
+        y = torch.randint(classes, (n,), generator=generator)
+        own = torch.nn.functional.one_hot(y, classes).double()
+        gaps = uniform((n, 1), torch.float64, generator, 5, 60)
+        yield x + gaps * own, y  # certain: down to one in 10^26
+        yield (x + gaps * own).round(), y
+        yield x - gaps * own, y
+        yield 3 * x + 1e4, y
+        yield 1e4 * x.sign(), y
+        yield torch.full_like(x, 0.3), y
+        yield x.masked_fill((x > 0) & (own == 0), -INF), y
+
+
+def _nll(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
+    for x, y in _hard_rows(count, generator):
+        yield x.log_softmax(1), y
+
+
+def _triplet(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
+    n = max(2, count // 100)
+    a, b, c = (normal((n, 8), dtype, generator).double() for _ in range(3))
+    yield a, a, a + c
+    yield a, a * (1 + 1e-3 * b.to(dtype)), a + c  # distances near 0
+    yield a + 1e4, b + 1e4, c + 1e4
+    yield a, b, a + (b - a) * (1 + 1e-5)  # distances that cancel
+    large = min(1e18, torch.finfo(dtype).max / 16)
+    yield large * a, large * b, large * c
+
+
+HARD: dict[str, Draw] = {
+    "mse_loss": _mse,
+    "binary_cross_entropy": _bce,
+    "binary_cross_entropy_with_logits": _logits,
+    "kl_div": _kl,
+    "kl_div[log_target]": _kl_log,
+    "cross_entropy": _cross_entropy,
+    "cross_entropy[probabilities]": _soft_rows,
+    "nll_loss": _nll,
+    "triplet_margin_loss": _triplet,
+}
