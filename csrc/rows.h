@@ -117,6 +117,21 @@ FUSEDLOSS_LOOP T greatest(const T* __restrict x, int64_t n, T start) {
     return tops[0];
 }
 
+// The first position where e is 1, or n.
+template <class T>
+FUSEDLOSS_LOOP int64_t first_one(const T* __restrict e, int64_t n) {
+    constexpr int64_t width = 64;
+    int64_t i = 0;
+    for (; i + width <= n; i += width) {
+        T greatest = 0;
+#pragma omp simd reduction(max : greatest)
+        for (int64_t j = i; j < i + width; ++j) greatest = e[j] > greatest ? e[j] : greatest;
+        if (greatest == T(1)) break;
+    }
+    while (i < n && e[i] != T(1)) ++i;
+    return i;
+}
+
 // Also asks for what follows in memory, the next block or row: the exps leave time for it to arrive.
 template <class T>
 FUSEDLOSS_LOOP void exp_of_difference(const T* __restrict x, T origin, int64_t n, T* __restrict e) {
@@ -331,7 +346,7 @@ private:
                 if (keep && s.top >= 0) keep[s.top] = T(1);
                 s.others += s.own;
                 s.rest = s.mass;
-                const int64_t at = std::find(e, e + count, T(1)) - e;  // none where max is inf
+                const int64_t at = first_one(e, count);  // none where max is inf
                 s.own = at < count ? 1 : 0;
                 s.top = at < count ? c + at : -1;
                 if (at < count) {

@@ -80,6 +80,14 @@ class Assigned(ast.NodeTransformer):
         return self.visit(copy.deepcopy(node))
 
 
+def magnitude(node: ast.expr) -> ast.expr:
+    """What `m.abs` is taken of, or the node itself."""
+    match node:
+        case ast.Call(ast.Attribute(ast.Name("m"), "abs"), [arg], []):
+            return arg
+    return node
+
+
 def expression(node: ast.expr, path: str, stages: Stages, local: Assigned) -> str:
     def text(node: ast.expr) -> str:
         return expression(node, path, stages, local)
@@ -104,12 +112,16 @@ def expression(node: ast.expr, path: str, stages: Stages, local: Assigned) -> st
             return "std::numeric_limits<T>::infinity()"
         case ast.Call(ast.Attribute(ast.Name("m"), name), args, []) if name in FUNCTIONS:
             return f"math::{name}({', '.join(text(arg) for arg in args)})"
+        case ast.Call(ast.Attribute(ast.Name("m"), "exp"), [ast.UnaryOp(ast.USub(), arg)], []) if (
+            magnitude(arg) is not arg
+        ):
+            return stages.call("exp_minus_abs", staged(magnitude(arg)))
         case ast.Call(ast.Attribute(ast.Name("m"), name), [arg], []) if name in STAGED:
             return stages.call(name, staged(arg))
         case ast.Call(ast.Attribute(ast.Name("m"), "sigmoid" | "log_sigmoid" as name), [arg], []):
             # Both are made from exp(-|x|), and so share it.
             positive = arg.operand if isinstance(arg, ast.UnaryOp) else arg
-            e = stages.call("exp_minus_abs", staged(positive))
+            e = stages.call("exp_minus_abs", staged(magnitude(positive)))
             rest = e if name == "sigmoid" else stages.call("log1p_unit", e)
             return f"math::{name}({text(arg)}, {rest})"
     raise CannotPrint(f"{path}:{node.lineno}: cannot print `{ast.unparse(node)}` as C++")
