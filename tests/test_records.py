@@ -157,6 +157,8 @@ def check_against_float64(
         info = torch.finfo(dtype)
         # A gradient is stored, multiplied by the one that arrives, and summed where it broadcast.
         roundings = 0 if dtype is torch.float32 else 1 if ours_ is found[0] else 2
+        if roundings and "linear" in getattr(ours, "__name__", type(ours).__name__).lower():
+            roundings += 1  # large logits, rounded in float32, move their softmax
         allowed = 8 * torch.finfo(torch.float32).eps * scale + info.smallest_normal * info.eps
         allowed = allowed + roundings * info.eps / 2 * (scale if broadcast else exact_.abs())
         error = (ours_.double() - exact_).abs()
