@@ -39,6 +39,7 @@ struct LinearSums : RowSums {
     double top = -std::numeric_limits<double>::infinity();
     double products = 0;  // sum of exp(x - max) (x - max)
 };
+static_assert(sizeof(LinearSums) == 8 * sizeof(double), "SUMS of cpu/linear.py");
 
 // Within 2 ULP: a rational approximation near 0 (Cephes), else from exp(-2 |u|).
 template <class T>

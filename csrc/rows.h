@@ -220,10 +220,8 @@ struct RowSums {
     double others = 0;  // sum of exp(x - max) but for the own class
     double own = 0;     // that of the own class
     double own_x = 0;
-    double dot = 0;    // sum of b_c (x_c - max) over the soft part of b
-    double mass = 0;   // sum of the soft part of b
-    double rest = 0;   // of probabilities: that of the other classes
-    int64_t top = -1;  // of probabilities: the own class
+    double dot = 0;   // sum of b_c (x_c - max) over the soft part of b
+    double mass = 0;  // sum of the soft part of b
 
     double sum() const { return others + own; }
 
@@ -231,6 +229,12 @@ struct RowSums {
     double log_sum() const { return own == 1.0 ? std::log1p(others) : std::log(sum()); }
     double own_loss() const { return log_sum() + (own == 1.0 ? 0.0 : max - own_x); }
     double soft_loss() const { return mass * log_sum() - dot; }
+};
+
+// With what probabilities need besides: the own class, and the sum of the soft part of b of the others.
+struct OwnSums : RowSums {
+    double rest = 0;
+    int64_t top = -1;
 };
 
 // Contiguous (or gathered) classes: vectorised along the row.
@@ -255,7 +259,7 @@ public:
             }
         }
         T* e = scratch.empty() ? static_cast<T*>(a.grad.data) + (a.grad.data ? g_row : 0) : scratch.data();
-        const RowSums s = gather(x_row, n, d, y, a.grad.data ? e : nullptr);
+        const OwnSums s = gather(x_row, n, d, y, a.grad.data ? e : nullptr);
         const double own_weight = y < 0 ? 0 : double(r.hard) * r.class_weight(y);
         double loss = s.mass != 0 || a.probabilities ? s.soft_loss() : 0;
         if (y >= 0) loss += own_weight * s.own_loss();
@@ -312,8 +316,8 @@ private:
                   std::min(row_block, a.c - c), e_buffer);
     }
 
-    RowSums gather(int64_t x_row, int64_t n, int64_t d, int64_t y, T* keep) {
-        RowSums s;
+    OwnSums gather(int64_t x_row, int64_t n, int64_t d, int64_t y, T* keep) {
+        OwnSums s;
         T max = -std::numeric_limits<T>::infinity();
         const bool soft = a.probabilities || r.soft != T(0);
         for (int64_t c = 0, b = 0; c < a.c; c += row_block, ++b) {
@@ -370,7 +374,7 @@ private:
     }
 
     // e_c becomes g (B p_c - b_c), but for the one-hot part of b.
-    void finish(T* row, int64_t n, int64_t d, double scale, const RowSums& s, T g) {
+    void finish(T* row, int64_t n, int64_t d, double scale, const OwnSums& s, T g) {
         const bool soft = a.probabilities || r.soft != T(0);
         for (int64_t c = 0, b = 0; c < a.c; c += row_block, ++b) {
             const int64_t count = std::min(row_block, a.c - c);
@@ -383,7 +387,7 @@ private:
         }
     }
 
-    void target_gradient(int64_t x_row, int64_t n, int64_t d, const RowSums& s, double g) {
+    void target_gradient(int64_t x_row, int64_t n, int64_t d, const OwnSums& s, double g) {
         const T scale = T(g) * r.hard, top = T(s.max), rest = T(s.log_sum());
         for (int64_t c = 0; c < a.c; c += row_block) {
             const int64_t count = std::min(row_block, a.c - c);
