@@ -279,7 +279,7 @@ def some_zero(call: Call) -> bool:
 # may differ so.
 MET: dict[str, Callable[[Call], bool]] = {
     "`kl_div`: an element whose target probability is 0 counts for nothing, in the value and in "
-    "both gradients, whatever its input": lambda c: c.name == "kl_div" and some_zero(c),
+    "both gradients, whatever its input but NaN": lambda c: c.name == "kl_div" and some_zero(c),
     "`binary_cross_entropy`: the gradient by the target is clamped like the value, to 100": lambda c: (
         c.name == "binary_cross_entropy" and 1 in c.wanted
     ),

@@ -158,7 +158,7 @@ class TripletCall:
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         difference = a - b + self.eps
-        if not difference.shape[-1]:
+        if not difference.numel():
             return torch.linalg.vector_norm(difference, self.p, -1)
         # Of the ratio to the largest coordinate, so that no power leaves the range.
         top = difference.detach().abs().amax(-1, keepdim=True)
