@@ -138,18 +138,36 @@ inline double load_one(const void* data, int64_t dtype, int64_t index) {
     return v;
 }
 
-// A class index; unsigned 64-bit values beyond int64 become negative and so out of range.
-inline int64_t load_index(const void* data, int64_t dtype, int64_t index) {
+// Calls f with a value of the type of a class index; unsigned 64-bit values beyond int64 become negative and
+// so out of range.
+template <class F>
+inline auto with_index(int64_t dtype, F&& f) {
     switch (dtype) {
         case I64:
-        case U64: return static_cast<const int64_t*>(data)[index];
-        case I32: return static_cast<const int32_t*>(data)[index];
-        case I16: return static_cast<const int16_t*>(data)[index];
-        case I8: return static_cast<const int8_t*>(data)[index];
-        case U16: return static_cast<const uint16_t*>(data)[index];
-        case U32: return static_cast<const uint32_t*>(data)[index];
-        default: return static_cast<const uint8_t*>(data)[index];
+        case U64: return f(int64_t{});
+        case I32: return f(int32_t{});
+        case I16: return f(int16_t{});
+        case I8: return f(int8_t{});
+        case U16: return f(uint16_t{});
+        case U32: return f(uint32_t{});
+        default: return f(uint8_t{});
     }
+}
+
+inline int64_t load_index(const void* data, int64_t dtype, int64_t index) {
+    return with_index(dtype,
+                      [&](auto tag) { return int64_t(static_cast<const decltype(tag)*>(data)[index]); });
+}
+
+inline void load_indices(const void* data, int64_t dtype, int64_t start, int64_t stride, int64_t n,
+                         int64_t* __restrict out) {
+    with_index(dtype, [&](auto tag) {
+        const auto* __restrict from = static_cast<const decltype(tag)*>(data) + start;
+        if (stride == 1)
+            for (int64_t i = 0; i < n; ++i) out[i] = from[i];
+        else
+            for (int64_t i = 0; i < n; ++i) out[i] = from[i * stride];
+    });
 }
 
 inline const void* at(const void* data, int64_t dtype, int64_t offset) {

@@ -6,7 +6,8 @@ namespace fusedloss {
 
 // Returns -1, or the position (n * d) of the first class index that is out of range.
 template <class T>
-int64_t nll(const RowsArgs& a) {
+int64_t nll(RowsArgs a) {
+    a.lay_along_d();
     Rows<T> rows(a);
     if (const int64_t bad = rows.check(); bad >= 0) return bad;
     constexpr int64_t size = 1024;
@@ -15,24 +16,31 @@ int64_t nll(const RowsArgs& a) {
     if (a.grad.data) fill_zero(a.grad.data, rows.positions() * a.c * size_of(a.grad.dtype));
 
     parallel(blocks, 8, [&](int64_t b) {
+        int64_t y[size];
         double losses[size];
-        const int64_t first = b * size, count = std::min(size, rows.positions() - first);
-        int64_t n = first / a.d, d = first % a.d;
-        for (int64_t i = 0; i < count; ++i, ++d) {
-            if (d == a.d) ++n, d = 0;
-            const int64_t y = rows.label(n, d);
-            losses[i] = 0;
-            if (y == a.ignore_index) continue;
-            const double w = rows.class_weight(y);
-            const int64_t own = a.input.row(n, d) + y * a.input.stride[1];
-            if (a.input.data) losses[i] = -w * load_one(a.input.data, a.input.dtype, own);
-            if (a.grad.data)
-                store_one(a.grad.data, a.grad.dtype, a.grad.row(n, d) + y * a.grad.stride[1],
-                          -w * rows.incoming(n, d));
-        }
+        const int64_t first = b * size, total = std::min(size, rows.positions() - first);
+        rows.runs(first, size, [&](int64_t at, int64_t n, int64_t d0, int64_t count) {
+            rows.labels(n, d0, count, y);
+            const auto own = [&](const Grid& grid, int64_t i) {
+                return grid.row(n, d0 + i) + y[i] * grid.stride[1];
+            };
+            for (int64_t i = 0; i < count; ++i) {
+                if (const int64_t next = i + 16; next < count && y[next] != a.ignore_index) {
+                    if (a.input.data) __builtin_prefetch(a.input.at(own(a.input, next)));
+                    if (a.grad.data) __builtin_prefetch(a.grad.at(own(a.grad, next)), 1);
+                }
+                double& loss = losses[at - first + i];
+                loss = 0;
+                if (y[i] == a.ignore_index) continue;
+                const double w = rows.class_weight(y[i]);
+                if (a.input.data) loss = -w * load_one(a.input.data, a.input.dtype, own(a.input, i));
+                if (a.grad.data)
+                    store_one(a.grad.data, a.grad.dtype, own(a.grad, i), -w * rows.incoming(n, d0 + i));
+            }
+        });
         if (a.loss.data)
-            for (int64_t i = 0; i < count; ++i) store_one(a.loss.data, a.loss.dtype, first + i, losses[i]);
-        sums[size_t(b)] = ordered_sum(losses, count);
+            for (int64_t i = 0; i < total; ++i) store_one(a.loss.data, a.loss.dtype, first + i, losses[i]);
+        sums[size_t(b)] = ordered_sum(losses, total);
     });
     if (a.total.data) store_one(a.total.data, a.total.dtype, 0, total_sum(sums) / rows.denominator);
     return -1;

@@ -41,10 +41,35 @@ struct RowsArgs {
     Grid total;
     Grid grad;
     Grid grad_target;
+
+    // (N, C, 1) is (1, C, N): positions lie along d, for their stretches to be long.
+    void lay_along_d() {
+        if (d != 1) return;
+        for (Grid* grid : {&input, &target, &incoming, &loss, &grad, &grad_target})
+            grid->stride[2] = grid->stride[0];
+        std::swap(n, d);
+    }
 };
 
 constexpr int64_t row_block = 1024;  // classes at a time
 constexpr int64_t short_row = 64;    // as many classes or fewer waste vectors along the row
+
+inline bool is_wrong(int64_t y, int64_t ignore_index, int64_t classes) {
+    return y != ignore_index && (y < 0 || y >= classes);
+}
+
+// How many of the labels count; whether one of them is out of range.
+FUSEDLOSS_LOOP inline int64_t counted(const int64_t* __restrict y, int64_t n, int64_t ignore_index,
+                                      int64_t classes, bool& outside) {
+    int64_t count = 0, bad = 0;
+#pragma omp simd reduction(+ : count) reduction(| : bad)
+    for (int64_t i = 0; i < n; ++i) {
+        count += y[i] != ignore_index;
+        bad |= is_wrong(y[i], ignore_index, classes);
+    }
+    outside = bad != 0;
+    return count;
+}
 
 template <class T>
 struct Rows {
@@ -65,6 +90,20 @@ struct Rows {
     int64_t label(int64_t n, int64_t d) const {
         return load_index(a.target.data, a.target.dtype, a.target.row(n, d));
     }
+    void labels(int64_t n, int64_t d, int64_t count, int64_t* y) const {
+        load_indices(a.target.data, a.target.dtype, a.target.row(n, d), a.target.stride[2], count, y);
+    }
+    // f(i, n, d, count) for the stretches of one n that positions [first, first + size) fall into.
+    template <class F>
+    void runs(int64_t first, int64_t size, F&& f) const {
+        const int64_t end = std::min(first + size, positions());
+        for (int64_t i = first; i < end;) {
+            const int64_t d = i % a.d, count = std::min(end - i, a.d - d);
+            f(i, i / a.d, d, count);
+            i += count;
+        }
+    }
+
     double class_weight(int64_t y) const { return weight ? double(weight[y]) : 1.0; }
 
     // Returns -1, or the first position whose index is out of range; sets the mean's denominator.
@@ -74,21 +113,24 @@ struct Rows {
         std::vector<double> sums(static_cast<size_t>(blocks));
         std::atomic<int64_t> outside{none};
         parallel(blocks, 4, [&](int64_t b) {
+            int64_t y[size];
             double sum = 0;
-            const int64_t first = b * size, end = std::min(first + size, positions());
-            int64_t n = first / a.d, d = first % a.d;
-            for (int64_t i = first; i < end; ++i, ++d) {
-                if (d == a.d) ++n, d = 0;
-                const int64_t y = label(n, d);
-                if (y == a.ignore_index) continue;
-                if (y < 0 || y >= a.c) {
+            runs(b * size, size, [&](int64_t i, int64_t n, int64_t d, int64_t count) {
+                labels(n, d, count, y);
+                bool bad = false;
+                const int64_t valid = counted(y, count, a.ignore_index, a.c, bad);
+                if (bad) {
+                    const auto wrong = [&](int64_t label) { return is_wrong(label, a.ignore_index, a.c); };
+                    const int64_t at = i + (std::find_if(y, y + count, wrong) - y);
                     int64_t seen = outside.load();
-                    while (i < seen && !outside.compare_exchange_weak(seen, i)) {
+                    while (at < seen && !outside.compare_exchange_weak(seen, at)) {
                     }
                     return;
                 }
-                sum += class_weight(y);
-            }
+                if (!weight) sum += double(valid);
+                for (int64_t k = 0; weight && k < count; ++k)
+                    if (y[k] != a.ignore_index) sum += double(weight[y[k]]);
+            });
             sums[size_t(b)] = sum;
         });
         if (outside.load() != none) return outside.load();
@@ -448,13 +490,54 @@ FUSEDLOSS_LOOP void add_products(double* __restrict dots, const T* __restrict pa
     }
 }
 
+// What TileKernel knows of the positions of a tile. The own class is as in RowSums.
 template <class T>
-FUSEDLOSS_LOOP void logarithms(const double* __restrict others, const T* __restrict own, int64_t n,
-                               double* __restrict log_sum, double* __restrict log1p_others) {
+struct Positions {
+    static constexpr int64_t most = 512, ignored = -2;
+    alignas(64) int64_t y[most];
+    alignas(64) T max[most], own_x[most], own[most], factor[most], g[most];
+    alignas(64) double weight[most], others[most], dots[most], masses[most], rest[most];
+    alignas(64) double log_sum[most], incoming[most];
+};
+
+template <class T>
+FUSEDLOSS_LOOP void own_exps(Positions<T>& p, int64_t n) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) log_sum[i] = math::log(others[i] + double(own[i]));
+    for (int64_t i = 0; i < n; ++i) p.own[i] = math::exp_softmax(p.own_x[i] - p.max[i]);
+}
+
+// log1p keeps the digits near certainty, where own is 1.
+template <class T, bool indices, bool soft>
+FUSEDLOSS_LOOP void position_losses(Positions<T>& p, int64_t n, double hard, double* __restrict losses) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) log1p_others[i] = math::log1p(others[i]);
+    for (int64_t i = 0; i < n; ++i) {
+        const double log_sum = math::log1p(p.others[i] + (double(p.own[i]) - 1.0));
+        p.log_sum[i] = log_sum;
+        double loss = 0;
+        if constexpr (indices) {
+            const double behind = p.own[i] == T(1) ? 0.0 : double(p.max[i]) - double(p.own_x[i]);
+            loss = hard * p.weight[i] * (log_sum + behind);
+        }
+        if constexpr (soft) loss += p.masses[i] * log_sum - p.dots[i];
+        losses[i] = p.y[i] == p.ignored ? 0.0 : loss;
+    }
+}
+
+// From what arrives: the factor of the exps, and the own class's gradient, p - 1 as minus the others' share.
+template <class T, bool indices, bool soft>
+FUSEDLOSS_LOOP void position_slopes(Positions<T>& p, int64_t n, double hard, double smooth) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        const double in = p.y[i] == p.ignored ? 0.0 : p.incoming[i];
+        const double mass = soft ? p.masses[i] : 0.0, own_weight = indices ? hard * p.weight[i] : 0.0;
+        const double scale = in / (p.others[i] + double(p.own[i]));
+        p.g[i] = T(in);
+        p.factor[i] = T(scale * (own_weight + mass));
+        p.own[i] =
+            indices
+                ? T(scale * (mass * double(p.own[i]) - own_weight * p.others[i]) - in * smooth * p.weight[i])
+                : T(in * p.rest[i] - scale * mass * p.others[i]);
+    }
 }
 
 // e * factor - g * part
@@ -494,99 +577,116 @@ public:
     void operator()(int64_t n, int64_t d0, int64_t count, double* losses) {
         // Whole vectors, for the same reason as in pointwise.h; the tile's tail is filled with zeros.
         const int64_t padded = (count + 15) / 16 * 16;
-        std::fill_n(max, padded, -std::numeric_limits<T>::infinity());
-        std::fill_n(others, padded, 0.0);
+        read(n, d0, count, padded);
+        settle(n, d0, count, padded);
+        if (soft) gather_soft(n, d0, count, padded);
+        // The own class leaves the sums.
+        for (int64_t i = 0; i < count; ++i)
+            if (p.y[i] >= 0) at(p.y[i])[i] = -infinity;
+        for (int64_t c = 0; c < a.c; ++c) exp_in_place(at(c), p.max, padded);
+        own_exps(p, padded);
+        for (int64_t c = 0; c < a.c; ++c) add(p.others, at(c), padded);
+
+        const double hard = double(r.hard);
+        if (a.probabilities)
+            position_losses<T, false, true>(p, padded, hard, losses);
+        else if (soft)
+            position_losses<T, true, true>(p, padded, hard, losses);
+        else
+            position_losses<T, true, false>(p, padded, hard, losses);
+        if (!a.grad.data && !a.grad_target.data) return;
+
+        incoming(n, d0, count);
+        if (a.probabilities)
+            position_slopes<T, false, true>(p, padded, hard, 0);
+        else if (soft)
+            position_slopes<T, true, true>(p, padded, hard, double(r.soft));
+        else
+            position_slopes<T, true, false>(p, padded, hard, 0);
+        if (a.grad.data) write(n, d0, count, padded);
+        if (a.grad_target.data) target_gradient(n, d0, count);
+    }
+
+private:
+    using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;  // as wide as T, for whole vectors
+    static constexpr T infinity = std::numeric_limits<T>::infinity();
+    static constexpr int64_t most = Positions<T>::most;
+    const Rows<T>& r;
+    const RowsArgs& a;
+    const int64_t width;
+    const bool soft;
+    bool any_ignored = false;
+    std::vector<T> tile, parts;
+    Positions<T> p = {};
+    alignas(64) Index largest[most];
+
+    T* at(int64_t c) { return tile.data() + c * width; }
+    T* part(int64_t c) { return parts.data() + c * width; }
+
+    void read(int64_t n, int64_t d0, int64_t count, int64_t padded) {
+        std::fill_n(p.max, padded, -infinity);
+        std::fill_n(p.others, padded, 0.0);
         std::fill_n(largest, padded, Index(0));
         for (int64_t c = 0; c < a.c; ++c) {
             load_strided<T>(a.input.at(a.input.row(n, d0) + c * a.input.stride[1]), a.input.dtype,
                             a.input.stride[2], count, at(c));
             std::fill(at(c) + count, at(c) + padded, T(0));
             if (a.probabilities)
-                raise(max, largest, at(c), Index(c), padded);
+                raise(p.max, largest, at(c), Index(c), padded);
             else
-                raise(max, at(c), padded);
+                raise(p.max, at(c), padded);
         }
-        for (int64_t i = 0; i < count; ++i) {
-            if (max[i] == -std::numeric_limits<T>::infinity()) max[i] = T(0);
-            // Of probabilities, the largest class is the row's own.
-            y[i] = a.probabilities ? largest[i] : r.label(n, d0 + i);
-            if (y[i] == a.ignore_index && !a.probabilities) y[i] = ignored;
-            own_x[i] = y[i] >= 0 ? at(y[i])[i] : T(0);
-        }
-        if (soft) gather_soft(n, d0, count, padded);
-        for (int64_t c = 0; c < a.c; ++c) exp_in_place(at(c), max, padded);
-        for (int64_t i = 0; i < count; ++i) {
-            own[i] = y[i] >= 0 ? at(y[i])[i] : T(0);
-            if (y[i] >= 0) at(y[i])[i] = T(0);
-        }
-        for (int64_t c = 0; c < a.c; ++c) add(others, at(c), padded);
-
-        bool any_ignored = false;
-        for (int64_t i = 0; i < count; ++i) {
-            own_weight[i] = y[i] < 0 || a.probabilities ? 0 : double(r.hard) * r.class_weight(y[i]);
-            any_ignored |= y[i] == ignored;
-        }
-        std::fill(own + count, own + padded, T(0));
-        logarithms(others, own, padded, log_sum, log1p_others);
-        for (int64_t i = 0; i < count; ++i) {
-            if (own[i] == T(1)) log_sum[i] = log1p_others[i];
-            const double own_loss = log_sum[i] + (own[i] == T(1) ? 0 : double(max[i]) - double(own_x[i]));
-            losses[i] = y[i] < 0 || a.probabilities ? 0 : own_weight[i] * own_loss;
-            if (soft && y[i] != ignored) losses[i] += masses[i] * log_sum[i] - dots[i];
-        }
-        if (!a.grad.data && !a.grad_target.data) return;
-        for (int64_t i = 0; i < count; ++i) {
-            const double in = y[i] == ignored ? 0 : r.incoming(n, d0 + i);
-            const double mass = soft ? masses[i] : 0, sum = others[i] + double(own[i]);
-            g[i] = T(in);
-            factor[i] = T(in * (own_weight[i] + mass) / sum);
-            // p - 1 as minus the others' share: exact where p is near 1.
-            if (a.probabilities)
-                own[i] = T(in * (rest[i] - mass * others[i] / sum));
-            else if (y[i] >= 0)
-                own[i] = T(in * ((mass * double(own[i]) - own_weight[i] * others[i]) / sum -
-                                 double(r.soft) * r.class_weight(y[i])));
-        }
-        if (a.grad.data) {
-            for (int64_t c = 0; c < a.c; ++c) {
-                if (soft)
-                    slope(at(c), factor, g, part(c), padded);
-                else
-                    multiply_each(at(c), factor, padded);
-            }
-            for (int64_t i = 0; i < count; ++i)
-                if (y[i] >= 0) at(y[i])[i] = own[i];
-            if (any_ignored)
-                for (int64_t i = 0; i < count; ++i)
-                    for (int64_t c = 0; y[i] == ignored && c < a.c; ++c) at(c)[i] = T(0);
-            for (int64_t c = 0; c < a.c; ++c)
-                store(a.grad.at(a.grad.row(n, d0) + c * a.grad.stride[1]), a.grad.dtype, a.grad.stride[2],
-                      count, at(c));
-        }
-        if (a.grad_target.data) target_gradient(n, d0, count);
+        for (int64_t i = 0; i < padded; ++i) p.max[i] = p.max[i] == -infinity ? T(0) : p.max[i];
     }
 
-private:
-    using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;  // as wide as T, for whole vectors
-    static constexpr int64_t most = 256, ignored = -2;
-    const Rows<T>& r;
-    const RowsArgs& a;
-    const int64_t width;
-    const bool soft;
-    std::vector<T> tile, parts;
-    alignas(64) T max[most], own_x[most], own[most], factor[most] = {}, g[most] = {};
-    alignas(64) double others[most], dots[most], masses[most], rest[most], own_weight[most], log_sum[most],
-        log1p_others[most];
-    alignas(64) Index largest[most];
-    int64_t y[most];
+    // Each position's own class, its logit and its weight.
+    void settle(int64_t n, int64_t d0, int64_t count, int64_t padded) {
+        if (a.probabilities)
+            std::copy_n(largest, count, p.y);
+        else
+            r.labels(n, d0, count, p.y);
+        any_ignored = false;
+        for (int64_t i = 0; i < count && !a.probabilities; ++i) {
+            any_ignored |= p.y[i] == a.ignore_index;
+            p.y[i] = p.y[i] == a.ignore_index ? p.ignored : p.y[i];
+        }
+        std::fill(p.y + count, p.y + padded, p.ignored);
+        for (int64_t i = 0; i < padded; ++i) p.own_x[i] = p.y[i] >= 0 ? at(p.y[i])[i] : -infinity;
+        for (int64_t i = 0; i < padded && !r.weight; ++i) p.weight[i] = p.y[i] >= 0 ? 1.0 : 0.0;
+        for (int64_t i = 0; i < padded && r.weight; ++i)
+            p.weight[i] = p.y[i] >= 0 ? double(r.weight[p.y[i]]) : 0.0;
+    }
 
-    T* at(int64_t c) { return tile.data() + c * width; }
-    T* part(int64_t c) { return parts.data() + c * width; }
+    void incoming(int64_t n, int64_t d0, int64_t count) {
+        if (a.incoming.data)
+            load_strided<double>(a.incoming.at(a.incoming.row(n, d0)), a.incoming.dtype, a.incoming.stride[2],
+                                 count, p.incoming);
+        else
+            std::fill_n(p.incoming, count, 1.0);
+        for (int64_t i = 0; i < count && a.mean; ++i) p.incoming[i] /= r.denominator;
+    }
+
+    // The exps become the gradient.
+    void write(int64_t n, int64_t d0, int64_t count, int64_t padded) {
+        for (int64_t c = 0; c < a.c; ++c) {
+            if (soft)
+                slope(at(c), p.factor, p.g, part(c), padded);
+            else
+                multiply_each(at(c), p.factor, padded);
+        }
+        for (int64_t i = 0; i < count; ++i)
+            if (p.y[i] >= 0) at(p.y[i])[i] = p.own[i];
+        for (int64_t i = 0; i < count && any_ignored; ++i)
+            for (int64_t c = 0; p.y[i] == p.ignored && c < a.c; ++c) at(c)[i] = T(0);
+        for (int64_t c = 0; c < a.c; ++c)
+            store(a.grad.at(a.grad.row(n, d0) + c * a.grad.stride[1]), a.grad.dtype, a.grad.stride[2], count,
+                  at(c));
+    }
 
     void gather_soft(int64_t n, int64_t d0, int64_t count, int64_t padded) {
-        std::fill_n(dots, padded, 0.0);
-        std::fill_n(masses, padded, 0.0);
-        std::fill_n(rest, padded, 0.0);
+        std::fill_n(p.dots, padded, 0.0);
+        std::fill_n(p.masses, padded, 0.0);
+        std::fill_n(p.rest, padded, 0.0);
         for (int64_t c = 0; c < a.c; ++c) {
             const T w = r.weight ? r.weight[c] : T(1);
             if (a.probabilities) {
@@ -594,17 +694,15 @@ private:
                                 a.target.stride[2], count, part(c));
                 std::fill(part(c) + count, part(c) + padded, T(0));
                 weigh<T>(part(c), r.hard * w, r.soft * w, nullptr, padded);
+                add_but_largest(p.rest, part(c), largest, Index(c), padded);
             } else {
                 std::fill_n(part(c), padded, r.soft * w);
+                add(p.masses, part(c), padded);
             }
-            if (a.probabilities)
-                add_but_largest(rest, part(c), largest, Index(c), padded);
-            else
-                add(masses, part(c), padded);
-            add_products(dots, part(c), at(c), max, padded);
+            add_products(p.dots, part(c), at(c), p.max, padded);
         }
-        if (a.probabilities)
-            for (int64_t i = 0; i < count; ++i) masses[i] = rest[i] + double(part(y[i])[i]);
+        for (int64_t i = 0; i < count && a.probabilities; ++i)
+            p.masses[i] = p.rest[i] + double(part(p.y[i])[i]);
     }
 
     void target_gradient(int64_t n, int64_t d0, int64_t count) {
@@ -615,7 +713,7 @@ private:
             const T scale = r.hard * (r.weight ? r.weight[c] : T(1));
             for (int64_t i = 0; i < count; ++i) {
                 const bool absent = part(c)[i] == T(0) && x[i] == -std::numeric_limits<T>::infinity();
-                x[i] = absent ? T(0) : g[i] * scale * ((max[i] - x[i]) + T(log_sum[i]));
+                x[i] = absent ? T(0) : p.g[i] * scale * ((p.max[i] - x[i]) + T(p.log_sum[i]));
             }
             store(a.grad_target.at(a.grad_target.row(n, d0) + c * a.grad_target.stride[1]),
                   a.grad_target.dtype, a.grad_target.stride[2], count, x);
@@ -626,12 +724,7 @@ private:
 // Returns -1, or the position (n * d) of the first class index that is out of range.
 template <class T>
 int64_t cross_entropy(RowsArgs a) {
-    if (a.d == 1) {
-        // (N, C, 1) is (1, C, N): positions lie along d, for the tiles to be full.
-        for (Grid* grid : {&a.input, &a.target, &a.incoming, &a.loss, &a.grad, &a.grad_target})
-            grid->stride[2] = grid->stride[0];
-        std::swap(a.n, a.d);
-    }
+    a.lay_along_d();
     Rows<T> rows(a);
     if (!a.probabilities) {
         if (const int64_t bad = rows.check(); bad >= 0) return bad;

@@ -113,17 +113,17 @@ MUTANTS = [
     kernel("parallel.h", "for (int64_t i = whole; i < n; ++i) sums[i - whole]", "for (int64_t i = whole; i + 1 < n; ++i) sums[i - whole]", KERNELS + " and mse_loss"),
     kernel("parallel.h", "(u[j + 2 * lanes] + u[j + 3 * lanes])", "u[j + 2 * lanes]", KERNELS + f" and {CE}"),
     # rows
-    kernel("rows.h", "if (y < 0 || y >= a.c)", "if (y < 0 || y > a.c)", "index and function", **ERRORS),
+    kernel("rows.h", "(y < 0 || y >= classes)", "(y < 0 || y > classes)", "index and function", **ERRORS),
     kernel("rows.h", "return a.mean ? g / denominator : g;", "return g;", KERNELS + f" and {CE}"),
     kernel("rows.h", "s.others *= factor;", "", KERNELS + f" and {CE}"),
     kernel("rows.h", "s.dot += s.mass * (s.max - double(origin));", "s.dot -= s.mass * (s.max - double(origin));", KERNELS + f" and {CE}"),
     kernel("rows.h", "return mass * log_sum() - dot;", "return mass * log_sum() + dot;", KERNELS + f" and {CE}"),
     kernel("rows.h", "scale * std::exp(origin - s.max)", "scale", KERNELS + f" and {CE}"),
-    kernel("rows.h", "masses[i] * log_sum[i] - dots[i]", "masses[i] * log_sum[i]", KERNELS + f" and {CE}"),
-    kernel("rows.h", "mass * double(own[i]) - own_weight[i] * others[i]", "mass * double(own[i]) + own_weight[i] * others[i]", KERNELS + f" and {CE}"),
+    kernel("rows.h", "p.masses[i] * log_sum - p.dots[i]", "p.masses[i] * log_sum", KERNELS + f" and {CE}"),
+    kernel("rows.h", "mass * double(p.own[i]) - own_weight * p.others[i]", "mass * double(p.own[i]) + own_weight * p.others[i]", KERNELS + f" and {CE}"),
     # the negative log likelihood
-    kernel("gather.h", "losses[i] = -w * load_one", "losses[i] = w * load_one", KERNELS + f" and {NLL}"),
-    kernel("gather.h", "-w * rows.incoming(n, d)", "-w", KERNELS + f" and {NLL}"),
+    kernel("gather.h", "loss = -w * load_one", "loss = w * load_one", KERNELS + f" and {NLL}"),
+    kernel("gather.h", "-w * rows.incoming(n, d0 + i)", "-w", KERNELS + f" and {NLL}"),
     # triplets
     kernel("triplet.h", "out[i] = f * v[i] + g * w[i];", "out[i] = f * v[i] - g * w[i];", KERNELS + f" and {TRIPLET}"),
     kernel("triplet.h", "scale /= double(ties);", "", "share_the"),
