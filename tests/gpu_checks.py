@@ -123,23 +123,35 @@ def test_gradients_stay_where_the_formula_has_them_at_extremes(generator: Genera
     torch.testing.assert_close(grad[0, 0].item(), -2 * math.exp(-40), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("classes", [21, 100])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
-def test_gradient_over_the_logits(
-    classes: int, dtype: torch.dtype, generator: Generator, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("block", [64, 16])
+@pytest.mark.parametrize("target", ["indices", "smoothed", "one-hot", "nearly", "tied"])
+def test_digits_near_certainty(
+    target: str, block: int, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The step of linear losses: the same bits as the gradient beside the logits."""
-    monkeypatch.setattr(rows, "tile", lambda *_: rows.Tile(2, 32, classes <= 32, 4))
-    case = next(c for c in CASES if str(c) == "cross_entropy-all")
-    (x, y), options = case.example((9, classes), dtype, generator)
-    weight = options["weight"]
-    call = RowsCall("cross_entropy", False, "none", options["ignore_index"], 0.2, torch.float32)
-    incoming = torch.randn(9, generator=generator).to(DEVICE)
-    losses, _ = rows.forward(call, (x, y, weight), ())
-    grad, _ = rows.backward(call, (x, y, weight), (True, False, False), incoming)
-    found = torch.empty_like(losses)
-    rows.softmax_gradient_(call, x, y, weight, incoming, found)
-    assert grad is not None and same_bits(x, grad) and same_bits(found, losses)
+    """A logit 30 above the others, at the start, within a later block and at the end."""
+    monkeypatch.setattr(rows, "tile", lambda *_: rows.Tile(2, block, block == 64, 4))
+    y = tensor([0, 20, 39])
+    x = torch.randint(1024, (3, 40), generator=generator) / 1024  # differences are exact
+    x[torch.arange(3), y] += 30
+    if target == "tied":
+        x[:, 7] = x[torch.arange(3), y]
+    options = {"label_smoothing": 0.1} if target == "smoothed" else {}
+    q = torch.nn.functional.one_hot(y, 40).float()
+    q = q.lerp(torch.full_like(q, 1 / 40), 1e-9) if target == "nearly" else q
+    given = y if target in ("indices", "smoothed") else q
+
+    def both(x: Tensor, q: Tensor) -> list[Tensor]:
+        moving = [t.to(DEVICE).requires_grad_() for t in (x, q) if t.is_floating_point()]
+        losses = functional.cross_entropy(
+            moving[0], [*moving, q.to(DEVICE)][1], **options, reduction="none"
+        )
+        return [losses.detach(), *torch.autograd.grad(losses.sum(), moving)]
+
+    found = both(x, given)
+    with formula_path():
+        expected = both(x.double(), given if given is y else given.double())
+    for a, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=4 * 2**-23, atol=0)
 
 
 def test_whether_triton_is_there_is_a_constant_for_the_compiler() -> None:
@@ -367,6 +379,8 @@ NEAR_ONE = [1 + k * 2.0**-20 for k in (-9, -1, 0, 1, 9)]
 TINY = [0.0, 1e-45, 1e-40, 1.2e-38, 1e-30, 1e-8, 6e-8, 1e-4]
 DOMAINS = {
     "exp": [-110.0, -104.0, -88.0, -20.5, -1.0, *TINY, 0.3, 1.0, 10.0, 88.7, 90.0, math.inf],
+    "exp_softmax": [-math.inf, -87.3, -30.1, -20.5, -1.0, *(-t for t in TINY)],
+    "tanh": [-math.inf, -20.0, -0.63, -0.62, *TINY, *(-t for t in TINY), 0.3, 1.0, 9.0, math.inf],
     "log": [*TINY, *NEAR_ONE, 0.5, 0.75, 1.5, 3.0, 1e10, 3e38, math.inf, -1.0],
     "log_or_zero": [*TINY, *NEAR_ONE, 7.0],
     "log1p": [
@@ -384,9 +398,20 @@ DOMAINS = {
     "sigmoid": [-math.inf, -100.0, -50.0, -2.0, *TINY, 2.0, 20.0, 100.0, math.inf],
     "log_sigmoid": [-math.inf, -1e5, -50.0, -2.0, *TINY, 2.0, 20.0, 80.0, 100.0],
 }
-ULP = {"exp": 1, "log": 1, "log_or_zero": 1, "log1p": 1, "sigmoid": 2, "log_sigmoid": 2}
+ULP = {
+    "exp": 1,
+    "exp_softmax": 2,
+    "tanh": 2,
+    "log": 1,
+    "log_or_zero": 1,
+    "log1p": 1,
+    "sigmoid": 2,
+    "log_sigmoid": 2,
+}
 EXACT: dict[str, Callable[[float], float]] = {
     "exp": lambda x: math.exp(x) if x < 700 else x,
+    "exp_softmax": lambda x: math.exp(x),
+    "tanh": math.tanh,
     "log": lambda x: math.nan if x < 0 else math.log(x) if x else -math.inf,
     "log_or_zero": lambda x: math.log(x) if x else 0.0,
     "log1p": lambda x: math.log1p(x) if x > -1 else -math.inf,

@@ -20,12 +20,21 @@ _ONE = tl.constexpr(0x3F800000)  # the bits of 1, of 3/4, and of infinity
 _THREE_QUARTERS = tl.constexpr(0x3F400000)
 _INFINITE = tl.constexpr(0x7F800000)
 _FRACTION = tl.constexpr(0x007FFFFF)
+_ROUND = tl.constexpr(3.0 * 2**22 + 127)  # the sum's low bits are those of the exponent of 2^k
+_LEAST_EXPONENT = tl.constexpr(-126 * 0.69314718055994530942)
 
 _E2 = tl.constexpr(float.fromhex("0x1.fffffcp-2"))
 _E3 = tl.constexpr(float.fromhex("0x1.555492p-3"))
 _E4 = tl.constexpr(float.fromhex("0x1.5558bp-5"))
 _E5 = tl.constexpr(float.fromhex("0x1.12398ep-7"))
 _E6 = tl.constexpr(float.fromhex("0x1.6a4d6ap-10"))
+
+_T0 = tl.constexpr(-1.61468768441708447952e3)
+_T1 = tl.constexpr(-9.92877231001918586564e1)
+_T2 = tl.constexpr(-9.64399179425052238628e-1)
+_U0 = tl.constexpr(4.84406305325125486048e3)
+_U1 = tl.constexpr(2.23548839060100448583e3)
+_U2 = tl.constexpr(1.12811678491632931402e2)
 
 _L3 = tl.constexpr(float.fromhex("0x1.5555a4p-2"))
 _L4 = tl.constexpr(float.fromhex("-0x1.000046p-2"))
@@ -82,6 +91,33 @@ def _exp(x):
     out = y * _float((half + 127) << 23) * _float((both - half + 127) << 23)
     out = tl.where(x < -104.0, 0.0, out)
     return tl.where(x > 89.0, inf, out)
+
+
+@triton.jit
+def exp_softmax(x):
+    return tl.exp(x) if x.dtype == tl.float64 else _exp_softmax(x)
+
+
+@triton.jit
+def _exp_softmax(x):
+    """The device's own exp2 of the remainder alone, where it is good to 2 ULP."""
+    shifted = x * _LOG2E + _ROUND
+    k = shifted - _ROUND
+    r = (x - k * _LN2_HI) - k * _LN2_LO
+    out = tl.exp2(r * _LOG2E) * _float(_bits(shifted) << 23)
+    return tl.where(x < _LEAST_EXPONENT, 0.0, out)
+
+
+@triton.jit
+def tanh(x):
+    """A rational approximation near 0 (Cephes), else from exp(-2 |x|)."""
+    z = x * x
+    size = tl.abs(x)
+    p = (z * _T2 + _T1) * z + _T0
+    q = ((z + _U2) * z + _U1) * z + _U0
+    e = exp_softmax(size * -2.0)
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(size < 0.625, x + x * z * (p / q), tl.where(x < 0.0, -far, far))
 
 
 @triton.jit

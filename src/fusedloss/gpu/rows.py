@@ -111,23 +111,6 @@ def rescale(
     _cross_entropy(call, input, target, weight, incoming, None, None, grads, divisor, stored=True)
 
 
-def softmax_gradient_(
-    call: RowsCall,
-    logits: Tensor,
-    target: Tensor,
-    weight: Slot,
-    incoming: Tensor,
-    losses: Tensor,
-) -> None:
-    """Writes the losses of rows (N, C), and over the rows their gradients times `incoming` of each.
-
-    A step of linear losses, which hold a chunk of the logits at a time. A row is read whole before it
-    is written to, or, where it does not fit, block by block, by the threads that then write the block.
-    """
-    assert call.reduction == "none"
-    _cross_entropy(call, logits, target, weight, incoming, losses, None, (logits, None))
-
-
 def _gradients(call: RowsCall, input: Tensor, target: Tensor, needed: Sequence[bool]) -> list[Slot]:
     """Memory for the gradients that are needed; its dimensions d1, ... are always collapsible."""
     grads: list[Slot] = [None, None]
@@ -276,7 +259,7 @@ def _read(
 
 
 @triton.jit
-def _labels(target, strides, n, d, position, inside, classes, ignore_index, claim, words, record):
+def labels(target, strides, n, d, position, inside, classes, ignore_index, claim, words, record):
     """Class indices, -1 where a row does not count; which of them are out of range."""
     y = tl.load(target + n * strides[0] + d * strides[1], mask=inside, other=0).to(tl.int64)
     ignored = y == ignore_index
@@ -324,7 +307,7 @@ def _one_value(
     inside = position < positions
     n = position // across
     d = position % across
-    y, bad = _labels(
+    y, bad = labels(
         target, target_strides, n, d, position, inside, classes, ignore_index, claim, words, record
     )
     counted = y >= 0
@@ -486,12 +469,20 @@ def _soft_part(
 
 
 @triton.jit
-def _gather(t, is_own, part, top, origin, others, mass, dot, SOFT: tl.constexpr):
+def exp_to(x, origin, EXACT: tl.constexpr):
+    """exp(x - origin), where `origin` is the greatest x: exact for logits that have the digits."""
+    return m.exp_softmax(x - origin) if EXACT else tl.exp(x - origin)
+
+
+@triton.jit
+def gather(
+    t, is_own, part, top, origin, others, mass, dot, SOFT: tl.constexpr, EXACT: tl.constexpr
+):
     """Adds classes to the sums, brought to the new greatest logit."""
     new_top = tl.maximum(top, tl.max(t, 1))
     new = tl.where(new_top == -float("inf"), 0.0, new_top)
-    shrink = tl.where(top == -float("inf"), 0.0, tl.exp(origin - new))
-    e = tl.exp(t - new[:, None])
+    shrink = tl.where(top == -float("inf"), 0.0, exp_to(origin, new, EXACT))
+    e = exp_to(t, new[:, None], EXACT)
     others = others * shrink + tl.sum(tl.where(is_own, 0.0, e), 1)
     if SOFT:
         # A class without probability does not count, not even where its logit is -inf.
@@ -502,12 +493,43 @@ def _gather(t, is_own, part, top, origin, others, mass, dot, SOFT: tl.constexpr)
 
 
 @triton.jit
-def _slope(t, is_own, part, origin, factor, g, own_slope, counted, SOFT: tl.constexpr):
-    slope = tl.exp(t - origin[:, None]) * factor[:, None]
+def _gather_greatest(t, part, top, origin, others, mass, dot, own, rest, EXACT: tl.constexpr):
+    """The same of probabilities, whose own class is that of the greatest logit: `own` counts them.
+
+    `rest` is the mass of the others.
+    """
+    new_top = tl.maximum(top, tl.max(t, 1))
+    finite = tl.where(tl.abs(new_top) == float("inf"), float("nan"), new_top)
+    is_greatest = t == finite[:, None]
+    raised = new_top > top
+    others = tl.where(raised, others + own, others)
+    new_top, new, others, new_mass, dot = gather(
+        t, is_greatest, part, top, origin, others, mass, dot, True, EXACT
+    )
+    own = tl.where(raised, 0.0, own) + tl.sum(is_greatest.to(t.dtype), 1)
+    rest = tl.where(raised, mass, rest) + tl.sum(tl.where(is_greatest, 0.0, part), 1)
+    return new_top, new, others, new_mass, dot, own, rest
+
+
+@triton.jit
+def _slope(
+    t, is_own, part, origin, factor, g, own_slope, counted, SOFT: tl.constexpr, EXACT: tl.constexpr
+):  # fmt: skip
+    slope = exp_to(t, origin[:, None], EXACT) * factor[:, None]
     if SOFT:
         slope -= g[:, None] * part
     slope = tl.where(is_own, own_slope[:, None], slope)
     return tl.where(counted[:, None], slope, 0.0)
+
+
+@triton.jit
+def _target_slope(t, part, c, weight, classes, origin, log_total, scale):
+    """scale * -log p, times the weight; 0 for a masked class without probability."""
+    slope = scale[:, None] * ((origin[:, None] - t) + log_total[:, None])
+    slope = tl.where((part == 0.0) & (t == -float("inf")), 0.0, slope)
+    if weight is not None:
+        slope = slope * tl.load(weight + c, mask=c < classes, other=0.0)[None, :]
+    return slope
 
 
 @triton.jit(do_not_specialize=["record", "ignore_index"])
@@ -549,6 +571,8 @@ def _softmax_rows(
     BLOCK: tl.constexpr,
 ):
     SOFT: tl.constexpr = PROBABILITIES or SMOOTH
+    # Results of half types have no use for the digits that the GPU's own exp loses.
+    EXACT: tl.constexpr = x.dtype.element_ty.primitive_bitwidth >= 32
     if STORED:
         if tl.load(incoming) == 1.0:
             return
@@ -567,7 +591,7 @@ def _softmax_rows(
     y = tl.full((ROWS,), -1, tl.int64)
     bad = inside & False
     if not PROBABILITIES:
-        y, bad = _labels(
+        y, bad = labels(
             target,
             target_strides,
             n,
@@ -593,6 +617,8 @@ def _softmax_rows(
     others = tl.zeros((ROWS,), COMPUTE)
     mass = tl.zeros((ROWS,), COMPUTE)
     dot = tl.zeros((ROWS,), COMPUTE)
+    own = tl.zeros((ROWS,), COMPUTE)
+    rest = tl.zeros((ROWS,), COMPUTE)
     label = y.to(tl.int32)[:, None]
     step = tl.arange(0, BLOCK)
     if SINGLE:
@@ -606,9 +632,14 @@ def _softmax_rows(
                 target, weight, target_strides, n, first, lane, inside, step, classes, hard_part,
                 soft_part, PROBABILITIES, COMPUTE, INDEX,
             )  # fmt: skip
-        top, origin, others, mass, dot = _gather(
-            t, is_own, part, top, origin, others, mass, dot, SOFT
-        )
+        if PROBABILITIES:
+            top, origin, others, mass, dot, own, rest = _gather_greatest(
+                t, part, top, origin, others, mass, dot, own, rest, EXACT
+            )
+        else:
+            top, origin, others, mass, dot = gather(
+                t, is_own, part, top, origin, others, mass, dot, SOFT, EXACT
+            )
     else:
         # A block is on its way while the one before is summed.
         known = inside[:, None] & (step < classes)[None, :]
@@ -626,15 +657,22 @@ def _softmax_rows(
                     target, weight, target_strides, n, first, lane, inside, c, classes, hard_part,
                     soft_part, PROBABILITIES, COMPUTE, INDEX,
                 )  # fmt: skip
-            top, origin, others, mass, dot = _gather(
-                t.to(COMPUTE), c[None, :] == label, part, top, origin, others, mass, dot, SOFT
-            )
+            t = t.to(COMPUTE)
+            if PROBABILITIES:
+                top, origin, others, mass, dot, own, rest = _gather_greatest(
+                    t, part, top, origin, others, mass, dot, own, rest, EXACT
+                )
+            else:
+                top, origin, others, mass, dot = gather(
+                    t, c[None, :] == label, part, top, origin, others, mass, dot, SOFT, EXACT
+                )
 
-    own = tl.where(counted & (y >= 0), tl.exp(own_x - origin), 0.0)
+    if not PROBABILITIES:
+        own = tl.where(counted, exp_to(own_x, origin, EXACT), 0.0)
     total = others + own
-    log_total = m.log(total)
-    # Where the target is the largest, log1p keeps the digits that 1 + others loses.
-    own_loss = tl.where(own == 1.0, m.log1p(others), log_total + (origin - own_x))
+    # Where the own class is the largest, log1p keeps the digits that 1 + others loses.
+    log_total = tl.where(own == 1.0, m.log1p(others), m.log(total))
+    own_loss = log_total + tl.where(own == 1.0, 0.0, origin - own_x)
     hard_weight = own_weight * hard_part
     value = tl.where(y >= 0, hard_weight * own_loss, 0.0)
     if SOFT:
@@ -663,17 +701,22 @@ def _softmax_rows(
         factor = g * (hard_weight + mass) / total
         # p - 1 as minus the others' share: exact where p is near 1.
         own_slope = g * ((mass * own - hard_weight * others) / total - soft_part * own_weight)
-        top = origin + log_total
+        greatest = origin
+        if PROBABILITIES:
+            # B p - b of the largest class as (B - b) - B (1 - p), for the same reason.
+            own_slope = g * (rest - mass * others / total)
+            greatest = tl.where(own == 1.0, origin, float("nan"))
         if SINGLE:
             if grad is not None:
-                slope = _slope(t, is_own, part, origin, factor, g, own_slope, counted, SOFT)
+                if PROBABILITIES:
+                    is_own = t == greatest[:, None]
+                slope = _slope(t, is_own, part, origin, factor, g, own_slope, counted, SOFT, EXACT)
                 at = _at(grad, grad_strides, n, first, lane, step, INDEX)
                 tl.store(at, slope.to(grad.dtype.element_ty), mask=known)
             if grad_target is not None:
-                slope = (g * hard_part)[:, None] * (top[:, None] - t)
-                if weight is not None:
-                    w = tl.load(weight + step, mask=step < classes, other=0.0)
-                    slope = slope * w[None, :]
+                slope = _target_slope(
+                    t, part, step, weight, classes, origin, log_total, g * hard_part
+                )
                 at = _at(grad_target, grad_target_strides, n, first, lane, step, INDEX)
                 tl.store(at, slope.to(grad_target.dtype.element_ty), mask=known)
         else:
@@ -685,22 +728,25 @@ def _softmax_rows(
                 at = _at(x, x_strides, n, first, lane, c, INDEX)
                 t = tl.load(at, mask=known, other=-float("inf"), eviction_policy="evict_first")
                 t = t.to(COMPUTE)
+                is_own = c[None, :] == label
+                if PROBABILITIES:
+                    is_own = t == greatest[:, None]
+                part = 0.0
+                if SOFT:
+                    part = _soft_part(
+                        target, weight, target_strides, n, first, lane, inside, c, classes,
+                        hard_part, soft_part, PROBABILITIES, COMPUTE, INDEX,
+                    )  # fmt: skip
                 if grad is not None:
-                    part = 0.0
-                    if SOFT:
-                        part = _soft_part(
-                            target, weight, target_strides, n, first, lane, inside, c, classes,
-                            hard_part, soft_part, PROBABILITIES, COMPUTE, INDEX,
-                        )  # fmt: skip
                     slope = _slope(
-                        t, c[None, :] == label, part, origin, factor, g, own_slope, counted, SOFT
+                        t, is_own, part, origin, factor, g, own_slope, counted, SOFT, EXACT
                     )
                     at = _at(grad, grad_strides, n, first, lane, c, INDEX)
                     tl.store(at, slope.to(grad.dtype.element_ty), mask=known, cache_modifier=".cs")
                 if grad_target is not None:
-                    slope = (g * hard_part)[:, None] * (top[:, None] - t)
-                    if weight is not None:
-                        slope = slope * tl.load(weight + c, mask=c < classes, other=0.0)[None, :]
+                    slope = _target_slope(
+                        t, part, c, weight, classes, origin, log_total, g * hard_part
+                    )
                     at = _at(grad_target, grad_target_strides, n, first, lane, c, INDEX)
                     slope = slope.to(grad_target.dtype.element_ty)
                     tl.store(at, slope, mask=known, cache_modifier=".cs")
