@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import re
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from triton.backends.compiler import GPUTarget
 import fusedloss  # noqa: F401  (fills the registry)
 from fusedloss import gpu
 from fusedloss.define import REGISTRY
-from fusedloss.gpu import launch
+from fusedloss.gpu import launch, linear
+from fusedloss.linear.call import LinearCall, Rows
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -191,6 +193,55 @@ class Call:
         value.backward(torch.empty_like(value))
 
 
+STEPS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "all": {"smoothing": 0.1, "softcap": 30.0, "z_loss": 1e-4, "logit_scale": 0.5},
+    "statistics": {"statistics": True},
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """The row step of linear losses over a chunk of logits."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    option: str = "plain"
+    hot: bool = False
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        return f"linear {self.option} {str(self.dtype).removeprefix('torch.')} {shape}"
+
+    def forward(self) -> None:
+        """With the gradient; `both` adds the step without it, of a forward alone."""
+        self._run(True)
+
+    def both(self) -> None:
+        self._run(True)
+        self._run(False)
+
+    def _run(self, differentiate: bool) -> None:
+        settings = {"smoothing": 0.0, "z_loss": 0.0, "softcap": 0.0, "logit_scale": 1.0}
+        settings = {**settings, "statistics": False, **STEPS[self.option]}
+        logits, compute = torch.empty(self.shape, dtype=self.dtype), wide_dtype(self.dtype)
+        call = LinearCall(
+            "linear_cross_entropy", False, "none", -100, **settings,
+            memory_budget=0, chunk_rows=0, dtype=compute,
+        )  # fmt: skip
+        one = torch.empty(self.shape[0], dtype=compute)
+        many = Rows(one, one, one, one) if call.statistics else Rows(one)
+        incoming = Rows(one, one, one) if call.statistics else Rows(one)
+        target = torch.empty(self.shape[0], 1, dtype=torch.int64)
+        weight = torch.empty(self.shape[1], dtype=compute) if self.option == "all" else None
+        given = incoming if differentiate else None
+        linear.step(call, logits, target[:, 0], weight, many, given, 0, target.shape)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
 def flat(sizes: int | tuple[int, ...]) -> tuple[int, ...]:
     return (sizes,) if isinstance(sizes, int) else sizes
 
@@ -201,7 +252,7 @@ CE, SOFT = "cross_entropy", "cross_entropy[probabilities]"
 WIDE, VOCABULARY, LARGEST = (4096, 1024), (4096, 32768), (1024, 128256)
 PIXELS, MANY = (4, 21, 256, 256), (4, 1000, 32, 32)
 
-CALLS = [
+CALLS: list[Call | Step] = [
     *(Call(f, (4096, 4096), F32, hot=True) for f in ("mse_loss", "kl_div")),
     *(Call(f, (4096, 4096), BF16, hot=True) for f in ("binary_cross_entropy", LOGITS, "kl_div")),
     Call(LOGITS, (4096, 4096), F32, "pos_weight", hot=True),
@@ -211,6 +262,14 @@ CALLS = [
     Call(SOFT, VOCABULARY, F32, hot=True),
     Call("nll_loss", VOCABULARY, F32, hot=True),
     Call("triplet_margin_loss", (65536, 512), F32, hot=True),
+    *(Step((512, classes), BF16, hot=True) for classes in (32000, 128256)),
+    Step((256, 32000), F32, hot=True),
+    *(
+        Step((64, classes), dtype, option)
+        for classes in (1000, 32000, 128256)
+        for dtype in (F32, F64, BF16, F16)
+        for option in STEPS
+    ),
     *(
         Call(key, (4096, 4096), dtype, option, reduction)
         for key, row in REGISTRY.items()
@@ -237,18 +296,29 @@ CALLS = [
 ]
 
 
-def main(arguments: list[str]) -> int:
-    """Compiles for the targets named, or for all: a line for each specialisation."""
-    targets = arguments or list(TARGETS)
+def everything() -> list[Specialisation]:
+    """What the table launches, in an order by which any part of it is a sample."""
     with recorded() as found:
         for call in CALLS:
             call.both()
-    spilling = 0
-    for target, kernel in itertools.product(targets, found):
+    kernels = list(found)
+    random.Random(0).shuffle(kernels)
+    return kernels
+
+
+def main(arguments: list[str]) -> int:
+    """Compiles for the targets named, or for all: a line for each specialisation."""
+    targets = arguments or list(TARGETS)
+    kernels, spilling, distinct = everything(), 0, set()
+    for target, kernel in itertools.product(targets, kernels):
         numbers = compiled(kernel, TARGETS[target])
         spilling += numbers.spills > 0
+        distinct.add((target, numbers.assembly))
         print(f"{target} {kernel}: {numbers}", flush=True)
-    print(f"{len(found)} kernels for {len(targets)} targets, {spilling} of them with spills")
+    print(
+        f"{len(kernels)} kernels for {len(targets)} targets, {len(distinct)} of them distinct, "
+        f"{spilling} with spills"
+    )
     return 0
 
 

@@ -17,7 +17,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from gpu_kernels import CALLS, TARGETS, Call, compiled, recorded
+from gpu_kernels import CALLS, TARGETS, Call, Step, compiled, everything, recorded
 
 HERE = Path(__file__).parent
 # Of test_losses.py: what does not run kernels, or runs them over too much to interpret.
@@ -27,6 +27,7 @@ EVERY = "160"
 PARTS = {
     "options": ("gpu_checks.py", "test_option"),
     "checks": ("gpu_checks.py", "not test_option"),
+    "linear": ("gpu_linear.py", ""),
     "losses": ("test_losses.py", f"{NOT} and not depend_on_its_batch"),
 }
 
@@ -62,7 +63,7 @@ def test_on_a_gpu(part: str, record_property: Callable[[str, object], None]) -> 
     record_property(f"GPU kernels on a GPU, {part}", pytest_in("cuda", file, keep))
 
 
-# `python tests/gpu_kernels.py` compiles all calls for all targets, with their backward.
+# `make nightly` compiles all calls for all targets, with their backward.
 COMPILED = [
     (call, target)
     for k, call in enumerate(c for c in CALLS if c.hot)
@@ -75,7 +76,7 @@ COMPILED = [
     ("call", "target"), COMPILED, ids=[f"{call}-{target}" for call, target in COMPILED]
 )
 def test_compiles_without_a_spill(
-    call: Call, target: str, record_property: Callable[[str, object], None]
+    call: Call | Step, target: str, record_property: Callable[[str, object], None]
 ) -> None:
     with recorded() as found:
         call.forward()
@@ -84,6 +85,17 @@ def test_compiles_without_a_spill(
         numbers = compiled(kernel, TARGETS[target])
         record_property(f"{target} {kernel}", str(numbers))
         assert numbers.spills == 0, f"{kernel} spills registers on {target}"
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("target", TARGETS)
+def test_everything_compiles(target: str, record_property: Callable[[str, object], None]) -> None:
+    """An hour for each target."""
+    kernels = [(kernel, compiled(kernel, TARGETS[target])) for kernel in everything()]
+    spilling = [f"{kernel}: {numbers}" for kernel, numbers in kernels if numbers.spills]
+    record_property(f"kernels for {target}", f"{len(kernels)}, {len(spilling)} with spills")
+    for line in spilling:
+        record_property(f"{target} spills", line)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -151,11 +151,11 @@ def _kernel_gap(call: Call | LinearCall, tensors: tuple[Tensor | None, ...]) -> 
     return None
 
 
-def note(loss: str, kernel: str | None, why: str) -> None:
+def note(loss: str, kernel: str | None, why: str, device: str = "CPU") -> None:
     """Counts a call that another module dispatches, and tells `explain` of it."""
     calls[loss, "kernel" if kernel else "formula"] += 1
     if _trace is not None:
-        _trace.append(Route(loss, kernel, why))
+        _trace.append(Route(loss, kernel, why, device))
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Route:

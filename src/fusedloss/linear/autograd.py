@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import autograd, errors
+from .. import autograd, errors, gpu
 from .call import LinearCall, Slot, Slots
 from .chunks import run
 
@@ -45,6 +45,8 @@ class Chunked(torch.autograd.Function):
     def backward(ctx: Any, *incoming: Slot) -> tuple[Slot, ...]:
         call, needed = ctx.call, ctx.needs_input_grad[1:]
         saved = ctx.saved_tensors
+        if gpu.serves(saved[0]) and gpu.problem() is None:
+            gpu.family("flags").raise_pending(saved[0].device)
         tensors, stored = saved[: len(needed)], saved[len(needed) :]
         if all(g is None for g in incoming):
             grads: Sequence[Slot] = [None] * len(needed)

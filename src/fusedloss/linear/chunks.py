@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import errors
+from .. import errors, gpu
 from ..cpu import linear as kernel
 from ..reduce import wide
 from . import steps
@@ -53,9 +53,9 @@ def plan(call: LinearCall, input: Tensor, classes: int, differentiate: bool) -> 
             f"memory_budget = {budget} bytes does not hold one row of {classes} classes and "
             f"{features} features: the least is {per_row + fixed}",
         )
-    if differentiate or not input.is_cpu or call.logits > 1:
+    if differentiate or not on_host(input) or call.logits > 1:
         # Where there is no kernel, torch operations take copies of the logits.
-        per_row *= 1 if input.is_cpu else 6
+        per_row *= 1 if on_host(input) or takes_triton(call, input) else 6
         # An eighth is for what the matrix products take themselves.
         most, width = (budget * 7 // 8 - fixed) // per_row, classes
     else:
@@ -87,6 +87,17 @@ def run(
     return call.results(loop.results, tensors), loop.grads
 
 
+def on_host(input: Tensor) -> bool:
+    """Whether the row steps are those of the C++ core."""
+    return input.is_cpu and not gpu.serves(input)
+
+
+def takes_triton(call: LinearCall, input: Tensor) -> bool:
+    """Whether the row steps are Triton's; elsewhere they are torch operations."""
+    indices = call.family == "linear" and not call.probabilities
+    return indices and gpu.serves(input) and gpu.problem() is None
+
+
 class _Loop:
     def __init__(
         self,
@@ -104,7 +115,7 @@ class _Loop:
         self.classes, self.heads = linear_weight.shape[:2]
         self.plan = plan(call, input, self.classes, any(needed))
         self.weight = None if weight is None else weight.to(wide(input)).contiguous()
-        self.vectors = torch.float64 if input.is_cpu else wide(input)
+        self.vectors = torch.float64 if on_host(input) else wide(input)
         self.results = Rows(*(self.of_rows() for _ in range(4 if call.statistics else 1)))
         self.incoming = self.incoming_rows(incoming) if any(needed) else None
         self.grads = self.gradients(needed)
@@ -149,7 +160,7 @@ class _Loop:
         for a in range(0, n, self.plan.rows):
             b = min(a + self.plan.rows, n)
             rows = slice(a, b) if kept is None else kept[a:b]
-            if self.incoming is None and self.input.is_cpu and self.call.logits == 1:
+            if self.incoming is None and on_host(self.input) and self.call.logits == 1:
                 self.evaluate(product, head, rows, b - a)
             else:
                 self.differentiate(product, head, rows, b - a, add=a > 0)
@@ -160,7 +171,7 @@ class _Loop:
 
     def kept(self, head: int) -> Slot:
         """The rows that count; None where all do, or where to find out would stop a queue."""
-        if not self.input.is_cpu or self.grads[3] is not None:
+        if not on_host(self.input) or self.grads[3] is not None:
             return None
         counted = self.call.counted(self.target)
         masks = [] if counted is None else [counted[:, head]]
@@ -221,9 +232,17 @@ class _Loop:
     def step(
         self, logits: Tensor, head: int, rows: Index, results: Rows, incoming: Rows | None
     ) -> None:
+        if takes_triton(self.call, self.input):
+            assert self.target is not None and isinstance(rows, slice)
+            target, first = self.target[:, head][rows], rows.start * self.heads + head
+            given = (self.call, logits, target, self.weight, results, incoming)
+            try:
+                return gpu.family("linear").step(*given, first, self.target.shape)
+            except gpu.Failed as failed:
+                gpu.turn_off(failed)
         grad_target = self.grads[3]
         grad_target = None if grad_target is None else grad_target[:, :, head][rows]
-        advance = kernel.step if self.input.is_cpu else steps.step
+        advance = kernel.step if on_host(self.input) else steps.step
         target = self.targets(head, rows)
         advance(self.call, logits, target, self.weight, results, incoming, grad_target)
 
@@ -242,7 +261,7 @@ class _DistillLoop(_Loop):
         self, logits: Tensor, head: int, rows: Index, results: Rows, incoming: Rows | None
     ) -> None:
         assert isinstance(self.call, DistillCall)
-        advance = kernel.distill if self.input.is_cpu else steps.distill
+        advance = kernel.distill if on_host(self.input) else steps.distill
         target = None if self.target is None else self.targets(head, rows)
         advance(self.call, logits, self.teacher(rows), target, results, incoming)
 

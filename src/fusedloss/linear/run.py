@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import route
+from .. import gpu, route
 from . import op
 from .autograd import Chunked, check_range
 from .call import LinearCall, Slot, Slots
@@ -19,7 +19,9 @@ def dispatch(call: LinearCall, tensors: Slots, given: Slot) -> tuple[Tensor, ...
             op.run(call, tensors) if _operator_serves(call, tensors) else call.by_formula(*tensors)
         )
     why = _formula_reason(call, tensors)
-    route.note(call.loss, None if why else call.family, why or "no transform needs the formula")
+    device = "GPU" if gpu.serves(tensors[0]) else "CPU"
+    kernel, because = None if why else call.family, why or "no transform needs the formula"
+    route.note(call.loss, kernel, because, device)
     if given is not None and not call.probabilities:
         check_range(call, tensors, given)
     if why:
