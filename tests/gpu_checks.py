@@ -373,6 +373,34 @@ def test_the_formula_differentiates_where_triton_fails_in_backward(
     torch.testing.assert_close(x.grad, 2 * x.detach())
 
 
+@pytest.mark.parametrize("within", ["forward", "backward"])
+@pytest.mark.parametrize("function", ["cross_entropy", "triplet_margin_loss"])
+def test_the_formula_runs_in_a_compiled_graph_where_triton_fails(
+    function: str, within: str, failing: Callable[[], None]
+) -> None:
+    case = next(c for c in CASES if c.loss.name == function)
+    tensors, _ = case.example((5, 4), torch.float32, Generator().manual_seed(0))
+    x, *rest = tensors
+    compiled = torch.compile(case.loss.function, fullgraph=True, backend="aot_eager")
+
+    def both(function: Callable[..., Tensor], fails: bool = False) -> tuple[Tensor, Tensor]:
+        leaf = x.detach().clone().requires_grad_()
+        value = function(leaf, *rest)
+        if fails:
+            failing()
+        return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+    expected = both(case.loss.torch_function)
+    torch.testing.assert_close(both(compiled), expected)
+    if within == "forward":
+        failing()
+    with pytest.warns(UserWarning, match="Triton failed") as told:
+        found = both(compiled, within == "backward")
+    assert len(told) == 1
+    for outcome in (found, both(compiled)):
+        torch.testing.assert_close(outcome, expected)
+
+
 # The functions of the namespace
 
 NEAR_ONE = [1 + k * 2.0**-20 for k in (-9, -1, 0, 1, 9)]

@@ -6,13 +6,15 @@ the tensors of its call and then the settings, field by field.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import autograd
+from . import autograd, gpu
 from .calls import Call, RowsCall, TripletCall
 
 KINDS = {"str": "str", "bool": "bool", "int": "int", "float": "float", "torch.dtype": "ScalarType"}
@@ -20,6 +22,7 @@ TENSORS = {
     RowsCall: ("Tensor input", "Tensor target", "Tensor? weight"),
     TripletCall: ("Tensor anchor", "Tensor positive", "Tensor negative"),
 }
+T = TypeVar("T")
 LIBRARY = torch.library.Library("fusedloss", "DEF")
 
 
@@ -30,6 +33,37 @@ def settings(call: Any) -> tuple[Any, ...]:
 def run(call: Call, tensors: tuple[Tensor | None, ...]) -> Tensor:
     """The loss by its operator: what `autograd.run` is to eager calls."""
     return getattr(torch.ops.fusedloss, call.family)(*tensors, *settings(call))
+
+
+@contextlib.contextmanager
+def _differentiating() -> Iterator[None]:
+    """Autograd is off within an operator: here it is on."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
+
+
+def _unless_triton_fails(tensor: Tensor, kernel: Callable[[], T], formula: Callable[[], T]) -> T:
+    """As `route.dispatch` does, for a graph that was compiled with the operator in it."""
+    if not (gpu.serves(tensor) and gpu.problem()):
+        try:
+            return kernel()
+        except gpu.Failed as failed:
+            gpu.turn_off(failed)
+    return formula()
+
+
+def _gradients_by_formula(
+    call: Call, tensors: tuple[Any, ...], needed: list[bool], incoming: Tensor
+) -> list[Tensor | None]:
+    with _differentiating():
+        pairs = zip(tensors, needed, strict=True)
+        leaves = [t.detach().requires_grad_() if need else t for t, need in pairs]
+        grads = autograd.redo(call, leaves, needed, incoming)
+    return [g if g is None else g.detach() for g in grads]
 
 
 def _define(kind: type[RowsCall] | type[TripletCall]) -> None:
@@ -44,7 +78,11 @@ def _define(kind: type[RowsCall] | type[TripletCall]) -> None:
 
         call, tensors = kind(*arguments[count:]), arguments[:count]
         count_kernel(call.loss)
-        return autograd.engine(call, tensors[0]).forward(call, tensors, ())[0]
+        return _unless_triton_fails(
+            tensors[0],
+            lambda: autograd.engine(call, tensors[0]).forward(call, tensors, ())[0],
+            lambda: call.by_formula(*tensors),
+        )
 
     def forward_fake(*arguments: Any) -> Tensor:
         call, tensors = kind(*arguments[count:]), arguments[:count]
@@ -53,7 +91,11 @@ def _define(kind: type[RowsCall] | type[TripletCall]) -> None:
 
     def backward(incoming: Tensor, needed: list[bool], *arguments: Any) -> list[Tensor]:
         call, tensors = kind(*arguments[count:]), arguments[:count]
-        grads = autograd.engine(call, tensors[0]).backward(call, tensors, needed, incoming)
+        grads = _unless_triton_fails(
+            tensors[0],
+            lambda: autograd.engine(call, tensors[0]).backward(call, tensors, needed, incoming),
+            lambda: _gradients_by_formula(call, tensors, needed, incoming),
+        )
         pairs = zip(grads, tensors, strict=False)
         return [g.sum_to_size(t.shape) for g, t in pairs if g is not None]
 
