@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from test_linear import REDUCTIONS, SETTINGS, Problem
 from torch import Generator, Tensor
 
 import fusedloss
-from fusedloss import gpu, linear_cross_entropy, linear_log_prob
+from fusedloss import gpu, linear_cross_entropy, linear_kl_div, linear_log_prob
 from fusedloss.gpu import linear, rows
 from fusedloss.linear import chunks
 from fusedloss.linear.call import LinearCall, Rows
@@ -173,3 +173,21 @@ def test_the_route(generator: Generator) -> None:
     on_device(problem, {})
     route = fusedloss.explain(linear_cross_entropy, **problem.tensors)
     assert (route.kernel, route.device) == ("linear", "GPU")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", ["indices", "probabilities", "distilled"])
+def test_compiled_whole(kind: str, reduction: str, generator: Generator) -> None:
+    """The steps by torch operations differentiate within the operator, too."""
+    problem = Problem(generator, probabilities=kind == "probabilities", shape=(5, 3, 20))
+    on_device(problem, {})
+    function: Callable[..., Tensor] = linear_cross_entropy
+    settings: dict[str, Any] = {"reduction": reduction}
+    if kind == "distilled":
+        function, problem.learned = linear_kl_div, ["input", "linear_weight", "linear_bias"]
+        settings["teacher_logits"] = problem.normal(5, 20).to(DEVICE)
+        del problem.tensors["target"]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with formula_path():
+        expected = problem.run(function, **settings)
+    torch.testing.assert_close(problem.run(compiled, **settings), expected)

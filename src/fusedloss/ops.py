@@ -36,7 +36,7 @@ def run(call: Call, tensors: tuple[Tensor | None, ...]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _differentiating() -> Iterator[None]:
+def differentiating() -> Iterator[None]:
     """Autograd is off within an operator: here it is on."""
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
@@ -59,7 +59,7 @@ def _unless_triton_fails(tensor: Tensor, kernel: Callable[[], T], formula: Calla
 def _gradients_by_formula(
     call: Call, tensors: tuple[Any, ...], needed: list[bool], incoming: Tensor
 ) -> list[Tensor | None]:
-    with _differentiating():
+    with differentiating():
         pairs = zip(tensors, needed, strict=True)
         leaves = [t.detach().requires_grad_() if need else t for t, need in pairs]
         grads = autograd.redo(call, leaves, needed, incoming)

@@ -128,8 +128,9 @@ def _define(kind: type[LinearCall], names: tuple[str, ...]) -> None:
     LIBRARY.define(
         f"{name}_backward(Tensor[] incoming, bool[] arrived, bool[] needed, {arguments}) -> Tensor[]"
     )
-    LIBRARY.impl(name, forward, "CPU")
-    LIBRARY.impl(f"{name}_backward", backward, "CPU")
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, forward, key)
+        LIBRARY.impl(f"{name}_backward", backward, key)
     torch.library.register_fake(f"fusedloss::{name}", forward_fake, lib=LIBRARY)
     torch.library.register_fake(f"fusedloss::{name}_backward", backward_fake, lib=LIBRARY)
     torch.library.register_autograd(

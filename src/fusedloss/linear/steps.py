@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops import differentiating
 from ..reduce import wide
 from .call import LinearCall, Rows, Slot
 from .distill import DistillCall
@@ -23,7 +24,7 @@ def step(
 
     `target` is (n) or (n, C); `results` and `incoming` hold a number for each row.
     """
-    with torch.set_grad_enabled(incoming is not None):
+    with torch.no_grad() if incoming is None else differentiating():
         x = logits.detach().to(wide(logits)).requires_grad_(incoming is not None)
         q = target.detach().requires_grad_(grad_target is not None)
         rows = call.rows(x.unsqueeze(2), q.unsqueeze(-1), weight)
@@ -54,7 +55,7 @@ def distill(
     incoming: Rows | None = None,
 ) -> None:
     """The same for the divergence from a teacher's logits (n, C)."""
-    with torch.set_grad_enabled(incoming is not None):
+    with torch.no_grad() if incoming is None else differentiating():
         x = logits.detach().to(wide(logits)).requires_grad_(incoming is not None)
         losses = call.divergences(x, teacher.detach(), target)
     results.loss.copy_(losses.detach())
