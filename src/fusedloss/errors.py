@@ -122,14 +122,13 @@ def position(linear: int, sizes: Sequence[int]) -> str:
 
 
 def out_of_range(
-    function: str, input: Tensor, target: Tensor, linear: int, ignore_index: int
+    function: str, target: Tensor, linear: int, classes: int, ignore_index: int
 ) -> NoReturn:
     """Refuses the class index at a linear position of the target."""
     unsigned = target.dtype is torch.uint64  # whose larger values torch cannot hand over
     value = int((target.view(torch.int64) if unsigned else target).flatten()[linear])
     if unsigned:
         value %= 2**64
-    classes = input.shape[min(input.dim() - 1, 1)]
     index_out_of_range(function, target.shape, linear, value, classes, ignore_index)
 
 

@@ -117,20 +117,21 @@ def dispatch(loss: str, call: Call, tensors: tuple[Any, ...], why: str | None = 
     if _trace is not None:
         _trace.append(Route(loss, None, why))
     if isinstance(call, RowsCall) and not call.probabilities:
-        _check_range(call, *tensors[:2])
+        input, target, _ = tensors
+        classes = input.shape[min(input.dim() - 1, 1)]
+        check_range(loss, target, classes, call.ignore_index)
     return call.by_formula(*tensors)
 
 
-def _check_range(call: RowsCall, input: Tensor, target: Tensor) -> None:
-    """What the kernels check, where the formula runs and the class indices can be read."""
+def check_range(loss: str, target: Tensor, classes: int, ignore_index: int) -> None:
+    """IndexError for the first class index out of range, where it can be read without a sync."""
     if not (target.is_cpu and autograd.is_plain(target)) or _is_tracing():
         return
-    classes = input.shape[min(input.dim() - 1, 1)]
     index = target.to(torch.int64)
-    outside = (index != call.ignore_index) & ((index < 0) | (index >= classes))
+    outside = (index != ignore_index) & ((index < 0) | (index >= classes))
     if outside.any():
         position = int(outside.flatten().nonzero()[0])
-        errors.out_of_range(call.loss, input, target, position, call.ignore_index)
+        errors.out_of_range(loss, target, position, classes, ignore_index)
 
 
 def _kernel_gap(call: Call | LinearCall, tensors: tuple[Tensor | None, ...]) -> str | None:

@@ -120,4 +120,4 @@ def _launch(
     if outside == NO_MEMORY:
         errors.no_memory(call.loss)
     if outside >= 0:
-        errors.out_of_range(call.loss, input, target, outside, call.ignore_index)
+        errors.out_of_range(call.loss, target, outside, c, call.ignore_index)

@@ -8,23 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import autograd, errors, gpu
+from .. import autograd, gpu
 from .call import LinearCall, Slot, Slots
 from .chunks import run
-
-
-def check_range(call: LinearCall, tensors: Slots, given: Tensor) -> None:
-    """IndexError for the first class index out of range, where it can be read without a sync."""
-    linear_weight = tensors[1]
-    assert linear_weight is not None
-    if not (given.is_cpu and autograd.is_plain(given)) or torch._C._is_tracing():
-        return
-    classes, index = linear_weight.shape[0], given.to(torch.int64)
-    outside = (index != call.ignore_index) & ((index < 0) | (index >= classes))
-    if outside.any():
-        position = int(outside.flatten().nonzero()[0])
-        logits = torch.empty(1, classes, device="meta")
-        errors.out_of_range(call.loss, logits, given, position, call.ignore_index)
 
 
 class Chunked(torch.autograd.Function):

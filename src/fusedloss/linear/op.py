@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import route
 from ..ops import KINDS, LIBRARY, settings
 from ..reduce import wide
-from .autograd import check_range, redo
+from .autograd import redo
 from .call import LinearCall, Slot, Slots
 from .chunks import run as run_chunks
 from .distill import DistillCall
@@ -69,13 +70,12 @@ def _define(kind: type[LinearCall], names: tuple[str, ...]) -> None:
         return given[:count], given[count], kind(*given[count + 1 :])
 
     def forward(*given: Any) -> list[Tensor]:
-        from ..route import count_kernel
-
         tensors, needed, call = parts(given)
-        count_kernel(call.loss)
+        route.count_kernel(call.loss)
         target = tensors[3]
         if target is not None and not call.probabilities:
-            check_range(call, tensors, target.squeeze(1) if target.shape[1] == 1 else target)
+            own = target.squeeze(1) if target.shape[1] == 1 else target
+            route.check_range(call.loss, own, tensors[1].shape[0], call.ignore_index)
         results, grads = run_chunks(call, tensors, needed)
         return [*results, *(g for g in grads if g is not None)]
 

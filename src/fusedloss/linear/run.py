@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import gpu, route
 from . import op
-from .autograd import Chunked, check_range
+from .autograd import Chunked
 from .call import LinearCall, Slot, Slots
 from .chunks import run as run_chunks
 
@@ -23,7 +23,9 @@ def dispatch(call: LinearCall, tensors: Slots, given: Slot) -> tuple[Tensor, ...
     kernel, because = None if why else call.family, why or "no transform needs the formula"
     route.note(call.loss, kernel, because, device)
     if given is not None and not call.probabilities:
-        check_range(call, tensors, given)
+        linear_weight = tensors[1]
+        assert linear_weight is not None
+        route.check_range(call.loss, given, linear_weight.shape[0], call.ignore_index)
     if why:
         return call.by_formula(*tensors)
     differentiable = tensors[: call.gradients]
