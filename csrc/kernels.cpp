@@ -76,15 +76,19 @@ EXPORT int64_t fusedloss_cross_entropy(const fusedloss::RowsArgs* a) {
 }
 
 EXPORT int64_t fusedloss_linear(const fusedloss::LinearArgs* a) {
-    a->logits_dtype == fusedloss::F64 ? fusedloss::linear_rows<double>(*a)
-                                      : fusedloss::linear_rows<float>(*a);
-    return 0;
+    return guarded([&] {
+        a->logits_dtype == fusedloss::F64 ? fusedloss::linear_rows<double>(*a)
+                                          : fusedloss::linear_rows<float>(*a);
+        return int64_t(0);
+    });
 }
 
 EXPORT int64_t fusedloss_distill(const fusedloss::DistillArgs* a) {
-    a->student.dtype == fusedloss::F64 ? fusedloss::distill_rows<double>(*a)
-                                       : fusedloss::distill_rows<float>(*a);
-    return 0;
+    return guarded([&] {
+        a->student.dtype == fusedloss::F64 ? fusedloss::distill_rows<double>(*a)
+                                           : fusedloss::distill_rows<float>(*a);
+        return int64_t(0);
+    });
 }
 
 EXPORT int64_t fusedloss_nll_loss(const fusedloss::RowsArgs* a) {

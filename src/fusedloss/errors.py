@@ -143,11 +143,6 @@ def index_out_of_range(
     )
 
 
-def no_memory(function: str) -> NoReturn:
-    """Where a kernel found no memory for its scratch."""
-    fail(RuntimeError, function, "can't allocate memory for the kernel")
-
-
 def expands(function: str, shape: torch.Size, **tensors: Tensor) -> None:
     """Each tensor must broadcast to `shape` without enlarging it."""
     for name, tensor in tensors.items():

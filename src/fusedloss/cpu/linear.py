@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..linear.call import LinearCall, Rows, Slot
 from ..linear.distill import KINDS, DistillCall
-from .load import DTYPES, library
+from .load import DTYPES, library, run
 
 SUMS = 8  # doubles of LinearSums in csrc/linear.h
 ABSENT = (0, 0, 0, 0, 0)
@@ -46,7 +46,7 @@ def step(
         *map(_pointer, (sums, *results)),
         *_grid(grad_target),
     )
-    library().fusedloss_linear(arguments)
+    run("fusedloss_linear", call.loss, arguments)
 
 
 def distill(
@@ -69,7 +69,7 @@ def distill(
         *(teacher.data_ptr(), DTYPES[teacher.dtype], teacher.stride(0), call.teacher_softcap),
         *(_pointer(target), _pointer(incoming and incoming.loss), _pointer(results.loss)),
     )
-    library().fusedloss_distill(arguments)
+    run("fusedloss_distill", call.loss, arguments)
 
 
 def advise_huge_pages(tensor: Slot) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from .. import errors
+
 # The numbers of csrc/convert.h.
 DTYPES = {
     torch.float32: 0,
@@ -23,7 +25,7 @@ DTYPES = {
     torch.uint32: 10,
     torch.uint64: 11,
 }
-NO_MEMORY = -2  # what a kernel returns where it found none
+NO_MEMORY = -2  # no_memory of csrc/kernels.cpp
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -79,6 +81,14 @@ def library() -> ctypes.CDLL:
     if lib is None:
         raise RuntimeError(f"fusedloss: {why}")
     return lib
+
+
+def run(kernel: str, loss: str, arguments: bytes) -> int:
+    """What the kernel returns. RuntimeError where it finds no memory."""
+    found: int = getattr(library(), kernel)(arguments)
+    if found == NO_MEMORY:
+        errors.fail(RuntimeError, loss, "can't allocate memory for the kernel")
+    return found
 
 
 def problem() -> str | None:

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import errors
 from ..calls import PointwiseCall
 from ..formula import OutsideDomain
-from .load import DTYPES, NO_MEMORY, formula_numbers, library
+from .load import DTYPES, formula_numbers, run
 
 SLOTS = 8  # the arrays that have strides: three inputs, two multipliers, losses, two gradients
 DENSE = (1,) * SLOTS
@@ -138,8 +137,5 @@ def _launch(
         sizes, strides = _coalesce(shape, spread)
         fields = FIELDS.format(len(sizes) + len(strides))
         arguments = struct.pack(fields, *head, len(sizes), *arrays, *numbers, *sizes, *strides)
-    outside = library().fusedloss_pointwise(arguments)
-    if outside == NO_MEMORY:
-        errors.no_memory(call.formula.name)
-    if outside >= 0:
+    if run("fusedloss_pointwise", call.formula.name, arguments) >= 0:
         raise OutsideDomain

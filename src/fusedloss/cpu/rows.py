@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import errors, reduce
 from ..calls import RowsCall
-from .load import DTYPES, NO_MEMORY, library
+from .load import DTYPES, run
 
 Slot = Tensor | None
 ABSENT = (0, 0, 0, 0, 0)
@@ -116,8 +116,6 @@ def _launch(
         *_classes(grads[0]),
         *_classes(grads[1]),
     )
-    outside = getattr(library(), f"fusedloss_{call.loss}")(arguments)
-    if outside == NO_MEMORY:
-        errors.no_memory(call.loss)
+    outside = run(f"fusedloss_{call.loss}", call.loss, arguments)
     if outside >= 0:
         errors.out_of_range(call.loss, target, outside, c, call.ignore_index)

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import errors
 from ..calls import TripletCall
-from .load import DTYPES, NO_MEMORY, library
+from .load import DTYPES, run
 
 Slot = Tensor | None
 
@@ -101,5 +100,4 @@ def _launch(
             for n in _matrix(None if g is None else g.reshape(rows, features), features)
         ),
     )
-    if library().fusedloss_triplet(arguments) == NO_MEMORY:
-        errors.no_memory(call.loss)
+    run("fusedloss_triplet", call.loss, arguments)
