@@ -45,7 +45,7 @@ inline double tree_sum(double (&sums)[lanes]) {
     return sums[0];
 }
 
-// As many sums as lanes, of every so-many-th term, then a tree: the order depends on n alone.
+// Lane j sums the terms j, j + lanes, ..., and a tree sums the lanes: the order depends on n alone.
 template <class T>
 FUSEDLOSS_LOOP double ordered_sum(const T* __restrict v, int64_t n) {
     constexpr int lanes = std::is_same_v<T, double> ? 32 : 16;  // shorter sums where T is no narrower
@@ -55,17 +55,6 @@ FUSEDLOSS_LOOP double ordered_sum(const T* __restrict v, int64_t n) {
         for (int j = 0; j < lanes; ++j) sums[j] += double(v[i + j]);
     for (int64_t i = whole; i < n; ++i) sums[i - whole] += double(v[i]);
     return tree_sum(sums);
-}
-
-// The sum of the blocks' sums. What each addition loses is kept beside it (Knuth's two-sum).
-inline double total_sum(const std::vector<double>& sums) {
-    double total = 0, lost = 0;
-    for (const double term : sums) {
-        const double sum = total + term, added = sum - total;
-        lost += (total - (sum - added)) + (term - added);
-        total = sum;
-    }
-    return lost == lost ? total + lost : total;  // NaN where the sum is infinite
 }
 
 // The same of many terms of one sign, four of them added in T before they are widened: twice as fast.
@@ -81,6 +70,17 @@ FUSEDLOSS_LOOP double quick_sum(const T* __restrict v, int64_t n) {
     }
     for (int64_t i = whole; i < n; ++i) sums[i % lanes] += double(v[i]);
     return tree_sum(sums);
+}
+
+// The sum of the blocks' sums. What each addition loses is kept beside it (Knuth's two-sum).
+inline double total_sum(const std::vector<double>& sums) {
+    double total = 0, lost = 0;
+    for (const double term : sums) {
+        const double sum = total + term, added = sum - total;
+        lost += (total - (sum - added)) + (term - added);
+        total = sum;
+    }
+    return lost == lost ? total + lost : total;  // NaN where the sum is infinite
 }
 
 // A fresh tensor of this size costs more in page faults than in arithmetic; 2 MiB pages divide them by 512.

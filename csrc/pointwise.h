@@ -123,8 +123,8 @@ FUSEDLOSS_LOOP void stage(const F f, const Operands<T> in, int64_t n, T* __restr
 
 enum Losses { UNUSED, STORED, SUMMED };
 
-// The last loop, which sums in the order of ordered_sum. Absent results are not computed: the flags are known
-// to the compiler.
+// The last loop, which sums each lane and then a tree, in a fixed order. Absent results are not computed: the
+// flags are known to the compiler.
 template <class F, class T, Losses losses, bool grad0, bool grad1>
 FUSEDLOSS_LOOP double block(const F f, const Operands<T> in, int64_t n, T scale, T* __restrict loss,
                             T* __restrict g0, T* __restrict g1) {
