@@ -93,10 +93,8 @@ def mse_loss(
         if weight.is_complex():
             errors.not_floating(name, NotImplementedError, "mse_cpu", weight=weight)
         dtype = torch.promote_types(dtype, weight.dtype)
-        if weight.dtype is torch.float64:
-            input = input.to(
-                torch.float64
-            )  # the kernel computes in the widest type of its operands
+        if weight.dtype is torch.float64:  # the kernel computes in the widest type of its operands
+            input = input.double()
         if reduction == "mean":
             denominator = weight.sum(dtype=wide(weight))
     if input.dtype != target.dtype:  # an integer tensor beside a floating one takes its type
