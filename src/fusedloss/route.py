@@ -71,9 +71,8 @@ def formula_reason(call: Call | LinearCall, tensors: tuple[Tensor | None, ...]) 
             return f"the layout is {tensor.layout}"
         if tensor.is_neg():
             return "a tensor has a lazy sign"
-    if gap := _kernel_gap(call, tensors):
-        return gap
-    return gpu.problem() if gpu.serves(tensors[0]) else cpu.problem()
+    on_gpu = gpu.serves(tensors[0])
+    return _kernel_gap(call, tensors, on_gpu) or (gpu.problem() if on_gpu else cpu.problem())
 
 
 def count_kernel(loss: str) -> None:
@@ -88,7 +87,7 @@ def _operator_serves(call: Call, tensors: tuple[Tensor | None, ...]) -> bool:
         and not _transforms_active()
         and all(t is None or t.device.type in ("cpu", "cuda") for t in tensors)
         and not (tensors[0] is not None and tensors[0].is_cuda and gpu.problem())
-        and _kernel_gap(call, tensors) is None
+        and _kernel_gap(call, tensors, gpu.serves(tensors[0])) is None
     )
 
 
@@ -101,21 +100,16 @@ def dispatch(loss: str, call: Call, tensors: tuple[Any, ...], why: str | None = 
     why = why or formula_reason(call, tensors)
     if why is None:
         count_kernel(loss)
-        on_gpu = gpu.serves(tensors[0])
         if _trace is not None:
-            device = "GPU" if on_gpu else "CPU"
-            why = f"the tensors are plain {device} tensors"
-            _trace.append(Route(loss, call.name, why, device))
-        if not on_gpu:
-            return autograd.run(call, tensors)
+            device = "GPU" if gpu.serves(tensors[0]) else "CPU"
+            reason = f"the tensors are plain {device} tensors"
+            _trace.append(Route(loss, call.name, reason, device))
         try:
             return autograd.run(call, tensors)
         except gpu.Failed as failed:
             gpu.turn_off(failed)
             why = str(gpu.problem())
-    calls[loss, "formula"] += 1
-    if _trace is not None:
-        _trace.append(Route(loss, None, why))
+    note(loss, None, why)
     if isinstance(call, RowsCall) and not call.probabilities:
         input, target, _ = tensors
         classes = input.shape[min(input.dim() - 1, 1)]
@@ -134,10 +128,11 @@ def check_range(loss: str, target: Tensor, classes: int, ignore_index: int) -> N
         errors.out_of_range(loss, target, position, classes, ignore_index)
 
 
-def _kernel_gap(call: Call | LinearCall, tensors: tuple[Tensor | None, ...]) -> str | None:
+def _kernel_gap(
+    call: Call | LinearCall, tensors: tuple[Tensor | None, ...], on_gpu: bool
+) -> str | None:
     """What the kernels of this call cannot do, or None."""
     indices = 1 if call.family == "rows" else None  # the tensor that may hold class indices
-    on_gpu = gpu.serves(tensors[0])
     for k, tensor in enumerate(tensors):
         if tensor is None:
             continue
