@@ -8,9 +8,6 @@ programs do not stretch.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
-import gc
 import json
 import math
 import multiprocessing
@@ -31,7 +28,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import fusedloss
 from fusedloss.cli import bench
-from fusedloss.cli.measure import Step, available, reason, resident
+from fusedloss.cli.measure import Step, available, growth, reason, small_pages
 from fusedloss.linear.products import HALVES, multiplies_bfloat16
 
 MEBI = 2**20
@@ -172,17 +169,9 @@ def time_case(case: Case, rounds: int, threads: int) -> dict[str, list[float]]:
 def peak(case: Case, variant: str, threads: int) -> int:
     """The most resident memory of one call, in bytes beyond what is resident before it."""
     torch.set_num_threads(threads)
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: huge pages round up
+    small_pages()
     Work(Case(case.group, 64, 64, 512, case.dtype)).step(variant)()  # starts the threads
-    step = Work(case).step(variant)
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
-    before = resident("VmRSS")
-    step()
-    return resident("VmHWM") - before
+    return growth(Work(case).step(variant))
 
 
 def in_a_process(function: Callable[..., Any], *args: Any) -> Any:

@@ -298,15 +298,24 @@ def check(work: Workload, result: Result) -> None:
 
 def peak_memory(case: Case, variant: str) -> int:
     """The most resident memory of one call, in bytes beyond what is resident before it."""
-    # Huge pages round up by up to 2 MiB a tensor, which is no one's demand.
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
+    small_pages()
     torch.ones(1 << 20).exp_()  # starts the threads
     few = replace(case, shape=tuple(min(n, 128) for n in case.shape), against_plain=None)
     Workload(few).step(variant)()
     step = Workload(case).step(variant)
     if variant == "compile":
         step()
+    return growth(step)
+
+
+def small_pages() -> None:
+    """Huge pages round up by up to 2 MiB a tensor, which is no one's demand."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
+
+
+def growth(step: Step) -> int:
+    """The most resident memory of the call, in bytes beyond what is resident before it."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
