@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from fusedloss import cpu, formula
-from fusedloss.cli import exact, main, measured
-from fusedloss.cli.probes import probes
-from fusedloss.cli.verify import DTYPES, QUANTITIES, QUICK, bound, figure
+from fusedloss.cli import main
+from fusedloss.cli.verify import exact, measured
+from fusedloss.cli.verify.command import DTYPES, QUANTITIES, QUICK, bound, figure
+from fusedloss.cli.verify.probes import probes
 from fusedloss.define import REGISTRY
 
 PAGE = Path(__file__).parent.parent / "docs" / "accuracy.md"

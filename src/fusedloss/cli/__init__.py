@@ -1,6 +1,6 @@
 """The command `fusedloss`.
 
-A subcommand is a module of this package with `add_arguments(parser)` and `run(args) -> int`,
+A subcommand is a module or a package here with `add_arguments(parser)` and `run(args) -> int`,
 and one line in `COMMANDS`. Only the module of the subcommand that runs is imported.
 """
 

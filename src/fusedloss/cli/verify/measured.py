@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import cpu, route
-from ..calls import Call
-from ..cpu import load
-from ..define import REGISTRY, Loss
+from ... import cpu, route
+from ...calls import Call
+from ...cpu import load
+from ...define import REGISTRY, Loss
 from . import exact
 from .exact import Exact
 from .probes import Probe, flat
@@ -268,7 +268,7 @@ def _name(dtype: torch.dtype) -> str:
 def start(path: Path, folder: File, request: Any) -> subprocess.Popen[bytes]:
     given, found = folder / f"{path.name}.in", folder / f"{path.name}.out"
     given.write_bytes(pickle.dumps((path, *request)))
-    code = "from fusedloss.cli.measured import serve; import sys; serve(*sys.argv[1:])"
+    code = "from fusedloss.cli.verify.measured import serve; import sys; serve(*sys.argv[1:])"
     return subprocess.Popen(
         [sys.executable, "-c", code, str(given), str(found)],
         env={**os.environ, **path.environment},

@@ -16,8 +16,8 @@ import torch
 from mpmath import MPContext
 from torch import Tensor
 
-from .. import reduce
-from ..calls import Call, PointwiseCall, RowsCall, TripletCall
+from ... import reduce
+from ...calls import Call, PointwiseCall, RowsCall, TripletCall
 
 DIGITS = 50
 mp = MPContext()

@@ -19,14 +19,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .. import __version__, reduce
-from ..cpu.load import FLOATS
-from ..define import REGISTRY, Loss
+from ... import __version__, reduce
+from ...cpu.load import FLOATS
+from ...define import REGISTRY, Loss
+from ..selection import UsageError, among, check_writable, chosen_losses
+from ..tables import new_table, short
 from . import exact, measured
 from .measured import PYTORCH, SUM_BOUND, Errors, Path, Sum
 from .probes import Probe, probes
-from .selection import UsageError, among, check_writable, chosen_losses
-from .tables import new_table, short
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 QUICK = ("float32", "bfloat16")
