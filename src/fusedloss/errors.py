@@ -39,6 +39,13 @@ def not_tensors(function: str, kind: type[Exception], **arguments: object) -> No
     raise AssertionError("all arguments are tensors")
 
 
+def tensors(function: str, kind: type[Exception], **arguments: object) -> None:
+    """Each must be a tensor."""
+    for value in arguments.values():
+        if not isinstance(value, Tensor):
+            not_tensors(function, kind, **arguments)
+
+
 def integer(function: str, **numbers: object) -> None:
     """Each must be an integer of 64 bits."""
     for name, value in numbers.items():

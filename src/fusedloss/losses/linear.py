@@ -384,8 +384,7 @@ class Head:
         names = [f"{prefix}input", f"{prefix or 'linear_'}weight", f"{prefix or 'linear_'}bias"]
         tensors = zip(names, (input, linear_weight, linear_bias), strict=True)
         given = {key: tensor for key, tensor in tensors if tensor is not None}
-        if not all(isinstance(t, Tensor) for t in given.values()):
-            errors.not_tensors(name, TypeError, **given)
+        errors.tensors(name, TypeError, **given)
         errors.same_device(name, **given)
         self._check_shapes(names, input, linear_weight, linear_bias)
         if not input.is_floating_point():
@@ -457,10 +456,9 @@ class Head:
     def check_target(self, target: Tensor, weight: Tensor | None, ignore_index: int | None) -> bool:
         """Whether the target holds probabilities."""
         name = self.name
-        if not isinstance(target, Tensor):
-            errors.not_tensors(name, TypeError, target=target)
-        if not (weight is None or isinstance(weight, Tensor)):
-            errors.not_tensors(name, TypeError, weight=weight)
+        errors.tensors(name, TypeError, target=target)
+        if weight is not None:
+            errors.tensors(name, TypeError, weight=weight)
         errors.same_device(name, input=self.input, target=target, weight=weight)
         if ignore_index is not None:
             errors.integer(name, ignore_index=ignore_index)
@@ -511,10 +509,9 @@ class Head:
 
     def check_sample_weight(self, sample_weight: Tensor | None) -> Tensor | None:
         name, fits = self.name, (*self.batch, *self.out)
-        if not (sample_weight is None or isinstance(sample_weight, Tensor)):
-            errors.not_tensors(name, TypeError, sample_weight=sample_weight)
         if sample_weight is None:
             return None
+        errors.tensors(name, TypeError, sample_weight=sample_weight)
         errors.same_device(name, input=self.input, sample_weight=sample_weight)
         if sample_weight.shape != fits:
             errors.fail(
@@ -566,8 +563,7 @@ class Head:
             batch, classes = head.batch, (head.classes, *head.out)
             found: Slots = (head.input, head.linear_weight, head.linear_bias)
         else:
-            if not isinstance(logits, Tensor):
-                errors.not_tensors(name, TypeError, teacher_logits=logits)
+            errors.tensors(name, TypeError, teacher_logits=logits)
             if not logits.is_floating_point():
                 errors.not_floating(name, NotImplementedError, "softmax", teacher_logits=logits)
             batch, classes = logits.shape[:-1], logits.shape[-1:]
