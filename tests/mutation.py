@@ -51,7 +51,7 @@ class Mutant:
             path = root / self.file
             path.write_text(path.read_text().replace(self.old, self.new))
             if self.builds:
-                elsewhere.build(root, "-O1", "-w")
+                elsewhere.build(root, "-O0", "-w")
             done = elsewhere.pytest_there(root, ["-x", "-k", self.tests, *self.files])
         if done.returncode > 1:
             raise RuntimeError(
@@ -70,6 +70,8 @@ def kernel(file: str, old: str, new: str, tests: str, **more: Any) -> Mutant:
 
 REGRESSION, BINARY = "losses/regression.py", "losses/binary.py"
 DIVERGENCE, METRIC = "losses/divergence.py", "losses/metric.py"
+LINEAR: dict[str, Any] = {"files": ("tests/test_linear.py",)}
+HEADS = "loop_is_the_formula or log_prob or divergence"
 ERRORS: dict[str, Any] = {"files": ("tests/test_errors.py",)}
 CE, NLL, TRIPLET = "cross_entropy", "nll_loss", "triplet_margin_loss"
 
@@ -101,7 +103,7 @@ MUTANTS = [
     formula("calls.py", "flat = self.smoothing / max(log_p.shape[axis], 1)", "flat = self.smoothing / max(log_p.shape[axis] - 1, 1)", CE),
     formula("calls.py", "difference = a - b + self.eps", "difference = a - b", TRIPLET),
     formula("calls.py", "torch.clamp_min(self.margin + near - far, 0)", "torch.clamp_min(near - far, 0)", TRIPLET),
-    formula("reduce.py", "return losses.mean() if denominator is None else losses.sum() / denominator", "return losses.mean()", "batchmean or weight"),
+    formula("reduce.py", "return losses.mean() if denominator is None else losses.sum() / denominator", "return losses.mean()", "(batchmean or weight)"),
     formula("formula.py", "grads[0] * s if need", "s if need", "mse_loss"),
     # the loop of pointwise losses
     kernel("pointwise.h", "multiply(g1, m, n);", "", KERNELS + " and mse_loss"),
@@ -129,6 +131,17 @@ MUTANTS = [
     kernel("triplet.h", "scale /= double(ties);", "", "share_the"),
     kernel("triplet.h", "by_far = far < other ? 1 : other < far ? 0 : 0.5;", "by_far = far < other ? 1 : 0;", "share_the"),
     kernel("triplet.h", "= hinge < 0 ? 0 : hinge;", "= hinge;", KERNELS + f" and {TRIPLET}"),
+    # heads without logits
+    kernel("linear.h", "loss += a.z_loss * lse * lse;", "loss += a.z_loss * lse;", HEADS, **LINEAR),
+    kernel("linear.h", "g[i] *= (T(1) - t) * (T(1) + t);", "g[i] *= T(1) - t;", HEADS, **LINEAR),
+    kernel("linear.h", "s.own *= factor;", "", HEADS, **LINEAR),
+    kernel("linear.h", "factor * (s.products + (double(max) - double(top)) * s.sum())", "factor * s.products", HEADS, **LINEAR),
+    kernel("linear.h", "- slope * mean_x +", "+", HEADS, **LINEAR),
+    kernel("linear.h", "if (kept && a.first) s = *kept;", "", HEADS, **LINEAR),
+    kernel("distill.h", "if (sum > 0) sum *= std::exp(max - double(top));", "", HEADS, **LINEAR),
+    kernel("distill.h", "(a.kind == 2 ? 1 - a.beta : 1.0)", "1.0", HEADS, **LINEAR),
+    kernel("distill.h", "a.kind == 2 ? log_m : t, T(mean), out", "a.kind == 2 ? log_m : t, T(0), out", HEADS, **LINEAR),
+    kernel("distill.h", "s[y - c] -= T(g * a.hard_weight);", "", HEADS, **LINEAR),
     # types
     kernel("convert.h", "(u + 0x7fffu + ((u >> 16) & 1u)) >> 16", "u >> 16", KERNELS + " and mse_loss"),
     kernel("convert.h", "0xfffu + ((magnitude >> 13) & 1u)", "0xfffu", KERNELS + " and mse_loss"),

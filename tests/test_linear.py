@@ -143,6 +143,30 @@ def test_loop_is_the_formula(
     close(problem.run(linear_cross_entropy, **settings), expected)
 
 
+WIDE = (6, 5, 2500)  # more classes than a block of the kernels
+STRETCHES = 30_000  # bytes: without gradients, 64 of these classes at a time
+
+
+def rising(problem: Problem) -> Problem:
+    """With the greatest logit late: what was gathered relative to an earlier one is brought to it."""
+    problem.tensors["linear_bias"] += torch.linspace(0, 5, problem.c)
+    return problem
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("setting", ["plain", "weight", "all"])
+def test_loop_is_the_formula_over_many_classes(
+    setting: str, probabilities: bool, generator: Generator
+) -> None:
+    problem = rising(Problem(generator, probabilities=probabilities, shape=WIDE))
+    settings = problem.settings(setting)
+    with formula_path():
+        expected = problem.run(linear_cross_entropy, **settings)
+    close(problem.run(linear_cross_entropy, **settings), expected)
+    loss = linear_cross_entropy(**problem.tensors, **settings, memory_budget=STRETCHES)
+    torch.testing.assert_close(loss, expected[0])
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("probabilities", [False, True])
 @each_reduction
@@ -516,6 +540,14 @@ def test_log_prob(statistics: bool, settings: dict[str, Any], generator: Generat
     close(problem.run(compiled), expected)
 
 
+def test_log_prob_over_many_classes(generator: Generator) -> None:
+    problem = rising(Problem(generator, shape=WIDE))
+    expected = problem.run(plain_log_prob)
+    close(problem.run(linear_log_prob, statistics=True), expected)
+    found = linear_log_prob(**problem.tensors, statistics=True, memory_budget=STRETCHES)
+    close([*found], expected[: len(found)])
+
+
 def test_log_prob_by_torch_steps(generator: Generator, torch_steps: None) -> None:
     problem = Problem(generator)
     expected = problem.run(plain_log_prob)
@@ -554,12 +586,17 @@ def test_log_prob_of_bad_input() -> None:
 class Distillation(Problem):
     """A student and a teacher; both give some classes no probability at all."""
 
-    def __init__(self, generator: Generator, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__(generator, dtype)
+    def __init__(
+        self,
+        generator: Generator,
+        dtype: torch.dtype = torch.float64,
+        shape: tuple[int, int, int] = (N, D, C),
+    ) -> None:
+        super().__init__(generator, dtype, shape=shape)
         self.teacher = {
-            "teacher_input": self.normal(N, 7),
-            "teacher_weight": self.normal(C, 7),
-            "teacher_bias": self.normal(C),
+            "teacher_input": self.normal(self.n, 7),
+            "teacher_weight": self.normal(self.c, 7),
+            "teacher_bias": self.normal(self.c),
         }
 
     def logits(self) -> Tensor:
@@ -627,6 +664,15 @@ def test_divergence(divergence: str, setting: str, reduction: str, generator: Ge
         close(problem.run(linear_kl_div, **settings, **teacher, memory_budget=SMALL), expected)
     with formula_path():
         close(problem.run(linear_kl_div, **settings, **problem.teacher), expected)
+
+
+@each_divergence
+def test_divergence_over_many_classes(divergence: str, generator: Generator) -> None:
+    problem = rising(Distillation(generator, shape=WIDE))
+    problem.teacher["teacher_bias"] += torch.linspace(0, 3, problem.c)
+    settings = {**DISTILL["hard"], "divergence": divergence}
+    expected = problem.run(plain_divergence, **settings, teacher_logits=problem.logits())
+    close(problem.run(linear_kl_div, **settings, **problem.teacher), expected)
 
 
 @each_divergence

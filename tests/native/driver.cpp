@@ -366,13 +366,140 @@ void triplet_call(Random& r) {
         if (t != &total || t->dtype != F16) t->check_finite("triplet");
 }
 
+// Logits of rows with gaps between them, that a kernel may overwrite: `fill` brings them back.
+struct Head {
+    Tensor source, logits;
+
+    Head(Random& r, int64_t n, int64_t c, bool special)
+        : source(floats(r, float_type(r), {n, c}, DENSE, -4, 4, special)),
+          logits(make(r, source.dtype, {n, c + r.below(3)}, DENSE, untouched)) {
+        logits.sizes = source.sizes;
+    }
+    void fill() const {
+        const int64_t width = size_of(logits.dtype), row = source.sizes[1] * width;
+        for (int64_t n = 0; row && n < source.sizes[0]; ++n)
+            std::copy_n(source.memory.get() + n * row, row,
+                        logits.memory.get() + n * logits.strides[0] * width);
+    }
+};
+
+Tensor labels(Random& r, int64_t n, int64_t classes) {
+    Tensor t = make(r, I64, {n}, DENSE, gap);
+    for (int64_t k = 0; k < n; ++k) static_cast<int64_t*>(t.data())[k] = r.below(classes);
+    return t;
+}
+
+void linear_call(Random& r) {
+    LinearArgs a{};
+    const int64_t most = budget(r);
+    a.c = std::max<int64_t>(1, size(r, std::min<int64_t>(most, 4200)));
+    a.n = size(r, most / a.c);
+    a.differentiate = r.chance(50);
+    a.smoothing = r.chance(50) ? 0.0 : r.uniform(0, 1);
+    a.z_loss = r.chance(30) ? 0.01 : 0.0;
+    a.softcap = r.chance(30) ? 3.0 : 0.0;
+    a.logit_scale = r.chance(30) ? -0.7 : 1.0;
+    const bool special = r.chance(20), probabilities = r.chance(40);
+    const Sizes whole = {a.n, a.c};
+    Head head(r, a.n, a.c, special);
+    Tensor& logits = head.logits;
+    a.logits_dtype = logits.dtype;
+    a.logits_stride = logits.strides[0];
+    Tensor target, label, weight, grad_target;
+    if (probabilities) {
+        target = floats(r, float_type(r), whole, EXPANDED, 0, 1, special);
+        grad_target = output(r, a.differentiate && r.chance(50), float_type(r), whole, ANY);
+    } else {
+        label = labels(r, a.n, a.c);
+    }
+    if (r.chance(40)) weight = floats(r, logits.dtype == F64 ? F64 : F32, {a.c}, DENSE, 0.1, 2, special);
+    Tensor results[4], incoming[3], sums = make(r, F64, {a.n, 8}, DENSE, gap);
+    const auto doubles = [](const Tensor& t) { return static_cast<double*>(t.data()); };
+    for (Tensor& t : results) t = output(r, r.chance(70), F64, {a.n}, DENSE);
+    for (Tensor& t : incoming)
+        if (a.differentiate && r.chance(60)) t = floats(r, F64, {a.n}, DENSE, -1, 1, special);
+    const auto grid_of = [](const Tensor& t) {
+        return t ? Grid{t.data(), t.dtype, {t.strides[0], t.strides[1], 0}} : Grid{};
+    };
+    a.label = static_cast<const int64_t*>(label.data());
+    a.target = grid_of(target);
+    a.weight = weight.data();
+    a.incoming = doubles(incoming[0]);
+    a.incoming_lse = doubles(incoming[1]);
+    a.incoming_entropy = doubles(incoming[2]);
+    a.sums = doubles(sums);
+    a.loss = doubles(results[0]);
+    a.lse = doubles(results[1]);
+    a.entropy = doubles(results[2]);
+    a.correct = doubles(results[3]);
+    a.grad_target = grid_of(grad_target);
+    if (!label && !target) return;  // no rows
+
+    const int64_t parts = a.differentiate ? 1 : 1 + r.below(std::min<int64_t>(a.c, 3));
+    const auto run = [&] {
+        head.fill();
+        for (int64_t k = 0; k < parts; ++k) {
+            a.first = a.c * k / parts;
+            a.columns = a.c * (k + 1) / parts - a.first;
+            a.finish = k + 1 == parts;
+            a.logits = at(logits.data(), logits.dtype, a.first);
+            fusedloss_linear(&a);
+        }
+        return int64_t(-1);
+    };
+    on_both("linear", false, run,
+            {&logits, &results[0], &results[1], &results[2], &results[3], &grad_target});
+    if (special) return;
+    for (const Tensor* t : {&logits, &results[0], &results[1], &results[2], &grad_target})
+        t->check_finite("linear");
+}
+
+void distill_call(Random& r) {
+    DistillArgs a{};
+    const int64_t most = budget(r);
+    a.c = std::max<int64_t>(1, size(r, std::min<int64_t>(most, 4200)));
+    a.n = size(r, most / a.c);
+    a.kind = r.below(3);
+    a.differentiate = r.chance(50);
+    a.beta = r.uniform(0.1, 0.9);
+    a.temperature = r.chance(50) ? 1.0 : 2.5;
+    a.soft_weight = 0.75;
+    a.hard_weight = 0.25;
+    const bool special = r.chance(20);
+    Head student(r, a.n, a.c, special), teacher(r, a.n, a.c, special);
+    const auto logits = [&](const Head& head) {
+        const Tensor& t = head.logits;
+        return Logits{t.data(), t.dtype, t.strides[0], r.chance(30) ? 3.0 : 0.0};
+    };
+    a.student = logits(student);
+    a.teacher = logits(teacher);
+    Tensor label, incoming, loss = make(r, F64, {a.n}, DENSE, untouched);
+    if (r.chance(50)) label = labels(r, a.n, a.c);
+    if (r.chance(50)) incoming = floats(r, F64, {a.n}, DENSE, -1, 1, special);
+    a.label = static_cast<const int64_t*>(label.data());
+    a.incoming = static_cast<const double*>(incoming.data());
+    a.loss = static_cast<double*>(loss.data());
+    teacher.fill();
+    const auto run = [&] {
+        student.fill();
+        fusedloss_distill(&a);
+        return int64_t(-1);
+    };
+    on_both("distill", false, run, {&student.logits, &loss});
+    if (special) return;
+    student.logits.check_finite("distill");
+    loss.check_finite("distill");
+}
+
 void calls(uint64_t seed, int64_t count) {
     Random r(seed);
     for (int64_t k = 0; k < count; ++k) {
-        switch (r.below(4)) {
+        switch (r.below(6)) {
             case 0: pointwise_call(r); break;
             case 1: rows_call(r, false); break;
             case 2: rows_call(r, true); break;
+            case 3: linear_call(r); break;
+            case 4: distill_call(r); break;
             default: triplet_call(r); break;
         }
     }
