@@ -143,8 +143,8 @@ MUTANTS = [
     kernel("distill.h", "a.kind == 2 ? log_m : t, T(mean), out", "a.kind == 2 ? log_m : t, T(0), out", HEADS, **LINEAR),
     kernel("distill.h", "s[y - c] -= T(g * a.hard_weight);", "", HEADS, **LINEAR),
     # types
-    kernel("convert.h", "(u + 0x7fffu + ((u >> 16) & 1u)) >> 16", "u >> 16", KERNELS + " and mse_loss"),
-    kernel("convert.h", "0xfffu + ((magnitude >> 13) & 1u)", "0xfffu", KERNELS + " and mse_loss"),
+    kernel("convert.h", "(u + 0x7fffu + ((u >> 16) & 1u)) >> 16", "u >> 16", "ties_round"),
+    kernel("convert.h", "0xfffu + ((magnitude >> 13) & 1u)", "0xfffu", "ties_round"),
 ]
 # fmt: on
 SAMPLE = [m for m in MUTANTS if m.file.endswith(("regression.py", "divergence.py"))][:6]

@@ -77,7 +77,8 @@ def kernel_tests(root: Path) -> None:
     elsewhere.build(root, *MEMORY)
     environment = {
         # torch's own leaks are not ours to find, and nothing else in the process is instrumented.
-        "LD_PRELOAD": str(runtime("asan")),
+        # Where PyTorch throws, asan looks for the C++ library, which Python has not loaded first.
+        "LD_PRELOAD": f"{runtime('asan')} {runtime('stdc++')}",
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }

@@ -237,6 +237,17 @@ def _() -> None:
 
 @deviation
 def _() -> None:
+    """`binary_cross_entropy_with_logits` with a `pos_weight` of uint8: 0 - 1 does not wrap around"""
+    x, target = torch.tensor([2.0]), torch.tensor([0.5])
+    weight = tensor([0], dtype=torch.uint8)
+    for face, same in ((ours, True), (theirs, False)):
+        loss = face.binary_cross_entropy_with_logits
+        exact = loss(x, target, pos_weight=weight.float())
+        assert torch.allclose(loss(x, target, pos_weight=weight), exact) is same
+
+
+@deviation
+def _() -> None:
     """`triplet_margin_loss`: a distance does not overflow where its powers would"""
     a, b, c = torch.full((3, 1, 4), 1e200, dtype=torch.float64) * tensor([[[1]], [[2]], [[3]]])
     assert theirs.triplet_margin_loss(a, b, c).isnan()

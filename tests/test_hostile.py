@@ -299,9 +299,11 @@ MET: dict[str, Callable[[Call], bool]] = {
     "`triplet_margin_loss`: `p` must be above 0, and neither `p` nor `margin` NaN": lambda c: (
         not c.options.get("p", 2) > 0 or math.isnan(c.options.get("margin", 1))
     ),
-    "`triplet_margin_loss` of unsigned integers: differences do not wrap around": lambda c: wraps(
-        c
+    "`triplet_margin_loss` of unsigned integers: differences do not wrap around": lambda c: (
+        c.name in TRIPLETS and wraps(c)
     ),
+    "`binary_cross_entropy_with_logits` with a `pos_weight` of uint8: 0 - 1 does "
+    "not wrap around": lambda c: c.name not in TRIPLETS and wraps(c),
     "`triplet_margin_loss`: a distance does not overflow where its powers would": lambda c: (
         c.name in TRIPLETS and any((magnitude(t) > 1e100).any() for t in c.tensors)
     ),
@@ -364,7 +366,9 @@ def faults(call: Call, theirs: Exception) -> Iterator[Exception]:
 
 
 def wraps(call: Call) -> bool:
-    return call.name in TRIPLETS and any(t.dtype is torch.uint8 for t in call.tensors)
+    """Whether PyTorch subtracts in an unsigned type."""
+    subtracted = call.tensors if call.name in TRIPLETS else pos_weight(call)
+    return any(t.dtype is torch.uint8 for t in subtracted)
 
 
 def has_kink(call: Call) -> bool:

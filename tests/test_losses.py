@@ -15,6 +15,7 @@ from conftest import (
     CASES,
     FLOATS,
     GPU,
+    HALVES,
     Case,
     Options,
     Outcome,
@@ -27,6 +28,7 @@ from conftest import (
     each_dtype,
     formula_path,
     leaves,
+    name_of,
     parameters,
     parameters_reduced,
     reference,
@@ -570,3 +572,11 @@ def test_binary_cross_entropy_towards_the_edges() -> None:
         theirs = run(torch.nn.functional.binary_cross_entropy, tensors, options, (0,))
         for (_, a), (_, e) in zip(ours.named(), theirs.named(), strict=True):
             torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=name_of)
+def test_ties_round_to_even(dtype: torch.dtype) -> None:
+    """Squares of small integers are exact in float32, and some are halfway between two halves."""
+    x = torch.arange(256).to(dtype)
+    found = fusedloss.mse_loss(x, torch.zeros_like(x), reduction="none")
+    assert same_bits(found, x.float().square().to(dtype))
