@@ -576,7 +576,9 @@ def test_binary_cross_entropy_towards_the_edges() -> None:
 
 @pytest.mark.parametrize("dtype", HALVES, ids=name_of)
 def test_ties_round_to_even(dtype: torch.dtype) -> None:
-    """Squares of small integers are exact in float32, and some are halfway between two halves."""
+    """Odd squares end in 001, three times them in 011: ties of the first go down, of the second up."""
     x = torch.arange(256).to(dtype)
-    found = fusedloss.mse_loss(x, torch.zeros_like(x), reduction="none")
-    assert same_bits(found, x.float().square().to(dtype))
+    for factor in (1, 3):
+        weight = torch.full_like(x, factor)
+        found = fusedloss.mse_loss(x, torch.zeros_like(x), reduction="none", weight=weight)
+        assert same_bits(found, (factor * x.float().square()).to(dtype))
