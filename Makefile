@@ -13,7 +13,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
 # What `make test` leaves out: 20,000 hostile calls, more than 2**31 elements, every mutant, and
-# every GPU kernel for four targets. Three to five hours.
+# every GPU kernel for four targets. Hours.
 nightly: $(VENV)/installed
 	$(BIN)/python -m pytest -m 'nightly or large' -n 0 $(ARGS)
 
