@@ -72,6 +72,12 @@ def build(root: Path, *extra: str) -> None:
     link(root, "csrc/kernels.cpp", library(root), "-fPIC", "-shared", *extra)
 
 
+def run_python(script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300
+    )
+
+
 def pytest_there(
     root: Path, arguments: Sequence[str], environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import CASES, Outcome, assert_same_bits, run
+from elsewhere import run_python
 from torch import Generator
 from torch.utils.data import DataLoader, Dataset
 
@@ -79,12 +79,6 @@ def test_in_forked_workers() -> None:
             assert_same_bits(result, expected[n])
     finally:
         torch.set_num_threads(1)
-
-
-def run_python(script: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300
-    )
 
 
 AT_EXIT = """

@@ -307,3 +307,14 @@ def test_unsigned_64_bit_index_beyond_int64(function: str) -> None:
     target = tensor([0, 1, 2**63 + 5], dtype=torch.uint64)
     with pytest.raises(IndexError, match=r"target\[2\] = 9223372036854775813 is out of range"):
         getattr(functional, function)(X, target)
+
+
+@pytest.mark.parametrize("loss", [CE, KL, TRIPLET])
+def test_sparse_targets_are_made_dense_and_inputs_refused(loss: str) -> None:
+    ours = getattr(functional, loss)
+    x, t, *rest = (X, P, X + 1)[: 3 if loss == TRIPLET else 2]
+    with formula_path():
+        expected = ours(x, t, *rest)
+    assert same_bits(ours(x, t.to_sparse(), *rest), expected)
+    with pytest.raises(NotImplementedError, match=rf"{loss}: .* layout torch\.sparse_coo"):
+        ours(x.to_sparse(), t, *rest)

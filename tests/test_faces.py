@@ -20,6 +20,7 @@ from conftest import (
     parameters_reduced,
     run,
 )
+from elsewhere import run_python
 from torch import Generator, Tensor
 
 import fusedloss
@@ -34,6 +35,22 @@ LINEAR_MODULES = {"LinearCrossEntropyLoss"} & set(dir(torch.nn))
 LEGACY = [
     (a, r) for a in (None, True, False) for r in (None, True, False) if (a, r) != (None, None)
 ]
+
+
+IMPORTS = """
+import sys, torch
+before = set(sys.modules)
+import fusedloss
+print(*{name.split(".")[0] for name in set(sys.modules) - before} - {"fusedloss"})
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_import_brings_nothing_slow() -> None:
+    done = run_python(IMPORTS)
+    packages, dynamo = done.stdout.splitlines()
+    assert not set(packages.split()) & {"triton", "sympy", "mpmath", "numpy", "rich"}, done
+    assert dynamo == "False"
 
 
 def test_registry_has_the_eight_losses() -> None:

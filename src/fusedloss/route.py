@@ -110,11 +110,22 @@ def dispatch(loss: str, call: Call, tensors: tuple[Any, ...], why: str | None = 
             gpu.turn_off(failed)
             why = str(gpu.problem())
     note(loss, None, why)
+    tensors = _strided(loss, tensors)
     if isinstance(call, RowsCall) and not call.probabilities:
         input, target, _ = tensors
         classes = input.shape[min(input.dim() - 1, 1)]
         check_range(loss, target, classes, call.ignore_index)
     return call.by_formula(*tensors)
+
+
+def _strided(loss: str, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """PyTorch's losses take sparse targets, some of them, but no sparse input."""
+    if type(tensors[0]) in PLAIN and tensors[0].layout is not torch.strided:
+        words = f"the first tensor has layout {tensors[0].layout}, which no loss takes: to_dense()"
+        errors.fail(NotImplementedError, loss, words)
+    return tuple(
+        t.to_dense() if type(t) in PLAIN and t.layout is not torch.strided else t for t in tensors
+    )
 
 
 def check_range(loss: str, target: Tensor, classes: int, ignore_index: int) -> None:
