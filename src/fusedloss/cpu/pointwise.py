@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..calls import PointwiseCall
 from ..formula import OutsideDomain
+from ..layout import coalesced
 from .load import DTYPES, formula_numbers, run
 
 SLOTS = 8  # the arrays that have strides: three inputs, two multipliers, losses, two gradients
@@ -81,32 +82,6 @@ def _gradients(tensors: Sequence[Slot], needed: Sequence[bool], shape: torch.Siz
     return grads
 
 
-def _coalesce(
-    shape: torch.Size, strides: Sequence[Sequence[int] | None]
-) -> tuple[list[int], list[int]]:
-    """As few dimensions as serve all arrays, in the order of the first one's memory."""
-    rows = [s for s in strides if s is not None]
-    sizes: list[int] = []
-    merged: list[list[int]] = [[] for _ in rows]
-    for d in sorted(range(len(shape)), key=lambda d: -rows[0][d]):
-        if shape[d] == 1:
-            continue
-        outer = zip(merged, rows, strict=True)
-        if sizes and all(m[-1] == row[d] * shape[d] for m, row in outer):
-            sizes[-1] *= shape[d]
-            for m, row in zip(merged, rows, strict=True):
-                m[-1] = row[d]
-        else:
-            sizes.append(shape[d])
-            for m, row in zip(merged, rows, strict=True):
-                m.append(row[d])
-    if not sizes:
-        sizes, merged = [1], [[1] for _ in rows]
-    present = iter(merged)
-    absent = [0] * len(sizes)
-    return sizes, [n for s in strides for n in (absent if s is None else next(present))]
-
-
 def _launch(
     call: PointwiseCall,
     tensors: Sequence[Slot],
@@ -133,8 +108,11 @@ def _launch(
     if dense:
         arguments = PACK_DENSE(*head, 1, *arrays, *numbers, numel, *DENSE)
     else:
-        spread = [None if t is None else t.expand(shape).stride() for t in slots]
-        sizes, strides = _coalesce(shape, spread)
+        sizes, kept = coalesced(shape, [t.expand(shape).stride() for t in slots if t is not None])
+        if not sizes:
+            sizes, kept = [1], [[1] for _ in kept]
+        present, absent = iter(kept), [0] * len(sizes)
+        strides = [n for t in slots for n in (absent if t is None else next(present))]
         fields = FIELDS.format(len(sizes) + len(strides))
         arguments = struct.pack(fields, *head, len(sizes), *arrays, *numbers, *sizes, *strides)
     if run("fusedloss_pointwise", call.formula.name, arguments) >= 0:

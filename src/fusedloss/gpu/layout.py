@@ -1,4 +1,4 @@
-"""Shapes and strides as the kernels take them."""
+"""Shapes, strides and memory as the Triton kernels take them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from ..layout import coalesced
 
 Slot = Tensor | None
 
@@ -31,22 +33,8 @@ def gradients(tensors: Sequence[Slot], needed: Sequence[bool], shape: torch.Size
 
 
 def merged(shape: torch.Size, tensors: Sequence[Slot]) -> tuple[list[int], list[tuple[int, ...]]]:
-    """As few dimensions as serve all tensors of this shape, in the order of the first one's memory.
-
-    The strides of a tensor whose elements lie one after the other are ().
-    """
-    rows = [t.stride() for t in tensors if t is not None]
-    sizes: list[int] = []
-    kept: list[list[int]] = [[] for _ in rows]
-    for d in sorted((d for d in range(len(shape)) if shape[d] > 1), key=lambda d: -rows[0][d]):
-        if sizes and all(k[-1] == row[d] * shape[d] for k, row in zip(kept, rows, strict=True)):
-            sizes[-1] *= shape[d]
-            for k, row in zip(kept, rows, strict=True):
-                k[-1] = row[d]
-        else:
-            sizes.append(shape[d])
-            for k, row in zip(kept, rows, strict=True):
-                k.append(row[d])
+    """`coalesced`; the strides of a tensor whose elements lie one after the other are ()."""
+    sizes, kept = coalesced(shape, [t.stride() for t in tensors if t is not None])
     dense = [1] * len(sizes)
     for d in range(len(sizes) - 1, 0, -1):
         dense[d - 1] = dense[d] * sizes[d]
