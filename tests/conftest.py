@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -132,15 +132,9 @@ def name_of(dtype: torch.dtype) -> str:
 each_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
 
 
-@contextlib.contextmanager
-def formula_path() -> Iterator[None]:
+def formula_path() -> contextlib.AbstractContextManager[None]:
     """Inside, every call takes the formula."""
-    original = route.formula_reason
-    route.formula_reason = lambda *_: "the test asks for it"  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        route.formula_reason = original
+    return route.forced("the test asks for it")
 
 
 class Outcome(NamedTuple):

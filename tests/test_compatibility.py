@@ -181,6 +181,16 @@ def _() -> None:
 
 @deviation
 def _() -> None:
+    """`cross_entropy` with an infinite probability: the gradient is the limit, and the loss inf or NaN"""
+    x, q = tensor([[1.0, 2.0]]), tensor([[0.5, INF]])
+    assert theirs.cross_entropy(x, q) == INF and ours.cross_entropy(x, q).isnan()
+    assert theirs.cross_entropy(x.flip(1), q) == INF == ours.cross_entropy(x.flip(1), q)
+    assert gradient(theirs.cross_entropy, x, q)[0, 1].isnan()
+    assert gradient(ours.cross_entropy, x, q).tolist() == [[INF, -INF]]
+
+
+@deviation
+def _() -> None:
     """`cross_entropy`: an ignored row has the gradient 0, whatever it holds"""
     for value in (INF, NAN):
         x, target = tensor([[1.0, 2.0], [value, 1.0]]), tensor([0, -100])

@@ -247,8 +247,11 @@ def common_size(tensors: Sequence[Tensor]) -> int:
 
 def outcome(face: Any, call: Call, dtype: torch.dtype | None = None) -> Outcome | Exception:
     def typed(value: Any) -> Any:
-        floating = isinstance(value, Tensor) and value.is_floating_point()
-        return value.to(dtype) if dtype and floating else value
+        if dtype is None or not isinstance(value, Tensor):
+            return value
+        if value.is_complex():
+            return value.to(dtype.to_complex())
+        return value.to(dtype) if value.is_floating_point() else value
 
     tensors = tuple(map(typed, call.tensors))
     options = {k: typed(v) for k, v in call.options.items()}
@@ -287,6 +290,8 @@ MET: dict[str, Callable[[Call], bool]] = {
     "even where its logit is -inf": lambda c: (
         c.name == "cross_entropy" and bool((c.tensors[0] == -INF).any())
     ),
+    "`cross_entropy` with an infinite probability: the gradient is the limit, and the loss inf or "
+    "NaN": lambda c: c.name == "cross_entropy" and bool(magnitude(c.tensors[1]).isinf().any()),
     "`cross_entropy`: an ignored row has the gradient 0, whatever it holds": lambda c: (
         c.name == "cross_entropy" and not c.tensors[0].isfinite().all()
     ),
@@ -314,6 +319,10 @@ MET: dict[str, Callable[[Call], bool]] = {
     "`mse_loss` refuses complex tensors, with a weight too": lambda c: (
         c.name == "mse_loss"
         and any(isinstance(t, Tensor) and t.is_complex() for t in (*c.tensors, *c.options.values()))
+    ),
+    "`binary_cross_entropy_with_logits`: the loss is 0 where the logit is infinite and right, and inf where "
+    "it is partly right": lambda c: (
+        c.name == "binary_cross_entropy_with_logits" and bool(magnitude(c.tensors[0]).isinf().any())
     ),
     "`binary_cross_entropy_with_logits` with an infinite target or `pos_weight`: the gradient is the "
     "formula's limit": lambda c: (

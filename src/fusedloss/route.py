@@ -5,8 +5,9 @@ The formula is torch code: whatever traces, maps or differentiates it sees opera
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import autograd, cpu, errors, gpu, ops
+from . import autograd, cpu, errors, gpu, ops, strictness
 from .calls import Call, RowsCall
 from .cpu.load import FLOATS
 
@@ -23,11 +24,16 @@ if TYPE_CHECKING:
 
 PLAIN = (Tensor, torch.nn.Parameter)
 MOST_DIMS = 16  # max_dims of csrc/pointwise.h
+MOST_KNOWN = 1024
+HALVES = (torch.bfloat16, torch.float16)
+CONSTANTS = (str, bool, int, float, type)
 
 # Asked at every call: bound here once.
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_tracing = torch._C._is_tracing
+_is_compiling = torch.compiler.is_compiling
+_strided = torch.strided
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,88 @@ class Route:
 
 calls: Counter[tuple[str, str]] = Counter()
 _trace: list[Route] | None = None
+_forced: str | None = None
+_known: dict[tuple[Any, ...], Call] = {}
+
+
+@contextlib.contextmanager
+def forced(why: str) -> Iterator[None]:
+    """Inside, every call takes the formula, for the reason `why`."""
+    global _forced
+    before, _forced = _forced, why
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _key(loss: str, tensors: tuple[Any, ...], settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """All that the checks and the route of a plain call on the CPU depend on; None for other calls."""
+    a, b, c = tensors
+    if not (
+        type(a) in PLAIN
+        and type(b) in PLAIN
+        and a.is_cpu
+        and b.is_cpu
+        and a.layout is _strided
+        and b.layout is _strided
+        and not (a.is_neg() or b.is_neg())
+    ):
+        return None
+    if c is None:
+        return loss, settings, a.dtype, b.dtype, a.shape, b.shape
+    if not (type(c) in PLAIN and c.is_cpu and c.layout is _strided and not c.is_neg()):
+        return None
+    return loss, settings, a.dtype, b.dtype, a.shape, b.shape, c.dtype, c.shape
+
+
+def repeat(loss: str, tensors: tuple[Any, ...], settings: tuple[Any, ...]) -> Tensor | None:
+    """The loss, if `dispatch` ran a kernel for such tensors and these `settings` before, else None.
+
+    The checks cost more than the arithmetic of a small loss, and a training loop repeats its shapes.
+    """
+    if (
+        _is_compiling()
+        or _transforms_active()
+        or _dispatch_modes()
+        or _is_tracing()
+        or forward_ad._current_level >= 0
+        or strictness._level
+        or gpu.on_cpu
+        or _forced
+        or _trace is not None
+    ):
+        return None
+    try:
+        key = _key(loss, tensors, settings)
+        call = None if key is None else _known.get(key)
+    except TypeError:  # a setting that has no hash; the checks will refuse it
+        return None
+    if call is None:
+        return None
+    calls[loss, "kernel"] += 1
+    return autograd.run(call, tensors)
+
+
+def _remember(loss: str, call: Call, tensors: tuple[Any, ...], settings: tuple[Any, ...]) -> None:
+    if (
+        gpu.on_cpu
+        or any(t is not None and t.dtype in HALVES for t in tensors)  # autocast changes the result
+        or not all(type(s) in CONSTANTS for s in settings)  # a tensor's value may change
+        or "elementwise_mean" in settings  # which warns each time
+    ):
+        return
+    key = _key(loss, tensors, settings)
+    if key is not None:
+        if len(_known) >= MOST_KNOWN:
+            _known.clear()
+        _known[key] = call
 
 
 def formula_reason(call: Call | LinearCall, tensors: tuple[Tensor | None, ...]) -> str | None:
     """Why this call needs the formula, or None where a kernel serves."""
+    if _forced:
+        return _forced
     if _transforms_active():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
@@ -91,8 +175,17 @@ def _operator_serves(call: Call, tensors: tuple[Tensor | None, ...]) -> bool:
     )
 
 
-def dispatch(loss: str, call: Call, tensors: tuple[Any, ...], why: str | None = None) -> Tensor:
-    """Runs the call by its kernel, or by the formula: for the reason `why`, or one found here."""
+def dispatch(
+    loss: str,
+    call: Call,
+    tensors: tuple[Any, ...],
+    why: str | None = None,
+    settings: tuple[Any, ...] | None = None,
+) -> Tensor:
+    """Runs the call by its kernel, or by the formula: for the reason `why`, or one found here.
+
+    With `settings`, `repeat` may do so again: the checks saw nothing else but types and shapes.
+    """
     if torch.compiler.is_compiling():
         if why is None and _operator_serves(call, tensors):
             return ops.run(call, tensors)
@@ -104,13 +197,15 @@ def dispatch(loss: str, call: Call, tensors: tuple[Any, ...], why: str | None = 
             device = "GPU" if gpu.serves(tensors[0]) else "CPU"
             reason = f"the tensors are plain {device} tensors"
             _trace.append(Route(loss, call.name, reason, device))
+        if settings is not None:
+            _remember(loss, call, tensors, settings)
         try:
             return autograd.run(call, tensors)
         except gpu.Failed as failed:
             gpu.turn_off(failed)
             why = str(gpu.problem())
     note(loss, None, why)
-    tensors = _strided(loss, tensors)
+    tensors = _made_dense(loss, tensors)
     if isinstance(call, RowsCall) and not call.probabilities:
         input, target, _ = tensors
         classes = input.shape[min(input.dim() - 1, 1)]
@@ -118,7 +213,7 @@ def dispatch(loss: str, call: Call, tensors: tuple[Any, ...], why: str | None = 
     return call.by_formula(*tensors)
 
 
-def _strided(loss: str, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+def _made_dense(loss: str, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
     """PyTorch's losses take sparse targets, some of them, but no sparse input."""
     if type(tensors[0]) in PLAIN and tensors[0].layout is not torch.strided:
         words = f"the first tensor has layout {tensors[0].layout}, which no loss takes: to_dense()"

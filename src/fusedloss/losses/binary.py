@@ -144,6 +144,12 @@ def binary_cross_entropy(
             **({"exact_grad": True} if exact_grad else {}),  # PyTorch's own has none
         )
     name = "binary_cross_entropy"
+    settings = (reduction, exact_grad) if weight is size_average is reduce is None else None
+    try:
+        if settings and (known := route.repeat(name, (input, target, None), settings)) is not None:
+            return known
+    except OutsideDomain:
+        _refuse_first(input, target)
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         errors.not_tensors(name, AttributeError, input=input, target=target)
     if not (weight is None or isinstance(weight, Tensor)):
@@ -170,9 +176,12 @@ def binary_cross_entropy(
         weight = _floating(name, weight, input)
     call = PointwiseCall(BCE_EXACT if exact_grad else BCE, (), reduction, None, dtype)
     try:
-        return route.dispatch(name, call, (input, target, weight))
+        return route.dispatch(name, call, (input, target, weight), settings=settings)
     except OutsideDomain:
-        pass
+        _refuse_first(input, target)
+
+
+def _refuse_first(input: Tensor, target: Tensor) -> NoReturn:
     first = int((~bce_domain(input, target)).flatten().nonzero()[0])
     x, t = (tensor.flatten()[first].item() for tensor in (input, target))
     _refuse(errors.position(first, input.shape), x, t)
@@ -226,6 +235,9 @@ def binary_cross_entropy_with_logits(
             pos_weight=pos_weight,
         )
     name = "binary_cross_entropy_with_logits"
+    settings = (reduction,) if weight is size_average is reduce is pos_weight is None else None
+    if settings and (known := route.repeat(name, (input, target, None), settings)) is not None:
+        return known
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         errors.not_tensors(name, AttributeError, input=input, target=target)
     if not (weight is None or isinstance(weight, Tensor)):
@@ -253,7 +265,7 @@ def binary_cross_entropy_with_logits(
     dtype = result_dtype(target.dtype, target)
     if pos_weight is None:
         call = PointwiseCall(BCE_WITH_LOGITS, (), reduction, None, dtype)
-        return route.dispatch(name, call, (input, target, weight))
+        return route.dispatch(name, call, (input, target, weight), settings=settings)
     errors.expands(name, input.shape, pos_weight=pos_weight)
     call = PointwiseCall(BCE_WITH_LOGITS_POS, (), reduction, None, dtype)
     pos_weight = _floating(name, pos_weight, input)

@@ -85,6 +85,13 @@ def cross_entropy(
             label_smoothing=label_smoothing,
         )
     name = "cross_entropy"
+    settings = (
+        (reduction, ignore_index, type(ignore_index), label_smoothing)
+        if weight is size_average is reduce is None
+        else None
+    )
+    if settings and (known := route.repeat(name, (input, target, None), settings)) is not None:
+        return known
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         errors.not_tensors(name, TypeError, input=input, target=target)
     if not (weight is None or isinstance(weight, Tensor)):
@@ -128,7 +135,7 @@ def cross_entropy(
         _check_input(name, "log_softmax_lastdim_kernel_impl", input)
         check_indices(name, input, target, weight, dtype)
     call = RowsCall(name, probabilities, reduction, ignore_index, float(label_smoothing), dtype)
-    return _run(name, call, input, target, weight)
+    return _run(name, call, input, target, weight, settings)
 
 
 def nll_loss(
@@ -181,6 +188,13 @@ def nll_loss(
             reduction=reduction,
         )
     name = "nll_loss"
+    settings = (
+        (reduction, ignore_index, type(ignore_index))
+        if weight is size_average is reduce is None
+        else None
+    )
+    if settings and (known := route.repeat(name, (input, target, None), settings)) is not None:
+        return known
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         errors.not_tensors(name, TypeError, input=input, target=target)
     if not (weight is None or isinstance(weight, Tensor)):
@@ -194,7 +208,7 @@ def nll_loss(
     check_indices(name, input, target, weight, dtype)
     _check_input(name, "nll_loss_out_frame", input)
     call = RowsCall(name, False, reduction, ignore_index, 0.0, dtype)
-    return _run(name, call, input, target, weight)
+    return _run(name, call, input, target, weight, settings)
 
 
 def _check_input(name: str, words: str, input: Tensor) -> None:
@@ -280,13 +294,20 @@ def check_weight(name: str, input: Tensor, weight: Tensor) -> None:
         )
 
 
-def _run(name: str, call: RowsCall, input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+def _run(
+    name: str,
+    call: RowsCall,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    settings: tuple[object, ...] | None,
+) -> Tensor:
     if strictness.strict():
         strict.check(name, input, target, reduction=call.reduction, ignore_index=call.ignore_index)
     why = None
     if call.probabilities and input.numel() == 0 and input.shape[min(input.dim() - 1, 1)] == 0:
         why = "there are no classes"
-    return route.dispatch(name, call, (input, target, weight), why)
+    return route.dispatch(name, call, (input, target, weight), why, settings)
 
 
 def _index_example(shape, dtype, generator):

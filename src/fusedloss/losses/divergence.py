@@ -83,6 +83,9 @@ def kl_div(
             log_target=log_target,
         )
     name = "kl_div"
+    settings = (reduction, log_target) if size_average is reduce is None else None
+    if settings and (known := route.repeat(name, (input, target, None), settings)) is not None:
+        return known
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         errors.not_tensors(name, TypeError, input=input, target=target)
     if reduction == "mean" and size_average is None and reduce is None:
@@ -91,6 +94,7 @@ def kl_div(
             "size. 'batchmean' divides only by the batch size, and aligns with the KL div math "
             "definition.",
         )
+        settings = None  # to warn again
     if reduction == "batchmean" and not (size_average is None and reduce is None):
         # What the legacy arguments give, divided by the batch size once more: as PyTorch does.
         legacy = resolve(name, reduction, size_average, reduce)
@@ -115,7 +119,7 @@ def kl_div(
         reduction, denominator = ("mean", input.shape[0]) if input.dim() else ("sum", None)
     formula = KL_LOG if log_target else KL
     call = PointwiseCall(formula, (), reduction, denominator, result_dtype(dtype, input))
-    return route.dispatch(name, call, (input, target, None))
+    return route.dispatch(name, call, (input, target, None), settings=settings)
 
 
 def _example(shape, dtype, generator):

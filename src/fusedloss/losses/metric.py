@@ -89,11 +89,17 @@ def triplet_margin_loss(
             reduction=reduction,
         )
     name = "triplet_margin_loss"
+    settings = (reduction, margin, p, eps, swap) if size_average is reduce is None else None
+    if (
+        settings
+        and (known := route.repeat(name, (anchor, positive, negative), settings)) is not None
+    ):
+        return known
     reduction = resolve(name, reduction, size_average, reduce)
     _check(name, anchor, positive, negative, margin)
     if not p > 0:
         errors.fail(ValueError, name, f"p must be greater than 0, got {p}")
-    return _triplet(name, anchor, positive, negative, margin, p, eps, swap, reduction)
+    return _triplet(name, anchor, positive, negative, margin, p, eps, swap, reduction, settings)
 
 
 def triplet_margin_with_distance_loss(
@@ -201,6 +207,7 @@ def _triplet(
     eps: float,
     swap: bool,
     reduction: str,
+    settings: tuple[object, ...] | None = None,
 ) -> Tensor:
     tensors = (anchor, positive, negative)
     dtype = anchor.dtype
@@ -231,7 +238,7 @@ def _triplet(
     call = TripletCall(
         float(margin), float(p), float(eps), swap, reduction, result_dtype(dtype, anchor)
     )
-    return route.dispatch(name, call, tensors, why)
+    return route.dispatch(name, call, tensors, why, settings)
 
 
 def _example(shape, dtype, generator):

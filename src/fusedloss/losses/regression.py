@@ -66,6 +66,9 @@ def mse_loss(
             weight=weight,
         )
     name = "mse_loss"
+    settings = (reduction,) if weight is size_average is reduce is None else None
+    if settings and (known := route.repeat(name, (input, target, None), settings)) is not None:
+        return known
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         errors.not_tensors(name, AttributeError, input=input, target=target)
     if strictness.strict():
@@ -73,6 +76,7 @@ def mse_loss(
     if target.shape != input.shape:
         errors.broadcast(name, input=input, target=target)
         errors.warn_broadcast(name, input, target)
+        settings = None  # to warn again
     reduction = resolve(name, reduction, size_average, reduce)
     if target.device != input.device or weight is not None:
         errors.same_device(name, input=input, target=target, weight=weight)
@@ -100,7 +104,7 @@ def mse_loss(
     if input.dtype != target.dtype:  # an integer tensor beside a floating one takes its type
         input, target = (t if t.is_floating_point() else t.to(dtype) for t in (input, target))
     call = PointwiseCall(MSE, (), reduction, denominator, result_dtype(dtype, input))
-    return route.dispatch(name, call, (input, target, weight))
+    return route.dispatch(name, call, (input, target, weight), settings=settings)
 
 
 def _example(shape, dtype, generator):

@@ -55,14 +55,10 @@ class Path:
     @contextlib.contextmanager
     def chosen(self) -> Iterator[None]:
         """Inside, the losses take this path."""
-        original, why = route.formula_reason, "fusedloss verify asks for it"
-        if self.name == "formula":
-            route.formula_reason = lambda *_: why
         before = route.calls.copy()
-        try:
+        why = "fusedloss verify asks for it"
+        with route.forced(why) if self.name == "formula" else contextlib.nullcontext():
             yield
-        finally:
-            route.formula_reason = original
         ran = {how for (_, how), n in route.calls.items() if n > before[_, how]}
         wanted = {"formula": {"formula"}, "PyTorch": set()}.get(self.name, {"kernel"})
         if not ran <= wanted:
@@ -100,7 +96,7 @@ def captured(probe: Probe) -> tuple[Call, tuple[Any, ...]] | None:
 
     original, route.dispatch = route.dispatch, dispatch  # type: ignore[assignment]
     try:
-        with contextlib.suppress(_Reached):
+        with contextlib.suppress(_Reached), route.forced("no kernel is to run"):
             probe.registered.function(*probe.tensors, **probe.options, reduction="none")
     finally:
         route.dispatch = original
