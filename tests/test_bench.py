@@ -16,9 +16,12 @@ import pytest
 
 pytest.importorskip("rich")
 
+import torch
 from torch._inductor.exc import InvalidCxxCompiler
+from torch.nn import functional as F  # noqa: N812
 
-from fusedloss.cli import bench, cases, main, measure, selection, tables
+from fusedloss import route
+from fusedloss.cli import bench, calls, cases, main, measure, selection, tables
 from fusedloss.define import REGISTRY
 
 TINY = measure.Plan(("ours", "eager", "yardstick"), 1, 0.0, 1e-5, 2)
@@ -134,6 +137,25 @@ def test_all_cases(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(by_text) == len(cases.TARGETS)
     unmeasured = {text for text, word in by_text.items() if word == "not measured"}
     assert unmeasured == {t.text for t in cases.TARGETS if "compile" in t.text or "3x5" in t.text}
+
+
+def test_calls(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(calls, "QUICK", (0.0, 1e-5, 2))
+    monkeypatch.setattr(calls, "imports", lambda times: [(1.5, 0.08)] * times)
+    before = F.mse_loss, torch._C._nn.mse_loss, route.autograd.run
+    assert run("--calls", "--quick", "--threads", "1", "--output", "a.json") == 0
+    assert before == (F.mse_loss, torch._C._nn.mse_loss, route.autograd.run), "put back"
+    document = json.loads((here / "a.json").read_text())
+    assert {r["loss"] for r in document["results"]} == calls.OPERATORS.keys()
+    for r in document["results"]:
+        assert r["ours_before"] > 0 and 0 < r["torch_before"] < r["torch"]
+    printed = capsys.readouterr().out
+    assert "beyond" in printed and "import fusedloss after it: 80 ms" in printed
+
+
+def test_imports_are_timed() -> None:
+    ((of_torch, of_ours),) = calls.imports(1)
+    assert 0 < of_ours < of_torch
 
 
 @pytest.mark.usefixtures("quickly")

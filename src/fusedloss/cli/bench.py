@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
         if args.device == "cuda":
             check_writable("--output", args.output)
             return gpu.run(args.output, chosen_losses(args.only))
-        if args.linear:
-            return linear_bench(args)
+        if args.linear or args.calls:
+            return other_bench(args)
         chosen = selection(args)
     except UsageError as error:
         print(f"fusedloss bench: {error}", file=sys.stderr)
@@ -94,11 +94,11 @@ def run(args: argparse.Namespace) -> int:
     return int(any(r.wrong for r in results) or not results)
 
 
-def linear_bench(args: argparse.Namespace) -> int:
-    from fusedloss.cli import linear
+def other_bench(args: argparse.Namespace) -> int:
+    from fusedloss.cli import calls, linear
 
     check_writable("--output", args.output)
-    return linear.run(args, chosen_threads(args.threads))
+    return (linear if args.linear else calls).run(args, chosen_threads(args.threads))
 
 
 class Bench:

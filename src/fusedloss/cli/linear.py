@@ -35,6 +35,7 @@ MEBI = 2**20
 VARIANTS = ("products", "ours", "eager", "torch")
 LABELS = {"ours": "fusedloss", "eager": "PyTorch", "torch": "PyTorch, chunked"}
 COLOURS = {"ours": "#08306b", "eager": "#cb181d", "torch": "#ef8a62"}
+LONG, FEWEST = 60.0, 2  # a case that has taken so many seconds ends after so many rounds
 SLOW_PRODUCTS = "this CPU has no instructions for bfloat16: its products are taken in float32"
 
 
@@ -157,7 +158,10 @@ def time_case(case: Case, rounds: int, threads: int) -> dict[str, list[float]]:
     work = Work(case)
     steps = {v: work.step(v) for v in VARIANTS if why_not(case, v) is None}
     samples: dict[str, list[float]] = {v: [] for v in steps}
+    begun = time.perf_counter()
     for done in range(rounds + 1):
+        if done > FEWEST and time.perf_counter() - begun > LONG:
+            break
         for variant, step in steps.items():
             start = clock()
             step()

@@ -30,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="linear cross entropy instead; takes --quick, --threads",
     )
+    add(
+        "--calls",
+        action="store_true",
+        help="what a call on 3 x 5 costs before its kernel, and the import; takes --quick, --threads",
+    )
     add("--only", nargs="+", metavar="LOSS", help="these losses alone")
     add("--dtype", nargs="+", metavar="DTYPE", help=f"these of {', '.join(DTYPES)}")
     add(

@@ -90,7 +90,7 @@ def captured(probe: Probe) -> tuple[Call, tuple[Any, ...]] | None:
     """The call that a probe becomes; None where a function of the user's stands between."""
     found: list[Any] = []
 
-    def dispatch(_name: str, call: Call, tensors: tuple[Any, ...], *_: Any) -> Any:
+    def dispatch(_name: str, call: Call, tensors: tuple[Any, ...], *_: Any, **__: Any) -> Any:
         found.extend((call, tensors))
         raise _Reached
 
