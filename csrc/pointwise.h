@@ -107,15 +107,18 @@ struct Operands {
     const T *x, *y, *z, *s0, *s1;
 };
 
+// Asks for what the next block will read, in the first loop of this one.
+inline void fetch(const void* x, const void* y) {
+    __builtin_prefetch(x);
+    __builtin_prefetch(y);
+}
+
 // A stage of a formula: a long chain of instructions, of which a loop of its own overlaps more.
 template <class F, class T, int k>
 FUSEDLOSS_LOOP void stage(const F f, const Operands<T> in, int64_t n, T* __restrict out) {
     const T* __restrict x = in.x, * __restrict y = in.y, * __restrict z = in.z, * __restrict s0 = in.s0;
     for (int64_t i = 0; i < n; i += vector) {
-        if constexpr (k == 0) {
-            __builtin_prefetch(x + i + n);
-            __builtin_prefetch(y + i + n);
-        }
+        if constexpr (k == 0) fetch(x + i + n, y + i + n);
 #pragma omp simd
         for (int64_t j = i; j < i + vector; ++j) out[j] = f.template stage<k>(x[j], y[j], z[j], s0[j], T(0));
     }
@@ -132,6 +135,7 @@ FUSEDLOSS_LOOP double block(const F f, const Operands<T> in, int64_t n, T scale,
     const T* __restrict s0 = in.s0, * __restrict s1 = in.s1;
     double sums[vector] = {};
     for (int64_t i = 0; i < n; i += vector) {
+        if constexpr (F::stages == 0) fetch(x + i + n, y + i + n);
         T values[vector];
 #pragma omp simd
         for (int64_t j = i; j < i + vector; ++j) {
