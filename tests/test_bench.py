@@ -121,7 +121,16 @@ def test_a_process_that_dies_is_told() -> None:
 
 @pytest.mark.usefixtures("quickly")
 def test_all_cases(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("--no-sweep", "--targets", "--variants", "ours", "eager", "yardstick")
+    words = (
+        "--no-sweep",
+        "--targets",
+        "--picture",
+        "a.svg",
+        "--variants",
+        "ours",
+        "eager",
+        "yardstick",
+    )
     assert run(*words, "--output", "a.json", "--html", "a.html") == 0
     document = json.loads((here / "a.json").read_text())
     assert [r["case"]["title"] for r in document["results"]] == [c.title for c in cases.CASES]
@@ -129,6 +138,7 @@ def test_all_cases(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         result = measure.Result.from_json(fields)
         assert set(result.peaks) == {"ours", "eager", "yardstick"}
         assert ("plain" in result.samples) == bool(result.case.against_plain)
+    assert (here / "a.svg").read_text().count("<path") > len(cases.CASES)
     printed = capsys.readouterr().out
     assert "NOT MET" in printed or "met" in printed
     by_text = dict(
@@ -184,6 +194,8 @@ def test_against(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("--threads", "0"), "--threads: must be an integer from 1 to 4096, got '0'"),
         (("--output", "no/such/folder.json"), "--output: .*folder.json.*No such file"),
         (("--html", "."), "--html: .*Is a directory"),
+        (("--picture", "a.gif"), r"--picture: must end in \.svg or \.png, got 'a.gif'"),
+        (("--linear", "--picture", "no/such.svg"), "--picture: .*No such file"),
         (("--against", "missing.json"), "--against: .*missing.json.*No such file"),
         (("--against", "other.json"), "--against: .*other.json.*KeyError"),
         (("--against", "broken.json"), "--against: .*broken.json.*JSONDecodeError"),

@@ -45,12 +45,12 @@ def test_bench(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None
     small = [Case("classes", 8, 4, v, dtype) for v in (16, 32) for dtype in ("float32", "bfloat16")]
     monkeypatch.setattr(linear, "cases", lambda quick: small)
     monkeypatch.setattr(linear, "in_a_process", in_this_process)
-    assert main(["bench", "--linear", "--quick", "--threads", "1", "--output", "out.json"]) == 0
+    words = ("--quick", "--threads", "1", "--output", "out.json", "--picture", "out.svg")
+    assert main(["bench", "--linear", *words]) == 0
     document = json.loads((here / "out.json").read_text())
     assert document["complete"] and document["kind"] == "linear"
     assert [len(r["samples"]["ours"]) for r in document["results"]] == [2] * 4
     assert "ours / products" in capsys.readouterr().out
-    linear.picture(document, here / "out.svg")
     assert (here / "out.svg").read_text().count("<path") > 4
 
 

@@ -30,6 +30,7 @@ from fusedloss.cli.selection import (
     Selection,
     UsageError,
     add_arguments,
+    check_picture,
     check_writable,
     chosen_losses,
     chosen_threads,
@@ -87,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
         document = {**about, "results": [r.to_json() for r in results]}
         args.output.write_text(json.dumps(document, allow_nan=False) + "\n")
         args.html.write_text(report.page(results, about), encoding="utf-8")
+        if args.picture:
+            report.picture(results, args.picture)
         console.print(f"Wrote {args.output} and {args.html} after {about['seconds']} s.")
     if interrupted:
         console.print(f"Interrupted: {len(results)} of {len(chosen.cases)} cases done.")
@@ -98,6 +101,7 @@ def other_bench(args: argparse.Namespace) -> int:
     from fusedloss.cli import calls, linear
 
     check_writable("--output", args.output)
+    check_picture(args.picture)
     return (linear if args.linear else calls).run(args, chosen_threads(args.threads))
 
 

@@ -257,6 +257,8 @@ def run(args: argparse.Namespace, threads: int) -> int:
         "results": [asdict(r) for r in results],
     }
     args.output.write_text(json.dumps(document, allow_nan=False) + "\n")
+    if args.picture:
+        picture(document, args.picture)
     console.print(f"Wrote {args.output} after {document['seconds']} s.")
     if interrupted:
         return 130

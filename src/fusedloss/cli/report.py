@@ -1,10 +1,11 @@
-"""The HTML report of `fusedloss bench`: one file with its plots in it."""
+"""The HTML report of `fusedloss bench`, one file with its plots in it, and a picture of the ratios."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from fusedloss.cli.cases import VARIANTS
@@ -51,6 +52,33 @@ svg .name { font-size: 12.5px; font-weight: 600; }
     f"i.{v} {{ background: var(--{v}); }}\n"
     for v in LINES
 )
+
+
+COLOURS = {"eager": "#cb181d", "compile": "#ef8a62"}
+
+
+def picture(results: Sequence[Result], path: Path) -> None:
+    """How many times as long PyTorch takes, a bar for each case."""
+    from matplotlib.figure import Figure
+
+    rows = [r for r in results if r.case.group != "sweep" and r.ratio("eager", "ours")][::-1]
+    figure = Figure(figsize=(8, 1 + 0.38 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    for k, (variant, colour) in enumerate(COLOURS.items()):
+        found = [(y, q) for y, r in enumerate(rows) if (q := r.ratio(variant, "ours"))]
+        places = [y + 0.2 - 0.4 * k for y, _ in found]
+        drawn = axes.barh(places, [q - 1 for _, q in found], 0.38, left=1, color=colour)
+        drawn.set_label(VARIANTS[variant])
+        axes.bar_label(drawn, [f" {q:.1f}" for _, q in found], fontsize=8)
+    axes.set_xscale("log")
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(range(len(rows)), [r.case.title for r in rows])
+    axes.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("time over that of fusedloss, forward and backward")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)
 
 
 def page(results: Sequence[Result], about: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -68,6 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="default: %(default)s",
     )
+    add(
+        *("--picture",),
+        type=Path,
+        metavar="FILE",
+        help="the ratios (with --linear the memory) as an SVG or PNG; needs matplotlib",
+    )
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,7 @@ def selection(args: argparse.Namespace) -> Selection:
         raise UsageError("--only, --dtype: no case is of these; leave out --no-sweep")
     for path in (args.output, args.html):
         check_writable("--html" if path is args.html else "--output", path)
+    check_picture(args.picture)
     then = () if args.against is None else earlier(args.against)
     return Selection(tuple(cases), variants, chosen_threads(args.threads), args.quick, then)
 
@@ -175,6 +183,16 @@ def chosen_threads(word: str | None) -> int:
     if not word.isdecimal() or not 1 <= int(word) <= 4096:
         raise UsageError(f"--threads: must be an integer from 1 to 4096, got {word!r}")
     return int(word)
+
+
+def check_picture(path: Path | None) -> None:
+    if path is None:
+        return
+    if find_spec("matplotlib") is None:
+        raise UsageError("--picture: needs matplotlib (pip install 'fusedloss[demo]')")
+    if path.suffix not in (".svg", ".png"):
+        raise UsageError(f"--picture: must end in .svg or .png, got {str(path)!r}")
+    check_writable("--picture", path)
 
 
 def check_writable(option: str, path: Path) -> None:
