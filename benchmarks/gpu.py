@@ -79,7 +79,7 @@ def main() -> int:
     tests = ("gpu_checks.py", "test_option and mse" if args.dry_run else "")
     keep("checks")(tested(mode, *tests, min(150.0, left())))
     if args.dry_run:
-        import interpreter
+        from fusedloss.gpu import interpreter
 
         interpreter.mend()
         gpu.on_cpu = True

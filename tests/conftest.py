@@ -30,7 +30,7 @@ FLOAT64_ROUNDINGS = 8192
 GPU = os.environ.get("FUSEDLOSS_TEST_GPU", "")
 DEVICE = "cuda" if GPU == "cuda" else "cpu"
 if GPU == "interpreted":
-    import interpreter
+    from fusedloss.gpu import interpreter
 
     interpreter.mend()
     gpu.on_cpu = True

@@ -192,6 +192,18 @@ def test_the_page_states_the_bounds_of_the_records() -> None:
     assert f"within {figure(measured.SUM_BOUND).rstrip('0').rstrip('.')} ulp" in PAGE.read_text()
 
 
+def test_the_page_states_the_bounds_of_triton() -> None:
+    row = REGISTRY["cross_entropy[probabilities]"]
+    value, gradient = (
+        bound(row, torch.float32, quantity, measured.Path(measured.TRITON))
+        for quantity in QUANTITIES
+    )
+    assert [r.key for r in REGISTRY.values() if r.bounds.triton] == [row.key]
+    assert f"held to {value:g} ulp and {gradient:g} of its gradient" in " ".join(
+        PAGE.read_text().split()
+    )
+
+
 def test_missing_mpmath_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,6 +62,9 @@ class Bounds:
     float32: tuple[float, float] = (2.0, 2.0)
     float64: tuple[float, float] = (2.0, 2.0)
     formula: tuple[float, float] = (2.0, 2.0)  # in either type
+    triton: tuple[float, float] | None = (
+        None  # float32 on a GPU, where sums over classes are float32
+    )
 
 
 @dataclass(frozen=True)

@@ -387,6 +387,6 @@ register(
         },
         rows=True,
         variant="probabilities",
-        bounds=Bounds(float32=(2, 3), float64=(8, 128), formula=(8, 64)),
+        bounds=Bounds(float32=(2, 3), float64=(8, 128), formula=(8, 64), triton=(4, 16)),
     )
 )

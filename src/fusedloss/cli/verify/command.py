@@ -25,7 +25,7 @@ from ...define import REGISTRY, Loss
 from ..selection import UsageError, among, check_writable, chosen_losses
 from ..tables import new_table, short
 from . import exact, measured
-from .measured import PYTORCH, SUM_BOUND, Errors, Path, Sum
+from .measured import PYTORCH, SUM_BOUND, TRITON, Errors, Path, Sum
 from .probes import Probe, probes
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
@@ -206,7 +206,9 @@ def bound(loss: Loss, compute: torch.dtype, quantity: str, path: Path) -> float 
         if compute is torch.float64
         else "float32"
     )
-    return getattr(loss.bounds, kind)[QUANTITIES.index(quantity)]
+    if path.name == TRITON and kind == "float32" and loss.bounds.triton:
+        kind = "triton"
+    return float(getattr(loss.bounds, kind)[QUANTITIES.index(quantity)])
 
 
 def figure(value: float) -> str:
@@ -291,13 +293,13 @@ def write_table(file: File, rows: Sequence[Row], sums: Sequence[Sum]) -> None:
 
 
 def markdown(rows: Sequence[Row], sums: Sequence[Sum]) -> str:
-    """The kernels' worst, the formula's and PyTorch's; the bound of each beside it."""
+    """The CPU kernels' worst, the formula's and PyTorch's; the bound of each beside it."""
     lines = [
         "| loss | dtype | | kernels | bound | formula | bound | PyTorch |",
         "|---|---|---|--:|--:|--:|--:|--:|",
     ]
     paths = list(dict.fromkeys(r.path for r in rows))
-    kernels = [p for p in paths if p not in ("formula", PYTORCH.name)]
+    kernels = [p for p in paths if p not in ("formula", PYTORCH.name, TRITON)]
     for loss, dtype, quantity, found in cells(rows, paths):
         by = {r.path: r for r in found if r is not None}
         ours = [by[p] for p in kernels if p in by]

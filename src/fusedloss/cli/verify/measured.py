@@ -13,13 +13,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path as File
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ... import cpu, route
+from ... import cpu, gpu, route
 from ...calls import Call
 from ...cpu import load
 from ...define import REGISTRY, Loss
@@ -32,6 +33,8 @@ SUM_BOUND = 1.0  # ulp, of the kernels; the formula sums as PyTorch does
 UNDERFLOW = 4  # steps of the smallest number that count as one ulp
 LONGEST = "mse_loss"  # the one whose sum is made very long: all are made by the same code
 TERMS = 2**20  # of a sum, before it is repeated
+TRITON = "triton"  # the GPU kernels: on a GPU, or else interpreted
+INTERPRETED = {"TRITON_INTERPRET": "1"}
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,33 @@ class Path:
     def chosen(self) -> Iterator[None]:
         """Inside, the losses take this path."""
         before = route.calls.copy()
-        why = "fusedloss verify asks for it"
-        with route.forced(why) if self.name == "formula" else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if self.name == "formula":
+                stack.enter_context(route.forced("fusedloss verify asks for it"))
+            elif self.environment == INTERPRETED:
+                stack.enter_context(_interpreted())
             yield
         ran = {how for (_, how), n in route.calls.items() if n > before[_, how]}
         wanted = {"formula": {"formula"}, "PyTorch": set()}.get(self.name, {"kernel"})
         if not ran <= wanted:
             raise RuntimeError(f"verify: {self.name}: calls ran by {', '.join(ran)}")
+
+    def placed(self, value: Any) -> Any:
+        """A tensor where the path wants it."""
+        on_gpu = self.name == TRITON and not self.environment and isinstance(value, Tensor)
+        return value.cuda() if on_gpu else value
+
+
+@contextlib.contextmanager
+def _interpreted() -> Iterator[None]:
+    from ...gpu import interpreter
+
+    interpreter.mend()
+    gpu.on_cpu = True
+    try:
+        yield
+    finally:
+        gpu.on_cpu = False
 
 
 PYTORCH = Path("PyTorch")
@@ -71,6 +94,10 @@ PYTORCH = Path("PyTorch")
 def paths(every: bool) -> list[Path]:
     """PyTorch's last. Without `every`, only those that this process can run."""
     found = [Path("formula"), PYTORCH]
+    if torch.cuda.is_available():
+        found.insert(0, Path(TRITON))
+    elif every and find_spec("triton"):
+        found.insert(0, Path(TRITON, INTERPRETED))
     if cpu.problem():
         return found
     own = load.capability()
@@ -112,18 +139,19 @@ Answer = list[tuple[str, list[Tensor | None]]]
 def answer(probe: Probe, path: Path) -> Answer:
     found: Answer = []
     function, classes = path.function(probe.registered), len(probe.layouts) > 1
+    options = {name: path.placed(value) for name, value in probe.options.items()}
     for layout in probe.layouts:
         arranged = probe.arranged(layout)
         for reduction in ("none", "sum"):
             leaves = [
-                t.requires_grad_(k in probe.registered.differentiable)
+                path.placed(t).requires_grad_(k in probe.registered.differentiable)
                 for k, t in enumerate(arranged.tensors)
             ]
-            value = function(*leaves, **probe.options, reduction=reduction)
+            value = function(*leaves, **options, reduction=reduction)
             wanted = [leaves[k] for k in probe.registered.differentiable]
             grads = torch.autograd.grad(value, wanted, torch.ones_like(value))
-            first = flat(value.detach(), layout, False) if reduction == "none" else None
-            results = [first, *(flat(g, layout, classes) for g in grads)]
+            first = flat(value.detach().cpu(), layout, False) if reduction == "none" else None
+            results = [first, *(flat(g.cpu(), layout, classes) for g in grads)]
             found.append((f"{layout}, {reduction}", results))
     return found
 
@@ -219,11 +247,11 @@ def sums(keys: Sequence[str], path: Path, repeat: int, tick: Callable[[], None])
     found: list[Sum] = []
     with warnings.catch_warnings(), path.chosen():
         warnings.simplefilter("ignore")
+        most = 1 if path.environment == INTERPRETED else 4  # an interpreter takes its time
         for key in keys:
             for dtype in (torch.float32, torch.float64):
-                found += _sums(
-                    REGISTRY[key], dtype, path, repeat if key == LONGEST else min(repeat, 4)
-                )
+                times = repeat if key == LONGEST and most > 1 else min(repeat, most)
+                found += _sums(REGISTRY[key], dtype, path, times)
                 tick()
     return found
 
@@ -232,7 +260,7 @@ def _sums(loss: Loss, dtype: torch.dtype, path: Path, repeat: int) -> Iterator[S
     generator = torch.Generator().manual_seed(3)
     rows = (TERMS // 64 if loss.rows else TERMS) // (1 if repeat > 1 else 16)
     shape = (rows, 8) if loss.rows else (rows,)
-    tensors = loss.example(shape, dtype, generator)
+    tensors = tuple(map(path.placed, loss.example(shape, dtype, generator)))
     options = next(iter(loss.options.values()))(tensors, generator)
     function = functools.partial(path.function(loss), **options)
     terms = function(*tensors, reduction="none").double().tolist()

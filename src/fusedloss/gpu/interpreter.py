@@ -1,4 +1,4 @@
-"""Triton's interpreter, mended where it differs from a GPU."""
+"""Triton's interpreter, mended where it differs from a GPU: for tests and `fusedloss verify`."""
 
 from __future__ import annotations
 
