@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--only", nargs="+", metavar="LOSS", help="these losses alone")
     add("--dtype", nargs="+", metavar="DTYPE", help=f"these of {', '.join(DTYPES)}")
     add("--json", type=File, metavar="FILE", help="write every figure there")
-    add("--markdown", type=File, metavar="FILE", help="write the table into docs/accuracy.md")
+    add("--markdown", type=File, metavar="FILE", help="put the table into this page, docs/accuracy.md")
     add("--picture", type=File, metavar="FILE", help="draw the errors against the logit, and stop")
 
 
@@ -74,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
         for option in ("json", "markdown", "picture"):
             if file := getattr(args, option):
                 check_writable(f"--{option}", file)
+        if args.markdown:
+            around_table(args.markdown)
     except UsageError as error:
         console.print(f"fusedloss verify: {error}", markup=False)
         return 2
@@ -284,11 +287,20 @@ def _finite(value: Any) -> Any:
     return "inf" if isinstance(value, float) and math.isinf(value) else value
 
 
+def around_table(file: File) -> tuple[str, str]:
+    """The page before its table and after it."""
+    page = file.read_text() if file.exists() else ""
+    parts = re.split(f"{BEGIN}.*{END}", page, flags=re.DOTALL)
+    if len(parts) != 2:
+        raise UsageError(
+            f"--markdown: must be a page with the lines {BEGIN} and {END}, got {str(file)!r}"
+        )
+    return parts[0], parts[1]
+
+
 def write_table(file: File, rows: Sequence[Row], sums: Sequence[Sum]) -> None:
     """Puts the table between the marks of the page."""
-    page = file.read_text()
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
+    before, after = around_table(file)
     file.write_text(f"{before}{BEGIN}\n{markdown(rows, sums)}{END}{after}")
 
 
