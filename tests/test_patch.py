@@ -40,9 +40,9 @@ def _restored() -> Iterator[None]:
 
 def counted(function: Callable[[], Any]) -> tuple[Any, Counter[tuple[str, str]]]:
     """The result, and the calls of our losses that it took."""
-    before = route.calls.copy()
+    before = route.calls()
     result = function()
-    return result, route.calls - before
+    return result, route.calls() - before
 
 
 def example(generator: Generator) -> tuple[Tensor, Tensor]:

@@ -45,9 +45,9 @@ def test_no_check_runs_again(
     tensors = loss.example((3, 5), torch.float32, generator)
     first = loss.function(*tensors, **options(loss), reduction="sum")
     monkeypatch.setattr(route, "dispatch", lambda *_, **__: pytest.fail("it was checked again"))
-    before = route.calls[loss.name, "kernel"]
+    before = route.calls()[loss.name, "kernel"]
     assert same_bits(loss.function(*tensors, **options(loss), reduction="sum"), first)
-    assert route.calls[loss.name, "kernel"] == before + 1
+    assert route.calls()[loss.name, "kernel"] == before + 1
     leaf = tensors[0].clone().requires_grad_()
     loss.function(leaf, *tensors[1:], **options(loss), reduction="sum").backward()
     assert leaf.grad is not None
@@ -63,7 +63,7 @@ def test_what_is_in_force_holds_for_known_calls_too(loss: Loss, generator: Gener
 
     run(*tensors)
     assert route._known
-    before = route.calls[loss.name, "formula"]
+    before = route.calls()[loss.name, "formula"]
     with formula_path():
         run(*tensors)
     torch.func.grad(run)(*tensors)
@@ -72,7 +72,7 @@ def test_what_is_in_force_holds_for_known_calls_too(loss: Loss, generator: Gener
     with Passing():
         run(*tensors)
     torch.jit.trace(run, tensors, check_trace=False)
-    assert route.calls[loss.name, "formula"] == before + 5
+    assert route.calls()[loss.name, "formula"] == before + 5
     assert fusedloss.explain(run, *tensors).kernel
 
 
@@ -110,6 +110,16 @@ def test_a_warning_comes_each_time(
         for count in (1, 2, 3):
             getattr(functional, function)(*arguments, **options)
             assert len(caught) == count
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.jit.trace
+def test_tracing_without_sizes() -> None:
+    """In a trace each size is a tensor, which no key holds; a scalar has none."""
+    x, y = torch.tensor(2.0), torch.tensor(5.0)
+    for _ in range(2):
+        assert functional.mse_loss(x, y) == 9
+    traced = torch.jit.trace(functional.mse_loss, (x, y), check_trace=False)
+    assert traced(x + 1, y) == 4
 
 
 def test_values_are_checked_each_time() -> None:

@@ -6,7 +6,7 @@ The formula is torch code: whatever traces, maps or differentiates it sees opera
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ CONSTANTS = (str, bool, int, float, type)
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_tracing = torch._C._is_tracing
-_is_compiling = torch.compiler.is_compiling
+_is_compiling = torch.compiler.is_dynamo_compiling
 _strided = torch.strided
 
 
@@ -52,7 +52,9 @@ class Route:
         return f"{self.loss}: {path}, because {self.why}"
 
 
-calls: Counter[tuple[str, str]] = Counter()
+# By loss: a Counter, or keys of two words, would take twice the time.
+_by_kernel: defaultdict[str, int] = defaultdict(int)
+_by_formula: defaultdict[str, int] = defaultdict(int)
 _trace: list[Route] | None = None
 _forced: str | None = None
 _known: dict[tuple[Any, ...], Call] = {}
@@ -69,8 +71,26 @@ def forced(why: str) -> Iterator[None]:
         _forced = before
 
 
-def _key(loss: str, tensors: tuple[Any, ...], settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """All that the checks and the route of a plain call on the CPU depend on; None for other calls."""
+def repeat(
+    loss: str, tensors: tuple[Any, ...], settings: tuple[Any, ...], keep: Call | None = None
+) -> Tensor | None:
+    """The loss, if `dispatch` ran a kernel for such tensors and these `settings` before, else None.
+
+    The checks cost more than the arithmetic of a small loss, and a training loop repeats its shapes. The key
+    holds all that they and the route of a plain call on the CPU depend on. With `keep`, that is the call to
+    run the next time, and nothing runs now.
+    """
+    if (
+        _is_compiling()
+        or _transforms_active()
+        or _dispatch_modes()
+        or forward_ad._current_level >= 0
+        or strictness._level
+        or gpu.on_cpu
+        or _forced
+        or _trace is not None
+    ):
+        return None
     a, b, c = tensors
     if not (
         type(a) in PLAIN
@@ -82,38 +102,23 @@ def _key(loss: str, tensors: tuple[Any, ...], settings: tuple[Any, ...]) -> tupl
         and not (a.is_neg() or b.is_neg())
     ):
         return None
+    key: tuple[Any, ...]
     if c is None:
-        return loss, settings, a.dtype, b.dtype, a.shape, b.shape
-    if not (type(c) in PLAIN and c.is_cpu and c.layout is _strided and not c.is_neg()):
+        key = loss, settings, a.dtype, b.dtype, a.shape, b.shape
+    elif type(c) in PLAIN and c.is_cpu and c.layout is _strided and not c.is_neg():
+        key = loss, settings, a.dtype, b.dtype, a.shape, b.shape, c.dtype, c.shape
+    else:
         return None
-    return loss, settings, a.dtype, b.dtype, a.shape, b.shape, c.dtype, c.shape
-
-
-def repeat(loss: str, tensors: tuple[Any, ...], settings: tuple[Any, ...]) -> Tensor | None:
-    """The loss, if `dispatch` ran a kernel for such tensors and these `settings` before, else None.
-
-    The checks cost more than the arithmetic of a small loss, and a training loop repeats its shapes.
-    """
-    if (
-        _is_compiling()
-        or _transforms_active()
-        or _dispatch_modes()
-        or _is_tracing()
-        or forward_ad._current_level >= 0
-        or strictness._level
-        or gpu.on_cpu
-        or _forced
-        or _trace is not None
-    ):
+    if keep:
+        if len(_known) >= MOST_KNOWN:
+            _known.clear()
+        _known[key] = keep
         return None
     try:
-        key = _key(loss, tensors, settings)
-        call = None if key is None else _known.get(key)
-    except TypeError:  # a setting that has no hash; the checks will refuse it
+        call = _known[key]
+    except (KeyError, TypeError):  # TypeError: a setting that has no hash; the checks will refuse it
         return None
-    if call is None:
-        return None
-    calls[loss, "kernel"] += 1
+    _by_kernel[loss] += 1
     return autograd.run(call, tensors)
 
 
@@ -123,13 +128,11 @@ def _remember(loss: str, call: Call, tensors: tuple[Any, ...], settings: tuple[A
         or any(t is not None and t.dtype in HALVES for t in tensors)  # autocast changes the result
         or not all(type(s) in CONSTANTS for s in settings)  # a tensor's value may change
         or "elementwise_mean" in settings  # which warns each time
+        # torch.jit.trace makes each size a tensor, which no key holds: so nothing without sizes is kept.
+        or not all(t is None or t.dim() for t in tensors)
     ):
         return
-    key = _key(loss, tensors, settings)
-    if key is not None:
-        if len(_known) >= MOST_KNOWN:
-            _known.clear()
-        _known[key] = call
+    repeat(loss, tensors, settings, keep=call)
 
 
 def formula_reason(call: Call | LinearCall, tensors: tuple[Tensor | None, ...]) -> str | None:
@@ -159,8 +162,14 @@ def formula_reason(call: Call | LinearCall, tensors: tuple[Tensor | None, ...]) 
     return _kernel_gap(call, tensors, on_gpu) or (gpu.problem() if on_gpu else cpu.problem())
 
 
+def calls() -> Counter[tuple[str, str]]:
+    """How many calls each (loss, "kernel" or "formula") has had so far."""
+    paths = {"kernel": _by_kernel, "formula": _by_formula}
+    return Counter({(loss, path): n for path, by in paths.items() for loss, n in by.items()})
+
+
 def count_kernel(loss: str) -> None:
-    calls[loss, "kernel"] += 1
+    _by_kernel[loss] += 1
 
 
 def _operator_serves(call: Call, tensors: tuple[Tensor | None, ...]) -> bool:
@@ -255,7 +264,7 @@ def _kernel_gap(
 
 def note(loss: str, kernel: str | None, why: str, device: str = "CPU") -> None:
     """Counts a call that another module dispatches, and tells `explain` of it."""
-    calls[loss, "kernel" if kernel else "formula"] += 1
+    (_by_kernel if kernel else _by_formula)[loss] += 1
     if _trace is not None:
         _trace.append(Route(loss, kernel, why, device))
 
