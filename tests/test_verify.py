@@ -221,7 +221,7 @@ def test_missing_mpmath_is_named(
         (["--dtype", "int8"], "--dtype: must be among"),
         (["--json", "/nowhere/x.json"], "--json: must be a file that can be written"),
         (["--markdown", "no such page"], "--markdown: must be a page with the lines"),
-        (["--markdown", str(PAGE.parents[1] / "README.md")], "--markdown: must be a page with the lines"),
+        (["--markdown", __file__], "--markdown: must be a page with the lines"),
     ],
 )
 def test_wrong_arguments(

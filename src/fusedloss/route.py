@@ -116,7 +116,7 @@ def repeat(
         return None
     try:
         call = _known[key]
-    except (KeyError, TypeError):  # TypeError: a setting that has no hash; the checks will refuse it
+    except (KeyError, TypeError):  # a setting without a hash is for the checks to refuse
         return None
     _by_kernel[loss] += 1
     return autograd.run(call, tensors)

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--only", nargs="+", metavar="LOSS", help="these losses alone")
     add("--dtype", nargs="+", metavar="DTYPE", help=f"these of {', '.join(DTYPES)}")
     add("--json", type=File, metavar="FILE", help="write every figure there")
-    add("--markdown", type=File, metavar="FILE", help="put the table into this page, docs/accuracy.md")
+    add("--markdown", type=File, metavar="FILE", help="write the table into docs/accuracy.md")
     add("--picture", type=File, metavar="FILE", help="draw the errors against the logit, and stop")
 
 
