@@ -13,9 +13,7 @@
 
 namespace fusedloss {
 
-struct Logits {
-    void* data;
-    int64_t dtype, stride;  // from row to row
+struct CappedLogits : Logits {
     double softcap;
 };
 
@@ -25,7 +23,7 @@ struct DistillArgs {
     int64_t kind;           // 0 forward, 1 reverse, 2 js
     int64_t differentiate;  // the student's logits become their gradient
     double beta, temperature, soft_weight, hard_weight;
-    Logits student, teacher;
+    CappedLogits student, teacher;
     const int64_t* label;  // of the hard term, or null
     const double* incoming;
     double* loss;
@@ -123,8 +121,9 @@ private:
         capped[row_block];
 
     // x' of a stretch of a row, divided by the temperature.
-    void read(const Logits& x, int64_t n, int64_t c, int64_t count, double temperature, T* to) {
-        load_strided<T>(at(x.data, x.dtype, n * x.stride + c), x.dtype, 1, count, to);
+    void read(const CappedLogits& x, int64_t n, int64_t c, int64_t count, double temperature, T* to) {
+        const T* found = load_logits(x, n, c, count, to);
+        if (found != to) std::copy_n(found, count, to);
         if (x.softcap > 0) {
             std::copy_n(to, count, out);
             cap_into(out, T(1 / x.softcap), T(x.softcap), count, to);
@@ -176,8 +175,7 @@ private:
                 take(q, T(-1), s, count);
             }
             if (a.student.softcap > 0) uncap(q, capped, T(1 / a.student.softcap), count);
-            store(at(a.student.data, a.student.dtype, n * a.student.stride + c), a.student.dtype, 1, count,
-                  q);
+            store(a.student.memory(n, c), a.student.dtype, 1, count, q);
         });
     }
 };

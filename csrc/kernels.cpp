@@ -77,10 +77,15 @@ EXPORT int64_t fusedloss_cross_entropy(const fusedloss::RowsArgs* a) {
 
 EXPORT int64_t fusedloss_linear(const fusedloss::LinearArgs* a) {
     return guarded([&] {
-        a->logits_dtype == fusedloss::F64 ? fusedloss::linear_rows<double>(*a)
+        a->logits.dtype == fusedloss::F64 ? fusedloss::linear_rows<double>(*a)
                                           : fusedloss::linear_rows<float>(*a);
         return int64_t(0);
     });
+}
+
+EXPORT int64_t fusedloss_accumulate(const fusedloss::AccumulateArgs* a) {
+    fusedloss::accumulate(*a);
+    return 0;
 }
 
 EXPORT int64_t fusedloss_distill(const fusedloss::DistillArgs* a) {

@@ -10,6 +10,16 @@
 
 namespace fusedloss {
 
+// Rows of logits. `low`, of the same type and strides or null, is what rounding took from them.
+struct Logits {
+    void* data;
+    const void* low;
+    int64_t dtype, stride;  // from row to row
+
+    int64_t offset(int64_t n, int64_t c) const { return n * stride + c; }
+    void* memory(int64_t n, int64_t c) const { return at(data, dtype, offset(n, c)); }
+};
+
 // Packed by cpu/linear.py; the field order is shared with it.
 struct LinearArgs {
     int64_t n, c;            // rows, classes in all
@@ -17,8 +27,7 @@ struct LinearArgs {
     int64_t finish;          // these are the last ones
     int64_t differentiate;   // the logits become their gradient
     double smoothing, z_loss, softcap, logit_scale;
-    int64_t logits_dtype, logits_stride;  // from row to row
-    void* logits;
+    Logits logits;
     const int64_t* label;  // or null, and `target` holds probabilities
     Grid target;
     const void* weight;  // of each class, in the type that is computed in
@@ -67,6 +76,24 @@ FUSEDLOSS_LOOP double dot(const T* __restrict part, const T* __restrict x, doubl
         for (int j = 0; j < width; ++j) sums[j] += term(i + j);
     for (int64_t i = whole; i < n; ++i) sums[i - whole] += term(i);
     return ordered_sum(sums, width);
+}
+
+// An infinite logit lost NaN to its rounding.
+template <class T>
+FUSEDLOSS_LOOP void add_low(T* __restrict x, const bf16* __restrict low, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        const T lost = T(float(low[i]));
+        x[i] += lost == lost ? lost : T(0);
+    }
+}
+
+// `count` logits of row n from class c on, in `buffer` or where they lie.
+template <class T>
+inline const T* load_logits(const Logits& x, int64_t n, int64_t c, int64_t count, T* buffer) {
+    const T* found = load<T>(x.memory(n, c), x.dtype, 1, count, buffer);
+    if (x.low) add_low(buffer, static_cast<const bf16*>(x.low) + x.offset(n, c), count);
+    return found;
 }
 
 template <class T>
@@ -140,11 +167,9 @@ private:
         return of_rows ? of_rows[n] : absent;
     }
 
-    void* memory(int64_t n, int64_t c) const { return at(a.logits, a.logits_dtype, n * a.logits_stride + c); }
-
     // x' of `count` of the given classes from the c-th on.
     const T* capped(int64_t n, int64_t c, int64_t count) {
-        const T* x = load<T>(memory(n, c), a.logits_dtype, 1, count, x_buffer);
+        const T* x = load_logits(a.logits, n, c, count, x_buffer);
         if (a.softcap > 0)
             cap_into(x, T(a.logit_scale / a.softcap), T(a.softcap), count, e_buffer);
         else if (a.logit_scale != 1)
@@ -234,11 +259,11 @@ private:
                             value(a.incoming_lse, n, 0.0) * a.logit_scale;
         const double even = (g * own_weight + rest) / s.sum(), tilted = slope / s.sum();
         const int64_t y = a.label ? a.label[n] : -1;
-        const bool direct = a.logits_dtype == dtype_of<T>;
+        const bool direct = a.logits.dtype == dtype_of<T>;
         for (int64_t c = 0; c < a.columns; c += row_block) {
             const int64_t count = std::min(row_block, a.columns - c);
             const T* x = capped(n, c, count);
-            T* e = direct ? static_cast<T*>(memory(n, c)) : e_buffer;
+            T* e = direct ? static_cast<T*>(a.logits.memory(n, c)) : e_buffer;
             // x' is needed again where it bends the gradient.
             if ((tilted != 0 || a.softcap > 0) && x != x_buffer) std::copy_n(x, count, x_buffer);
             if (e != x) std::copy_n(x, count, e);
@@ -260,7 +285,7 @@ private:
                              g * double(soft) * (weight ? double(weight[y]) : 1.0));
             }
             if (a.softcap > 0) uncap(e, x_buffer, T(1 / a.softcap), count);
-            if (!direct) store(memory(n, c), a.logits_dtype, 1, count, e);
+            if (!direct) store(a.logits.memory(n, c), a.logits.dtype, 1, count, e);
         }
     }
 
@@ -284,6 +309,30 @@ void linear_rows(const LinearArgs& a) {
     parallel_ranges(a.n, grain, [&](int64_t begin, int64_t end) {
         LinearKernel<T> kernel(a);
         for (int64_t n = begin; n < end; ++n) kernel(n);
+    });
+}
+
+// Packed by cpu/linear.py; the field order is shared with it. Sums of the products of chunks.
+struct AccumulateArgs {
+    int64_t rows, columns;
+    int64_t stride;  // of the sums, from row to row
+    int64_t add;     // or the terms take the place of what was there
+    float* sums;
+    const bf16* terms;
+};
+
+FUSEDLOSS_LOOP inline void add_terms(float* __restrict sums, const bf16* __restrict terms, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) sums[i] += float(terms[i]);
+}
+
+inline void accumulate(const AccumulateArgs& a) {
+    parallel(a.rows, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, a.columns)), [&](int64_t r) {
+        const bf16* terms = a.terms + r * a.columns;
+        if (a.add)
+            add_terms(a.sums + r * a.stride, terms, a.columns);
+        else
+            load_strided(terms, BF16, 1, a.columns, a.sums + r * a.stride);
     });
 }
 

@@ -368,12 +368,18 @@ void triplet_call(Random& r) {
 
 // Logits of rows with gaps between them, that a kernel may overwrite: `fill` brings them back.
 struct Head {
-    Tensor source, logits;
+    Tensor source, logits, low;
 
     Head(Random& r, int64_t n, int64_t c, bool special)
         : source(floats(r, float_type(r), {n, c}, DENSE, -4, 4, special)),
           logits(make(r, source.dtype, {n, c + r.below(3)}, DENSE, untouched)) {
+        if (source.dtype == BF16 && r.chance(60))
+            low = floats(r, BF16, {n, logits.strides[0]}, DENSE, -0.01, 0.01, special);
         logits.sizes = source.sizes;
+    }
+    Logits from(int64_t c) const {
+        const void* lost = low ? at(low.data(), low.dtype, c) : nullptr;
+        return {at(logits.data(), logits.dtype, c), lost, logits.dtype, logits.strides[0]};
     }
     void fill() const {
         const int64_t width = size_of(logits.dtype), row = source.sizes[1] * width;
@@ -403,8 +409,6 @@ void linear_call(Random& r) {
     const Sizes whole = {a.n, a.c};
     Head head(r, a.n, a.c, special);
     Tensor& logits = head.logits;
-    a.logits_dtype = logits.dtype;
-    a.logits_stride = logits.strides[0];
     Tensor target, label, weight, grad_target;
     if (probabilities) {
         target = floats(r, float_type(r), whole, EXPANDED, 0, 1, special);
@@ -442,7 +446,7 @@ void linear_call(Random& r) {
             a.first = a.c * k / parts;
             a.columns = a.c * (k + 1) / parts - a.first;
             a.finish = k + 1 == parts;
-            a.logits = at(logits.data(), logits.dtype, a.first);
+            a.logits = head.from(a.first);
             fusedloss_linear(&a);
         }
         return int64_t(-1);
@@ -467,12 +471,8 @@ void distill_call(Random& r) {
     a.hard_weight = 0.25;
     const bool special = r.chance(20);
     Head student(r, a.n, a.c, special), teacher(r, a.n, a.c, special);
-    const auto logits = [&](const Head& head) {
-        const Tensor& t = head.logits;
-        return Logits{t.data(), t.dtype, t.strides[0], r.chance(30) ? 3.0 : 0.0};
-    };
-    a.student = logits(student);
-    a.teacher = logits(teacher);
+    a.student = {student.from(0), r.chance(30) ? 3.0 : 0.0};
+    a.teacher = {teacher.from(0), r.chance(30) ? 3.0 : 0.0};
     Tensor label, incoming, loss = make(r, F64, {a.n}, DENSE, untouched);
     if (r.chance(50)) label = labels(r, a.n, a.c);
     if (r.chance(50)) incoming = floats(r, F64, {a.n}, DENSE, -1, 1, special);

@@ -51,7 +51,15 @@ def _load() -> tuple[ctypes.CDLL | None, str | None, str | None]:
         lib = ctypes.CDLL(str(path()))
     except OSError as error:
         return None, f"cannot load {path()}: {error}", None
-    for name in ("pointwise", "cross_entropy", "linear", "distill", "nll_loss", "triplet"):
+    for name in (
+        "pointwise",
+        "cross_entropy",
+        "linear",
+        "accumulate",
+        "distill",
+        "nll_loss",
+        "triplet",
+    ):
         function = getattr(lib, f"fusedloss_{name}")
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int64
     lib.fusedloss_formula.argtypes, lib.fusedloss_formula.restype = (

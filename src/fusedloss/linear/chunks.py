@@ -120,6 +120,7 @@ class _Loop:
         self.incoming = self.incoming_rows(incoming) if any(needed) else None
         self.grads = self.gradients(needed)
         self.chunk: Slot = None
+        self.low: Slot = None  # what rounding took from the chunk
 
     def of_rows(self) -> Tensor:
         """A number for each row, (N, K), those of a head side by side."""
@@ -150,11 +151,13 @@ class _Loop:
     def head(self, head: int) -> None:
         """All rows of one head."""
         bias = None if self.linear_bias is None else self.linear_bias[:, head]
-        product = products(self.linear_weight[:, head], bias)
+        product = products(self.linear_weight[:, head], bias, on_host(self.input))
         if self.chunk is None:
             size, dtype = self.plan.rows * self.plan.classes, product.chunk_dtype
             self.chunk = torch.empty(size, dtype=dtype, device=self.input.device)
             kernel.advise_huge_pages(self.chunk)
+            self.low = torch.empty_like(self.chunk) if product.splits else None
+            kernel.advise_huge_pages(self.low)
         kept = self.kept(head)
         n = self.input.shape[0] if kept is None else kept.shape[0]
         for a in range(0, n, self.plan.rows):
@@ -194,26 +197,24 @@ class _Loop:
     def evaluate(self, product: Direct, head: int, rows: Index, n: int) -> None:
         """The results of some rows; their logits come in stretches of classes."""
         x, target = product.rows(self.input[rows]), self.targets(head, rows)
-        assert self.chunk is not None
         results = self.results.each(lambda t: t[:, head][rows])
         sums = torch.empty(n, kernel.SUMS, dtype=torch.float64)
         for first in range(0, self.classes, self.plan.classes):
             columns = min(self.plan.classes, self.classes - first)
-            logits = self.chunk[: n * columns].view(n, columns)
-            product.logits(x, logits, first)
+            logits, low = self.matrices(n, columns)
+            product.logits(x, logits, low, first)
             given = (self.call, logits, target, self.weight, results)
-            kernel.step(*given, first=first, classes=self.classes, sums=sums)
+            kernel.step(*given, first=first, classes=self.classes, sums=sums, low=low)
         self.keep(results, head, rows)
 
     def differentiate(self, product: Direct, head: int, rows: Index, n: int, add: bool) -> None:
         """The results of some rows, and their part of the gradients that are needed."""
         x = product.rows(self.input[rows])
-        assert self.chunk is not None
-        g = self.chunk[: n * self.classes].view(n, self.classes)
-        product.logits(x, g)
+        g, low = self.matrices(n, self.classes)
+        product.logits(x, g, low)
         results = self.results.each(lambda t: t[:, head][rows])
         arriving = self.incoming and self.incoming.each(lambda t: t[:, head][rows])
-        self.step(g, head, rows, results, arriving)
+        self.step(g, low, head, rows, results, arriving)
         self.keep(results, head, rows)
         grad_input, grad_weight, grad_bias, _ = self.grads
         if grad_input is not None:
@@ -229,8 +230,23 @@ class _Loop:
             total = g.sum(0, dtype=grad_bias.dtype)
             grad_bias[:, head] = grad_bias[:, head] + total if add else total
 
+    def matrices(self, n: int, columns: int) -> tuple[Tensor, Slot]:
+        """The logits of some rows in the chunk, and what rounding took from them."""
+        assert self.chunk is not None
+        high, low = (
+            None if t is None else t[: n * columns].view(n, columns) for t in (self.chunk, self.low)
+        )
+        assert high is not None
+        return high, low
+
     def step(
-        self, logits: Tensor, head: int, rows: Index, results: Rows, incoming: Rows | None
+        self,
+        logits: Tensor,
+        low: Slot,
+        head: int,
+        rows: Index,
+        results: Rows,
+        incoming: Rows | None,
     ) -> None:
         if takes_triton(self.call, self.input):
             assert self.target is not None and isinstance(rows, slice)
@@ -242,9 +258,12 @@ class _Loop:
                 gpu.turn_off(failed)
         grad_target = self.grads[3]
         grad_target = None if grad_target is None else grad_target[:, :, head][rows]
-        advance = kernel.step if on_host(self.input) else steps.step
         target = self.targets(head, rows)
-        advance(self.call, logits, target, self.weight, results, incoming, grad_target)
+        arguments = (self.call, logits, target, self.weight, results, incoming, grad_target)
+        if on_host(self.input):
+            kernel.step(*arguments, low=low)
+        else:
+            steps.step(*arguments)
 
     def keep(self, results: Rows, head: int, rows: Index) -> None:
         """Gathered rows go back to where they are from."""
@@ -258,28 +277,42 @@ class _DistillLoop(_Loop):
     """With the teacher's logits of the same rows in a chunk beside."""
 
     def step(
-        self, logits: Tensor, head: int, rows: Index, results: Rows, incoming: Rows | None
+        self,
+        logits: Tensor,
+        low: Slot,
+        head: int,
+        rows: Index,
+        results: Rows,
+        incoming: Rows | None,
     ) -> None:
         assert isinstance(self.call, DistillCall)
-        advance = kernel.distill if on_host(self.input) else steps.distill
+        teacher, teacher_low = self.teacher(rows)
         target = None if self.target is None else self.targets(head, rows)
-        advance(self.call, logits, self.teacher(rows), target, results, incoming)
+        given = (self.call, logits, teacher, target, results, incoming)
+        if on_host(self.input):
+            kernel.distill(*given, low=low, teacher_low=teacher_low)
+        else:
+            steps.distill(*given)
 
-    def teacher(self, rows: Index) -> Tensor:
-        """The teacher's logits of some rows."""
+    def teacher(self, rows: Index) -> tuple[Tensor, Slot]:
+        """The teacher's logits of some rows, and what rounding took from them."""
         input, weight, bias, logits = self.tensors[7:]
         if logits is not None:
-            return logits[rows]
+            return logits[rows], None
         assert input is not None and weight is not None
         if not hasattr(self, "product"):
-            self.product = products(weight[:, 0], None if bias is None else bias[:, 0])
+            bias = None if bias is None else bias[:, 0]
+            self.product = products(weight[:, 0], bias, on_host(self.input))
             shape, dtype = (self.plan.rows, self.classes), self.product.chunk_dtype
             self.other = torch.empty(shape, dtype=dtype, device=input.device)
             kernel.advise_huge_pages(self.other)
+            self.other_low = torch.empty_like(self.other) if self.product.splits else None
+            kernel.advise_huge_pages(self.other_low)
         x = self.product.rows(input[rows])
         out = self.other[: x.shape[0]]
-        self.product.logits(x, out)
-        return out
+        low = None if self.other_low is None else self.other_low[: x.shape[0]]
+        self.product.logits(x, out, low)
+        return out, low
 
 
 LOOPS = {"linear": _Loop, "distill": _DistillLoop}

@@ -1,8 +1,8 @@
 """The three matrix products of a head, on a chunk of rows, for each type of input.
 
 float32 and float64 multiply as they are. bfloat16 and float16 multiply exactly in float32, on tiles of the
-weight that are widened on the way; where the machine multiplies bfloat16 itself, in that, and the chunk
-of logits is of it.
+weight that are widened on the way. Where a CPU multiplies bfloat16 itself, in that, and the logits are
+multiplied twice: the second product keeps what rounding took from the first.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..cpu import linear as kernel
+from .call import Slot
+
 HALVES = (torch.bfloat16, torch.float16)
 TILE_BYTES = 4 << 20
 NARROWEST_TILE = 64  # classes
@@ -20,6 +23,8 @@ NARROWEST_TILE = 64  # classes
 
 class Direct:
     """`weight` is (C, D) of the inputs' type."""
+
+    splits = False  # the logits are the sum of two chunks
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
@@ -29,8 +34,8 @@ class Direct:
         """The rows of a chunk as the products take them."""
         return input
 
-    def logits(self, x: Tensor, out: Tensor, first: int = 0) -> None:
-        """Those of the classes [first, first + out.shape[1])."""
+    def logits(self, x: Tensor, out: Tensor, low: Slot, first: int = 0) -> None:
+        """Those of the classes [first, first + out.shape[1]); `low` where this `splits` them."""
         last = first + out.shape[1]
         torch.mm(x, self.weight[first:last].t(), out=out)
         self.add_bias(out, first, last)
@@ -67,7 +72,7 @@ class Widened(Direct):
             b = min(a + len(self.buffer), last)
             yield a, b, self.buffer[: b - a].copy_(self.weight[a:b])
 
-    def logits(self, x: Tensor, out: Tensor, first: int = 0) -> None:
+    def logits(self, x: Tensor, out: Tensor, low: Slot, first: int = 0) -> None:
         for a, b, weight in self.tiles(first, first + out.shape[1]):
             torch.mm(x, weight.t(), out=out[:, a - first : b - first])
         self.add_bias(out, first, first + out.shape[1])
@@ -86,20 +91,50 @@ class Native(Direct):
 
     def grad_weight(self, g: Tensor, x: Tensor, out: Tensor, add: bool) -> None:
         step = max(NARROWEST_TILE, TILE_BYTES // (2 * max(x.shape[1], 1)))
+        product = x.new_empty(min(step, g.shape[1]), x.shape[1])
         for a in range(0, g.shape[1], step):
-            product = torch.mm(g[:, a : a + step].t(), x)
-            if add:
-                out[a : a + step] += product
-            else:
-                out[a : a + step] = product
+            columns = g[:, a : a + step]
+            part = product[: columns.shape[1]]
+            torch.mm(columns.t(), x, out=part)
+            self.take(part, out[a : a + step], add)
+
+    def take(self, product: Tensor, out: Tensor, add: bool) -> None:
+        if add:
+            out += product
+        else:
+            out.copy_(product)
 
 
-def products(weight: Tensor, bias: Tensor | None) -> Direct:
-    """The products of one head, a weight (C, D) and a bias (C)."""
+class Split(Native):
+    """On a CPU, where a kernel takes the logits: in two parts, the second what rounding took from the first."""
+
+    splits = True
+
+    def logits(self, x: Tensor, out: Tensor, low: Slot, first: int = 0) -> None:
+        assert low is not None
+        last = first + out.shape[1]
+        weight = self.weight[first:last].t()
+        torch.mm(x, weight, out=out)
+        torch.addmm(out, x, weight, beta=-1, out=low)  # sums of float32, rounded once
+        if self.bias is None:
+            return
+        step = max(1, TILE_BYTES // (4 * out.shape[1]))
+        for high, rest in zip(out.split(step), low.split(step), strict=True):
+            # The rounding of an infinite logit took NaN.
+            exact = rest.float().nan_to_num_(0.0).add_(high).add_(self.bias[first:last])
+            high.copy_(exact)
+            rest.copy_(exact.sub_(high))
+
+    def take(self, product: Tensor, out: Tensor, add: bool) -> None:
+        kernel.accumulate(product, out, add)
+
+
+def products(weight: Tensor, bias: Tensor | None, host: bool) -> Direct:
+    """The products of one head, a weight (C, D) and a bias (C); on a `host` a kernel takes their logits."""
     if weight.dtype not in HALVES:
         return Direct(weight, bias)
     if weight.device.type != "cpu" or (weight.dtype is torch.bfloat16 and multiplies_bfloat16()):
-        return Native(weight, bias)
+        return Split(weight, bias) if host else Native(weight, bias)
     return Widened(weight, bias)
 
 
