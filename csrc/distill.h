@@ -39,7 +39,7 @@ struct RunningLse {
         const T origin = top == -std::numeric_limits<T>::infinity() ? T(0) : top;
         if (sum > 0) sum *= std::exp(max - double(top));
         max = double(top);
-        exp_of_difference(x, origin, n, buffer);
+        exp_of_difference(x, origin, n, buffer, x + n, sizeof(T));
         sum += quick_sum(buffer, n);
     }
     double value() const { return sum > 0 ? max + std::log(sum) : max; }

@@ -213,7 +213,8 @@ private:
             if (s.mass != 0) s.dot += s.mass * (s.max - double(origin));
             max = top;
             s.max = double(origin);
-            exp_of_difference(x, origin, count, e_buffer);
+            const void* next = a.logits.memory(n, c + count);
+            exp_of_difference(x, origin, count, e_buffer, next, size_of(a.logits.dtype));
             if (a.entropy || a.incoming_entropy) s.products += dot<T>(e_buffer, x, s.max, count);
             if (y >= c && y < c + count) {
                 s.own = double(e_buffer[y - c]);

@@ -174,13 +174,16 @@ FUSEDLOSS_LOOP int64_t first_one(const T* __restrict e, int64_t n) {
     return i;
 }
 
-// Also asks for what follows in memory, the next block or row: the exps leave time for it to arrive.
+// Also asks for what follows in memory, the next block or row, with elements of `width` bytes, and for where its
+// exps go: these leave time for it to arrive.
 template <class T>
-FUSEDLOSS_LOOP void exp_of_difference(const T* __restrict x, T origin, int64_t n, T* __restrict e) {
+FUSEDLOSS_LOOP void exp_of_difference(const T* __restrict x, T origin, int64_t n, T* __restrict e,
+                                      const void* next, int64_t width) {
     constexpr int64_t line = 64 / sizeof(T);
     const int64_t whole = n - n % line;
     for (int64_t i = 0; i < whole; i += line) {
-        __builtin_prefetch(x + i + n);
+        __builtin_prefetch(static_cast<const char*>(next) + i * width);
+        __builtin_prefetch(e + i + n, 1);
 #pragma omp simd
         for (int64_t j = i; j < i + line; ++j) e[j] = math::exp_softmax(x[j] - origin);
     }
@@ -310,14 +313,12 @@ public:
         const double g = r.incoming(n, d);
         if (a.grad.data) {
             const double scale = g * (own_weight + s.mass) / s.sum();
-            finish(e, n, d, scale, s, T(g));
-            // p - 1 as minus the others' share: exact where p is near 1.
-            if (y >= 0)
-                e[y] = T(g * ((s.mass * s.own - own_weight * s.others) / s.sum() -
-                              double(r.soft) * r.class_weight(y)));
-            // B p - b of the largest class as (B - b) - B (1 - p), for the same reason.
-            if (s.top >= 0) e[s.top] = T(g * (s.rest - s.mass * s.others / s.sum()));
-            if (!scratch.empty()) store(a.grad.at(g_row), a.grad.dtype, a.grad.stride[1], a.c, e);
+            // p - 1 as minus the others' share: exact where p is near 1. B p - b of the largest class as
+            // (B - b) - B (1 - p), for the same reason.
+            const T own = y >= 0 ? T(g * ((s.mass * s.own - own_weight * s.others) / s.sum() -
+                                          double(r.soft) * r.class_weight(y)))
+                                 : T(g * (s.rest - s.mass * s.others / s.sum()));
+            finish(e, n, d, scale, s, T(g), y >= 0 ? y : s.top, own);
         }
         if (a.grad_target.data) target_gradient(x_row, n, d, s, g);
         return loss;
@@ -379,7 +380,8 @@ private:
             shift[size_t(b)] = origin;
             s.max = double(origin);
             T* __restrict e = keep ? keep + c : e_buffer;
-            exp_of_difference(x, origin, count, e);
+            const void* next = a.input.at(x_row + (c + count) * a.input.stride[1]);
+            exp_of_difference(x, origin, count, e, next, size_of(a.input.dtype));
             if (y >= c && y < c + count) {
                 s.own = double(e[y - c]);
                 s.own_x = double(x[y - c]);
@@ -415,8 +417,9 @@ private:
         return s;
     }
 
-    // e_c becomes g (B p_c - b_c), but for the one-hot part of b.
-    void finish(T* row, int64_t n, int64_t d, double scale, const OwnSums& s, T g) {
+    // e_c becomes g (B p_c - b_c), that of the own class `slope`, and goes to where the gradient is.
+    void finish(T* row, int64_t n, int64_t d, double scale, const OwnSums& s, T g, int64_t own, T slope) {
+        const int64_t g_row = a.grad.row(n, d);
         const bool soft = a.probabilities || r.soft != T(0);
         for (int64_t c = 0, b = 0; c < a.c; c += row_block, ++b) {
             const int64_t count = std::min(row_block, a.c - c);
@@ -426,6 +429,9 @@ private:
                 scale_and_take(row + c, factor, g, part, count);
             else
                 scale_and_shift(row + c, factor, g * r.soft, count);
+            if (own >= c && own < c + count) row[own] = slope;
+            if (!scratch.empty())
+                store(a.grad.at(g_row + c * a.grad.stride[1]), a.grad.dtype, a.grad.stride[1], count, row + c);
         }
     }
 
