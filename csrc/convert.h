@@ -110,7 +110,8 @@ inline const T* load(const void* data, int64_t dtype, int64_t stride, int64_t n,
 
 // Not inlined: GCC then keeps the conversions in vectors.
 template <class T>
-__attribute__((noinline)) void store(void* data, int64_t dtype, int64_t stride, int64_t n, const T* __restrict buffer) {
+__attribute__((noinline)) void store(void* data, int64_t dtype, int64_t stride, int64_t n,
+                                     const T* __restrict buffer) {
     with_float(dtype, [&](auto tag) {
         using S = decltype(tag);
         S* __restrict to = static_cast<S*>(data);
