@@ -106,3 +106,22 @@ EXPORT int64_t fusedloss_triplet(const fusedloss::TripletArgs* a) {
     for (const fusedloss::Matrix& input : a->input) wide |= input.dtype == fusedloss::F64;
     return guarded([&] { return wide ? fusedloss::triplet<double>(*a) : fusedloss::triplet<float>(*a); });
 }
+
+// A call like an earlier one. `plan`: which kernel, how many words its arguments have, how many of these are
+// pointers, which ones, and the arguments; `pointers` take their places.
+EXPORT int64_t fusedloss_again(const int64_t* plan, const int64_t* pointers) {
+    constexpr int64_t most = 64;
+    const int64_t kernel = plan[0], words = plan[1], count = plan[2];
+    const int64_t* places = plan + 3;
+    int64_t arguments[most];
+    if (words > most) return no_memory;
+    std::copy_n(places + count, words, arguments);
+    for (int64_t i = 0; i < count; ++i) arguments[places[i]] = pointers[i];
+    const void* a = arguments;
+    switch (kernel) {
+        case 0: return fusedloss_pointwise(static_cast<const fusedloss::PointwiseArgs*>(a));
+        case 1: return fusedloss_cross_entropy(static_cast<const fusedloss::RowsArgs*>(a));
+        case 2: return fusedloss_nll_loss(static_cast<const fusedloss::RowsArgs*>(a));
+        default: return fusedloss_triplet(static_cast<const fusedloss::TripletArgs*>(a));
+    }
+}

@@ -584,9 +584,9 @@ public:
     }
 
     // Positions at a time: as many as keep a tile in the second-level cache.
-    static int64_t lanes(int64_t classes) {
+    static int64_t lanes(int64_t classes, int64_t across) {
         const int64_t fit = 65536 / std::max<int64_t>(classes, 1) / 16 * 16;
-        return std::clamp<int64_t>(fit, 16, most);
+        return std::clamp<int64_t>(std::min(fit, (across + 15) / 16 * 16), 16, most);
     }
 
     void operator()(int64_t n, int64_t d0, int64_t count, double* losses) {
@@ -613,7 +613,7 @@ public:
             position_losses<T, true, false>(p, padded, hard, losses);
         if (!a.grad.data && !a.grad_target.data) return;
 
-        incoming(n, d0, count);
+        incoming(n, d0, count, padded);
         if (a.probabilities)
             position_slopes<T, false, true>(p, padded, hard, 0);
         else if (soft)
@@ -634,7 +634,7 @@ private:
     const bool soft;
     bool any_ignored = false;
     std::vector<T> tile, parts;
-    Positions<T> p = {};
+    Positions<T> p;
     alignas(64) Index largest[most];
 
     T* at(int64_t c) { return tile.data() + c * width; }
@@ -674,7 +674,8 @@ private:
             p.weight[i] = p.y[i] >= 0 ? double(r.weight[p.y[i]]) : 0.0;
     }
 
-    void incoming(int64_t n, int64_t d0, int64_t count) {
+    void incoming(int64_t n, int64_t d0, int64_t count, int64_t padded) {
+        std::fill(p.incoming + count, p.incoming + padded, 0.0);
         if (a.incoming.data)
             load_strided<double>(a.incoming.at(a.incoming.row(n, d0)), a.incoming.dtype, a.incoming.stride[2],
                                  count, p.incoming);
@@ -751,7 +752,7 @@ int64_t cross_entropy(RowsArgs a) {
     if (a.grad.data) advise_huge_pages(a.grad.data, rows.positions() * a.c * size_of(a.grad.dtype));
 
     const bool tiles = a.input.stride[1] != 1 || a.c <= short_row;
-    const int64_t lanes = TileKernel<T>::lanes(a.c);
+    const int64_t lanes = TileKernel<T>::lanes(a.c, a.d);
     const int64_t per_block = tiles ? lanes : std::max<int64_t>(1, 4 * row_block / std::max<int64_t>(a.c, 1));
     const int64_t across = tiles ? a.d : rows.positions();
     const int64_t blocks_across = (across + per_block - 1) / per_block;

@@ -152,9 +152,9 @@ def test_all_cases(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_calls(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(calls, "QUICK", (0.0, 1e-5, 2))
     monkeypatch.setattr(calls, "imports", lambda times: [(1.5, 0.08)] * times)
-    before = F.mse_loss, torch._C._nn.mse_loss, route.autograd.run
+    before = F.mse_loss, torch._C._nn.mse_loss, route.autograd.repeat
     assert run("--calls", "--quick", "--threads", "1", "--output", "a.json") == 0
-    assert before == (F.mse_loss, torch._C._nn.mse_loss, route.autograd.run), "put back"
+    assert before == (F.mse_loss, torch._C._nn.mse_loss, route.autograd.repeat), "put back"
     document = json.loads((here / "a.json").read_text())
     assert {r["loss"] for r in document["results"]} == calls.OPERATORS.keys()
     for r in document["results"]:

@@ -8,13 +8,22 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from conftest import formula_path, same_bits
+from conftest import (
+    Case,
+    assert_same_bits,
+    draw_incoming,
+    formula_path,
+    leaves,
+    parameters_reduced,
+    run,
+    same_bits,
+)
 from torch import Generator, Tensor, tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss
-from fusedloss import functional, route
+from fusedloss import cpu, functional, route
 from fusedloss.define import REGISTRY, Loss
 
 BY_KERNEL = [loss for loss in REGISTRY.values() if loss.name != "triplet_margin_with_distance_loss"]
@@ -43,14 +52,103 @@ def test_no_check_runs_again(
     loss: Loss, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = loss.example((3, 5), torch.float32, generator)
+    leaf = tensors[0].clone().requires_grad_()
+    loss.function(leaf, *tensors[1:], **options(loss), reduction="sum")
     first = loss.function(*tensors, **options(loss), reduction="sum")
     monkeypatch.setattr(route, "dispatch", lambda *_, **__: pytest.fail("it was checked again"))
     before = route.calls()[loss.name, "kernel"]
     assert same_bits(loss.function(*tensors, **options(loss), reduction="sum"), first)
     assert route.calls()[loss.name, "kernel"] == before + 1
-    leaf = tensors[0].clone().requires_grad_()
     loss.function(leaf, *tensors[1:], **options(loss), reduction="sum").backward()
     assert leaf.grad is not None
+
+
+def wants(case: Case) -> list[tuple[int, ...]]:
+    """Which tensors may require a gradient: none, the first ones, the last one."""
+    count = len(case.loss.differentiable)
+    return [*(tuple(range(n)) for n in range(count + 1)), (case.loss.differentiable[-1],)]
+
+
+@parameters_reduced(lambda case: case.loss in BY_KERNEL)
+def test_the_bits_of_a_call_do_not_depend_on_earlier_ones(
+    case: Case, reduction: str, generator: Generator
+) -> None:
+    """The arguments that are kept hold nothing of the first call's values and memory."""
+    for shape in ((3, 5), (70, 33), (4, 6, 3, 2)):
+        earlier, _ = case.example(shape, torch.float32, generator)
+        tensors, settings = case.example(shape, torch.float32, generator)
+        settings = {**settings, "reduction": reduction}
+        for wanted in wants(case):
+            drawn = draw_incoming(case.loss.function(*tensors, **settings), generator)
+            for incoming in (None, drawn):
+                route._known.clear()
+                expected = run(case.loss.function, tensors, settings, wanted, incoming)
+                run(case.loss.function, earlier, settings, wanted, incoming)
+                again = run(case.loss.function, tensors, settings, wanted, incoming)
+                assert_same_bits(again, expected)
+                strided = tuple(t.transpose(0, -1).contiguous().transpose(0, -1) for t in tensors)
+                run(case.loss.function, strided, settings, wanted, incoming)
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_known_call_packs_no_arguments(
+    loss: Loss, dtype: torch.dtype, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = loss.example((3, 5), dtype, generator)
+    count = 3 if loss.name == "triplet_margin_loss" else 1
+
+    def step() -> tuple[Tensor, ...]:
+        inputs = leaves(tensors, range(count))
+        value = loss.function(*inputs, **options(loss), reduction="sum")
+        return torch.autograd.grad(value, inputs[:count])
+
+    expected = step()
+    for family in (cpu.pointwise, cpu.rows, cpu.triplet):
+        monkeypatch.setattr(family, "_launch", lambda *_: pytest.fail("they were packed anew"))
+    for got, want in zip(step(), expected, strict=True):
+        assert same_bits(got, want)
+
+
+@each_loss
+def test_every_derivative_of_a_known_call(loss: Loss, generator: Generator) -> None:
+    tensors = loss.example((3, 5), torch.float64, generator)
+    x = tensors[0].requires_grad_()
+
+    def run(*inputs: Tensor) -> Tensor:
+        return loss.function(*inputs, **options(loss), reduction="sum")
+
+    for _ in range(2):
+        value = run(x, *tensors[1:])
+        (first,) = torch.autograd.grad(value, x, retain_graph=True)
+        (second,) = torch.autograd.grad(value, x, create_graph=True)
+        assert second.requires_grad or loss.name in ("nll_loss", "kl_div")  # linear in x
+        torch.testing.assert_close(first, second)
+        (batched,) = torch.autograd.grad(value, x, torch.ones(2), is_grads_batched=True)
+        assert same_bits(batched[1], first)
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(value, x)
+        torch.autograd.gradcheck(run, (x, *tensors[1:]))
+        torch.autograd.gradgradcheck(run, (x, *tensors[1:]))
+    value = run(x, *tensors[1:])
+    with torch.no_grad():
+        x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(value, x)
+
+
+def test_a_gradient_that_was_given_away_is_not_kept() -> None:
+    x = torch.randn(3, 5, requires_grad=True)
+    target = torch.tensor([0, 1, 2])
+    for _ in range(2):
+        value = functional.cross_entropy(x, target)
+        first, second = (
+            torch.autograd.grad(value, x, torch.tensor(3.0), retain_graph=keep)[0]
+            for keep in (True, False)
+        )
+        assert same_bits(first, second)
+        first += 1
+        assert not same_bits(first, second)
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.jit.trace
@@ -124,9 +222,11 @@ def test_tracing_without_sizes() -> None:
 
 def test_values_are_checked_each_time() -> None:
     x, target = torch.zeros(3, 4), tensor([0, 1, 2])
-    functional.cross_entropy(x, target)
-    with pytest.raises(IndexError, match=r"target\[1\] = 9 is out of range for 4 classes"):
-        functional.cross_entropy(x, tensor([0, 9, 2]))
+    for leaf in (x, x.clone().requires_grad_()):
+        for function in (functional.cross_entropy, functional.nll_loss):
+            function(leaf, target)
+            with pytest.raises(IndexError, match=r"target\[1\] = 9 is out of range for 4 classes"):
+                function(leaf, tensor([0, 9, 2]))
     p = torch.full((3,), 0.5)
     functional.binary_cross_entropy(p, p)
     with pytest.raises(RuntimeError, match=r"target\[0\] = 1\.5"):

@@ -5,13 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import cpu, gpu
 from .calls import Call
+from .cpu.again import Again
+
+T = TypeVar("T", Tensor, "Tensor | None")
+
+# Asked at every backward: bound here once.
+_has_storage = torch._C._has_storage
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 def engine(call: Call, tensor: Tensor | None) -> ModuleType:
@@ -33,6 +41,19 @@ def run(call: Call, tensors: tuple[Tensor | None, ...]) -> Tensor:
     return engine(call, tensors[0]).forward(call, tensors, ())[0]
 
 
+def repeat(again: Again, tensors: tuple[Any, ...]) -> Tensor:
+    """The same, for tensors like those that `prepare` was given."""
+    given = tensors[: again.inputs]
+    return _apply_again(again, *given) if again.learned else again.forward(given)[0]
+
+
+def prepare(call: Call, tensors: tuple[Tensor | None, ...]) -> Again | None:
+    """How a call on the CPU may be repeated at less cost, or None."""
+    enabled = torch.is_grad_enabled()
+    needed = [enabled and t is not None and t.requires_grad for t in tensors[: call.gradients]]
+    return cpu.again.prepare(engine(call, tensors[0]), call, tensors, needed)
+
+
 class _Fused(torch.autograd.Function):
     """A reduced loss computes its gradients in forward, and they wait; others in backward."""
 
@@ -48,46 +69,78 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+        call, needed, saved = ctx.call, ctx.needs_input_grad[1:], ctx.saved_tensors
+        tensors, stored = saved[: len(needed)], saved[len(needed) :]
         try:
-            return _Fused._backward(ctx, incoming[0])
+            grads = _gradients(call, tensors, needed, stored if ctx.stored else None, incoming[0])
         except gpu.Failed as failed:
             gpu.turn_off(failed)
-            needed = ctx.needs_input_grad[1:]
             with torch.enable_grad():
-                grads = redo(ctx.call, ctx.saved_tensors[: len(needed)], needed, incoming[0])
-            return (None, *(g if g is None else g.detach() for g in grads))
+                found = redo(call, tensors, needed, incoming[0])
+            grads = [g if g is None else g.detach() for g in found]
+        return (None, *grads, *(None,) * (len(tensors) - len(grads)))
+
+
+def _gradients(
+    call: Call,
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    stored: Sequence[Tensor | None] | None,
+    arrived: Tensor,
+) -> Sequence[Tensor | None]:
+    """The gradients by the first tensors; `stored` are those that forward computed, and more."""
+    if torch.is_grad_enabled():
+        return redo(call, tensors, needed, arrived)
+    plain = is_plain(arrived)
+    if stored is not None and plain and gpu.serves(arrived):
+        grads = rescaled(call, tensors, stored, arrived)
+    elif stored is not None and (not plain or _scales_exactly(stored, arrived)):
+        grads = list(scaled(stored[: call.gradients], arrived, plain))
+    elif plain:
+        grads = engine(call, tensors[0]).backward(call, tensors, needed, arrived)
+    else:
+        one = torch.ones(arrived.shape, dtype=arrived.dtype, device=arrived.device)
+        spread = call.spread(arrived)
+        grads = [
+            None if g is None else g * spread
+            for g in engine(call, tensors[0]).backward(call, tensors, needed, one)
+        ]
+    for k, grad in enumerate(grads):
+        tensor = tensors[k]
+        if grad is not None and tensor is not None and grad.shape != tensor.shape:
+            grads[k] = grad.sum_to_size(tensor.shape)
+    return grads
+
+
+class _Again(torch.autograd.Function):
+    """A call like an earlier one."""
 
     @staticmethod
-    def _backward(ctx: Any, arrived: Tensor) -> tuple[Tensor | None, ...]:
-        call = ctx.call
-        needed = ctx.needs_input_grad[1:]
-        saved = ctx.saved_tensors
-        tensors, stored = saved[: len(needed)], saved[len(needed) :]
-        if torch.is_grad_enabled():
-            return (None, *redo(call, tensors, needed, arrived))
-        plain = is_plain(arrived)
-        if ctx.stored and plain and gpu.serves(arrived):
-            grads = rescaled(call, tensors, stored, arrived)
-        elif ctx.stored and (not plain or _scales_exactly(stored, arrived)):
-            found = stored[: call.gradients]
-            grads = [g if g is None else scaled(g, arrived, plain) for g in found]
-        elif plain:
-            grads = engine(call, tensors[0]).backward(call, tensors, needed, arrived)
-        else:
-            one = torch.ones(arrived.shape, dtype=arrived.dtype, device=arrived.device)
-            spread = call.spread(arrived)
-            grads = [
-                None if g is None else g * spread
-                for g in engine(call, tensors[0]).backward(call, tensors, needed, one)
-            ]
-        for k, grad in enumerate(grads):
-            if grad is not None and grad.shape != tensors[k].shape:
-                grads[k] = grad.sum_to_size(tensors[k].shape)
-        return (None, *grads, *(None,) * (len(tensors) - len(grads)))
+    def forward(ctx: Any, again: Again, *tensors: Tensor) -> Tensor:
+        result, grads = again.forward(tensors)
+        ctx.again = again
+        ctx.save_for_backward(*tensors, *grads)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        again, saved = ctx.again, ctx.saved_tensors
+        stored = saved[again.inputs :]
+        if torch.is_grad_enabled() or not is_plain(incoming):
+            tensors = again.whole(saved[: again.inputs])
+            needed = (*ctx.needs_input_grad[1:], *(False for _ in again.absent))
+            grads = _gradients(again.call, tensors, needed, stored or None, incoming)
+            lacking = (None,) * (again.inputs - len(grads))
+            return (None, *grads[: again.inputs], *lacking)
+        grads = scaled(stored, incoming, True) if stored else again.backward(saved, incoming)
+        return (None, *grads, *again.undefined)
 
 
 # No transform is active here: what `Function.apply` does for them is left out.
 _apply = super(torch.autograd.Function, _Fused).apply
+_apply_again = super(torch.autograd.Function, _Again).apply
+# As its own `apply` does it, but for choosing between `backward` and `vjp`: a microsecond.
+_Again._backward_cls.apply = _Again.backward  # type: ignore[attr-defined]
 
 
 def _narrow(tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> bool:
@@ -113,21 +166,25 @@ def is_plain(incoming: Tensor) -> bool:
     """Whether a kernel can read the gradient that arrives (a mapped or fake one has no memory)."""
     return (
         type(incoming) is Tensor
-        and torch._C._has_storage(incoming)
-        and not torch._C._len_torch_dispatch_stack()
+        and _has_storage(incoming)
+        and not _dispatch_modes()
         and not incoming.is_neg()
     )
 
 
-def scaled(grad: Tensor, incoming: Tensor, plain: bool) -> Tensor:
-    """The stored gradient times the scalar that arrives, which may be `plain`.
+def scaled(grads: Sequence[T], incoming: Tensor, plain: bool) -> Sequence[T]:
+    """The stored gradients times the scalar that arrives, which may be `plain`.
 
-    The stored tensor itself is given away only when the graph is freed: another backward would
-    otherwise find it changed by whoever accumulates into it.
+    The stored tensors themselves are given away only when the graph is freed: another backward would
+    otherwise find them changed by whoever accumulates into them.
     """
-    if not plain or torch._C._autograd._get_current_graph_task_keep_graph():
-        return grad * incoming
-    return grad if incoming.item() == 1.0 else grad.mul_(incoming)
+    if not plain or _keeps_graph():
+        return [g if g is None else g * incoming for g in grads]
+    if incoming.item() != 1.0:
+        for grad in grads:
+            if grad is not None:
+                grad.mul_(incoming)
+    return grads
 
 
 def rescaled(
@@ -138,7 +195,7 @@ def rescaled(
 ) -> list[Tensor | None]:
     """The same on a GPU, where a kernel looks at the scalar, and computes anew unless it is 1."""
     grads, rest = list(stored[: call.gradients]), stored[call.gradients :]
-    if torch._C._autograd._get_current_graph_task_keep_graph():
+    if _keeps_graph():
         grads = [g if g is None else g.clone() for g in grads]
     engine(call, tensors[0]).rescale(call, tensors, (*grads, *rest), incoming)
     return grads

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from . import autograd, cpu, errors, gpu, ops, strictness
 from .calls import Call, RowsCall
+from .cpu.again import Again
 from .cpu.load import FLOATS
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_tracing = torch._C._is_tracing
 _is_compiling = torch.compiler.is_dynamo_compiling
+_grad_enabled = torch.is_grad_enabled
 _strided = torch.strided
 
 
@@ -57,7 +59,7 @@ _by_kernel: defaultdict[str, int] = defaultdict(int)
 _by_formula: defaultdict[str, int] = defaultdict(int)
 _trace: list[Route] | None = None
 _forced: str | None = None
-_known: dict[tuple[Any, ...], Call] = {}
+_known: dict[tuple[Any, ...], tuple[Call, Again | None]] = {}
 
 
 @contextlib.contextmanager
@@ -77,8 +79,8 @@ def repeat(
     """The loss, if `dispatch` ran a kernel for such tensors and these `settings` before, else None.
 
     The checks cost more than the arithmetic of a small loss, and a training loop repeats its shapes. The key
-    holds all that they and the route of a plain call on the CPU depend on. With `keep`, that is the call to
-    run the next time, and nothing runs now.
+    holds all that they depend on, and the route of a plain call on the CPU, and the arguments of its kernel.
+    With `keep`, that is the call to run the next time, and nothing runs now.
     """
     if (
         _is_compiling()
@@ -103,23 +105,26 @@ def repeat(
     ):
         return None
     key: tuple[Any, ...]
-    if c is None:
-        key = loss, settings, a.dtype, b.dtype, a.shape, b.shape
-    elif type(c) in PLAIN and c.is_cpu and c.layout is _strided and not c.is_neg():
-        key = loss, settings, a.dtype, b.dtype, a.shape, b.shape, c.dtype, c.shape
-    else:
-        return None
+    # fmt: off
+    key = (loss, settings, _grad_enabled(),
+           a.dtype, a.shape, a.requires_grad, a.is_contiguous(),
+           b.dtype, b.shape, b.requires_grad, b.is_contiguous())
+    # fmt: on
+    if c is not None:
+        if not (type(c) in PLAIN and c.is_cpu and c.layout is _strided and not c.is_neg()):
+            return None
+        key += c.dtype, c.shape, c.requires_grad, c.is_contiguous()
     if keep:
         if len(_known) >= MOST_KNOWN:
             _known.clear()
-        _known[key] = keep
+        _known[key] = keep, autograd.prepare(keep, tensors)
         return None
     try:
-        call = _known[key]
+        call, again = _known[key]
     except (KeyError, TypeError):  # a setting without a hash is for the checks to refuse
         return None
     _by_kernel[loss] += 1
-    return autograd.run(call, tensors)
+    return autograd.repeat(again, tensors) if again else autograd.run(call, tensors)
 
 
 def _remember(loss: str, call: Call, tensors: tuple[Any, ...], settings: tuple[Any, ...]) -> None:

@@ -73,6 +73,18 @@ public:
     std::mt19937_64 engine;
 };
 
+// The call whose arguments are `a`, as a repeated one whose pointers come apart.
+template <class Args>
+int64_t again(int64_t kernel, const Args& a, std::vector<int64_t> places) {
+    constexpr int64_t words = sizeof(Args) / 8;
+    std::vector<int64_t> plan{kernel, words, int64_t(places.size())}, kept(words), pointers;
+    std::memcpy(kept.data(), &a, sizeof(Args));
+    for (const int64_t place : places) pointers.push_back(std::exchange(kept[size_t(place)], 1));
+    plan.insert(plan.end(), places.begin(), places.end());
+    plan.insert(plan.end(), kept.begin(), kept.end());
+    return fusedloss_again(plan.data(), pointers.data());
+}
+
 // Elements of a call: now and then enough for several threads.
 int64_t budget(Random& r) { return r.chance(8) ? 100000 : 4000; }
 
@@ -324,7 +336,11 @@ void rows_call(Random& r, bool nll) {
     a.grad_target = grid(grad_target);
 
     const std::string name = nll ? "nll_loss" : "cross_entropy";
-    const auto run = [&] { return nll ? fusedloss_nll_loss(&a) : fusedloss_cross_entropy(&a); };
+    const bool repeated = r.chance(30);
+    const auto run = [&] {
+        if (repeated) return again(nll ? 2 : 1, a, {7, 12, 32, 37, 42, 22});
+        return nll ? fusedloss_nll_loss(&a) : fusedloss_cross_entropy(&a);
+    };
     const int64_t bad = on_both(name, true, run, {&loss, &total, &grad, &grad_target});
     require(bad < 0 || outside, name + ": refused a class index in range");
     // The mean over no row is NaN.
@@ -359,8 +375,11 @@ void triplet_call(Random& r) {
     a.incoming = matrix(incoming);
     a.loss = matrix(loss);
     a.total = matrix(total);
-    on_both("triplet", false, [&] { return fusedloss_triplet(&a); },
-            {&loss, &total, &grads[0], &grads[1], &grads[2]});
+    const bool repeated = r.chance(30);
+    const auto run = [&] {
+        return repeated ? again(3, a, {8, 12, 16, 28, 32, 36, 40}) : fusedloss_triplet(&a);
+    };
+    on_both("triplet", false, run, {&loss, &total, &grads[0], &grads[1], &grads[2]});
     if (special || a.p < 1) return;
     for (const Tensor* t : {&loss, &total, &grads[0], &grads[1], &grads[2]})
         if (t != &total || t->dtype != F16) t->check_finite("triplet");

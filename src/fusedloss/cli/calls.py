@@ -93,7 +93,7 @@ def measure(loss: Loss, plan: Plan) -> Calls:
         return [min(samples[name]) for name in chosen]
 
     whole = shortest("ours", "torch")
-    with _replaced(route.autograd, "run"), _replaced(*OPERATORS[loss.name]):
+    with _replaced(route.autograd, "repeat"), _replaced(*OPERATORS[loss.name]):
         before = shortest("ours", "torch")
     return Calls(loss.name, *whole, *before)
 

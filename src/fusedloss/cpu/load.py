@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -66,6 +68,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None, str | None]:
         [ctypes.c_int64],
         ctypes.c_char_p,
     )
+    lib.fusedloss_again.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+    lib.fusedloss_again.restype = ctypes.c_int64
     lib.fusedloss_set_parallel_for.argtypes = [ctypes.c_void_p]
     lib.fusedloss_advise_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     return lib, None, _share_threads(lib)
@@ -89,6 +93,18 @@ def library() -> ctypes.CDLL:
     if lib is None:
         raise RuntimeError(f"fusedloss: {why}")
     return lib
+
+
+Run = Callable[[str, str, bytes], int]  # as `run`: what launches a kernel may be replaced
+
+
+class Pointers(NamedTuple):
+    """Which of a kernel's arguments, in words of 8 bytes, are the pointers of a reduced loss."""
+
+    inputs: tuple[int, ...]
+    total: int
+    grads: tuple[int, ...]
+    incoming: int = 0  # where the gradient is computed in backward
 
 
 def run(kernel: str, loss: str, arguments: bytes) -> int:

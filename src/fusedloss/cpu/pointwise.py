@@ -12,19 +12,21 @@ from torch import Tensor
 from ..calls import PointwiseCall
 from ..formula import OutsideDomain
 from ..layout import coalesced
-from .load import DTYPES, formula_numbers, run
+from .load import DTYPES, Pointers, Run, formula_numbers, run
 
 SLOTS = 8  # the arrays that have strides: three inputs, two multipliers, losses, two gradients
 DENSE = (1,) * SLOTS
 ABSENT = (0, 0)
 FIELDS = "=21q4d{}q"
+# Where these hold the pointers of the operands, of the reduced loss and of the gradients.
+POINTERS = Pointers((3, 5), 15, (17, 19))
 PACK_DENSE = struct.Struct(FIELDS.format(1 + SLOTS)).pack
 
 Slot = Tensor | None
 
 
 def forward(
-    call: PointwiseCall, tensors: tuple[Slot, ...], needed: Sequence[bool]
+    call: PointwiseCall, tensors: tuple[Slot, ...], needed: Sequence[bool], run: Run = run
 ) -> tuple[Tensor, list[Slot]]:
     """The result, and the gradients that are needed, in the shape that the operands broadcast to."""
     first = tensors[0]
@@ -33,15 +35,19 @@ def forward(
     grads = _gradients(tensors, needed, shape)
     if call.reduction == "none":
         result = _empty_like(first, shape, call.dtype)
-        _launch(call, tensors, None, result, None, grads, shape, dense)
+        _launch(call, tensors, None, result, None, grads, shape, dense, run)
     else:
         result = first.new_empty((), dtype=call.dtype)
-        _launch(call, tensors, None, None, result, grads, shape, dense)
+        _launch(call, tensors, None, None, result, grads, shape, dense, run)
     return result, grads
 
 
 def backward(
-    call: PointwiseCall, tensors: tuple[Slot, ...], needed: Sequence[bool], incoming: Tensor
+    call: PointwiseCall,
+    tensors: tuple[Slot, ...],
+    needed: Sequence[bool],
+    incoming: Tensor,
+    run: Run = run,
 ) -> list[Slot]:
     first = tensors[0]
     assert first is not None
@@ -51,7 +57,7 @@ def backward(
     else:
         incoming, dense = incoming.expand(shape), False
     grads = _gradients(tensors, needed, shape)
-    _launch(call, tensors, incoming, None, None, grads, shape, dense)
+    _launch(call, tensors, incoming, None, None, grads, shape, dense, run)
     return grads
 
 
@@ -91,6 +97,7 @@ def _launch(
     grads: Sequence[Slot],
     shape: torch.Size,
     dense: bool,
+    run: Run,
 ) -> None:
     third = tensors[2] if len(tensors) > 3 else None
     slots = (*tensors[:2], third, tensors[-1], incoming, losses, *grads)

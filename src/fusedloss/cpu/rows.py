@@ -14,35 +14,41 @@ from torch import Tensor
 
 from .. import errors, reduce
 from ..calls import RowsCall
-from .load import DTYPES, run
+from .load import DTYPES, Pointers, Run, run
 
 Slot = Tensor | None
 ABSENT = (0, 0, 0, 0, 0)
 PACK = struct.Struct("=6qd40q").pack
+# Where it puts the pointers of input and target, of the reduced loss, of the gradients and of what arrives.
+POINTERS = Pointers((7, 12), 32, (37, 42), 22)
 
 
 def forward(
-    call: RowsCall, tensors: tuple[Slot, ...], needed: Sequence[bool]
+    call: RowsCall, tensors: tuple[Slot, ...], needed: Sequence[bool], run: Run = run
 ) -> tuple[Tensor, list[Slot]]:
     input, target, weight = tensors
     assert input is not None and target is not None
     grads = _gradients(input, target, needed)
     if call.reduction == "none":
         result = input.new_empty(call.shape(input, target), dtype=call.dtype)
-        _launch(call, input, target, weight, None, result, None, grads)
+        _launch(call, input, target, weight, None, result, None, grads, run)
     else:
         result = input.new_empty((), dtype=call.dtype)
-        _launch(call, input, target, weight, None, None, result, grads)
+        _launch(call, input, target, weight, None, None, result, grads, run)
     return result, grads
 
 
 def backward(
-    call: RowsCall, tensors: tuple[Slot, ...], needed: Sequence[bool], incoming: Tensor
+    call: RowsCall,
+    tensors: tuple[Slot, ...],
+    needed: Sequence[bool],
+    incoming: Tensor,
+    run: Run = run,
 ) -> list[Slot]:
     input, target, weight = tensors
     assert input is not None and target is not None
     grads = _gradients(input, target, needed)
-    _launch(call, input, target, weight, incoming, None, None, grads)
+    _launch(call, input, target, weight, incoming, None, None, grads, run)
     return grads
 
 
@@ -90,6 +96,7 @@ def _launch(
     losses: Slot,
     total: Slot,
     grads: Sequence[Slot],
+    run: Run,
 ) -> None:
     if weight is not None:
         compute = reduce.wide(input, target) if call.probabilities else reduce.wide(input)

@@ -9,36 +9,37 @@ import torch
 from torch import Tensor
 
 from ..calls import TripletCall
-from .load import DTYPES, run
+from .load import DTYPES, Pointers, Run, run
+
+FIELDS = "=3q5d36q"
+# Where these hold the pointers of the inputs, of the reduced loss and of the gradients.
+POINTERS = Pointers((8, 12, 16), 28, (32, 36, 40))
 
 Slot = Tensor | None
 
 
 def forward(
-    call: TripletCall, tensors: tuple[Slot, ...], needed: Sequence[bool]
+    call: TripletCall, tensors: tuple[Slot, ...], needed: Sequence[bool], run: Run = run
 ) -> tuple[Tensor, list[Slot]]:
     inputs, shape = _expand(tensors)
     grads = _gradients(inputs, needed, shape)
     unreduced = call.reduction == "none"
     result = inputs[0].new_empty(shape[:-1] if unreduced else (), dtype=call.dtype)
-    _launch(
-        call,
-        inputs,
-        None,
-        result if unreduced else None,
-        None if unreduced else result,
-        grads,
-        shape,
-    )
+    losses, total = (result, None) if unreduced else (None, result)
+    _launch(call, inputs, None, losses, total, grads, shape, run)
     return result, grads
 
 
 def backward(
-    call: TripletCall, tensors: tuple[Slot, ...], needed: Sequence[bool], incoming: Tensor
+    call: TripletCall,
+    tensors: tuple[Slot, ...],
+    needed: Sequence[bool],
+    incoming: Tensor,
+    run: Run = run,
 ) -> list[Slot]:
     inputs, shape = _expand(tensors)
     grads = _gradients(inputs, needed, shape)
-    _launch(call, inputs, incoming, None, None, grads, shape)
+    _launch(call, inputs, incoming, None, None, grads, shape, run)
     return grads
 
 
@@ -74,6 +75,7 @@ def _launch(
     total: Slot,
     grads: Sequence[Slot],
     shape: torch.Size,
+    run: Run,
 ) -> None:
     features, rows = shape[-1], shape[:-1].numel()
     # A view where it can be; the copies must outlive the call.
@@ -81,7 +83,7 @@ def _launch(
     arrived = None if incoming is None else incoming.expand(shape[:-1]).reshape(rows, 1)
     denominator = float(rows) if call.reduction == "mean" else 1.0
     arguments = struct.pack(
-        "=3q5d36q",
+        FIELDS,
         rows,
         features,
         call.swap,

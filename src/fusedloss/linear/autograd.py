@@ -41,7 +41,7 @@ class Chunked(torch.autograd.Function):
         elif ctx.stored:
             assert incoming[0] is not None
             plain = autograd.is_plain(incoming[0])
-            grads = [g if g is None else autograd.scaled(g, incoming[0], plain) for g in stored]
+            grads = autograd.scaled(stored, incoming[0], plain)
         elif all(g is None or autograd.is_plain(g) for g in incoming):
             grads = run(call, tensors, needed[:4], incoming)[1]
         else:

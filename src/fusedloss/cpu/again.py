@@ -1,0 +1,128 @@
+"""A call like an earlier one: the arguments of its kernel are kept, and only pointers change.
+
+To pack them anew costs more than the arithmetic of a small loss.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..calls import Call
+from .load import library
+
+KERNELS = ("pointwise", "cross_entropy", "nll_loss", "triplet")  # numbered in csrc/kernels.cpp
+FINE = -1  # what these return unless they find an input wrong
+Slot = Tensor | None
+
+_empty_like = torch.empty_like
+_data_ptr = Tensor.data_ptr
+
+
+@dataclass(slots=True)
+class Launch:
+    """A kernel with all its arguments but the pointers, which `pack` makes ready."""
+
+    run: Callable[[bytes, bytes], int]
+    plan: bytes
+    pack: Callable[..., bytes]
+
+
+@dataclass(slots=True)
+class Again:
+    """A reduced loss of contiguous tensors, whose shapes and types are those of an earlier call."""
+
+    call: Call
+    family: ModuleType
+    inputs: int  # how many tensors there are
+    learned: int  # the first so many need a gradient
+    stored: int  # as many gradients forward computes
+    absent: tuple[None, ...]  # the tensors that the call lacks
+    undefined: tuple[None, ...]  # the gradients of those that need none
+    scalar: Tensor  # what the result is like
+    launch: Launch
+    launch_backward: Launch | None
+
+    def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss, and the gradients that forward computes."""
+        result = _empty_like(self.scalar)
+        grads = tuple(map(_empty_like, tensors[: self.stored]))
+        kernel = self.launch
+        pointers = map(_data_ptr, (*tensors, result, *grads))
+        if kernel.run(kernel.plan, kernel.pack(*pointers)) != FINE:
+            self.family.forward(self.call, self.whole(tensors), ())  # says what is wrong
+        return result, grads
+
+    def backward(self, tensors: Sequence[Tensor], incoming: Tensor) -> tuple[Tensor, ...]:
+        """The gradients, where forward computes none."""
+        grads = tuple(map(_empty_like, tensors[: self.learned]))
+        kernel = self.launch_backward
+        assert kernel is not None
+        pointers = map(_data_ptr, (*tensors, incoming, *grads))
+        if kernel.run(kernel.plan, kernel.pack(*pointers)) != FINE:
+            needed = [k < self.learned for k in range(self.inputs)]
+            self.family.backward(self.call, self.whole(tensors), needed, incoming)
+        return grads
+
+    def whole(self, tensors: Sequence[Tensor]) -> tuple[Slot, ...]:
+        """All tensors of the call."""
+        return (*tensors, *self.absent)
+
+
+def prepare(
+    family: ModuleType, call: Call, tensors: tuple[Slot, ...], needed: Sequence[bool]
+) -> Again | None:
+    """How to repeat this call, if that can be: a reduced loss of contiguous tensors without weights."""
+    inputs = [t for t in tensors if t is not None]
+    places, learned = family.POINTERS, sum(needed)
+    if (
+        call.reduction == "none"
+        or len(inputs) != len(places.inputs)
+        or not all(needed[:learned])
+        or not all(t.is_contiguous() and t.numel() for t in inputs)
+    ):
+        return None
+    recorded: list[tuple[str, bytes]] = []
+
+    def record(kernel: str, loss: str, arguments: bytes) -> int:
+        recorded.append((kernel, arguments))
+        return FINE
+
+    def launch(place: int, output: Tensor, grads: Sequence[Slot]) -> Launch | None:
+        kernel, arguments = recorded.pop()
+        words = struct.unpack(f"={len(arguments) // 8}q", arguments)
+        given = (*inputs, output, *(g for g in grads if g is not None))
+        at = (*places.inputs, place, *places.grads)[: len(given)]
+        if any(words[k] != t.data_ptr() for k, t in zip(at, given, strict=True)):
+            return None  # the kernel was given a copy
+        head = (KERNELS.index(kernel.removeprefix("fusedloss_")), len(words), len(at), *at)
+        plan = struct.pack(f"={len(head)}q", *head) + arguments
+        return Launch(library().fusedloss_again, plan, struct.Struct(f"={len(at)}q").pack)
+
+    stored = learned if call.stores_gradients else 0
+    result, grads = family.forward(call, tensors, needed if stored else (), record)
+    forward, backward = launch(places.total, result, grads), None
+    if learned and not stored:
+        arriving = torch.ones_like(result)
+        grads = family.backward(call, tensors, needed, arriving, record)
+        backward = launch(places.incoming, arriving, grads)
+    if forward is None or (learned and not stored and backward is None):
+        return None
+    absent, undefined = len(tensors) - len(inputs), len(inputs) - learned
+    return Again(
+        call=call,
+        family=family,
+        inputs=len(inputs),
+        learned=learned,
+        stored=stored,
+        absent=(None,) * absent,
+        undefined=(None,) * undefined,
+        scalar=result,
+        launch=forward,
+        launch_backward=backward,
+    )
