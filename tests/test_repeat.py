@@ -12,6 +12,7 @@ from conftest import (
     Case,
     assert_same_bits,
     draw_incoming,
+    each_dtype,
     formula_path,
     leaves,
     parameters_reduced,
@@ -74,9 +75,10 @@ def test_the_bits_of_a_call_do_not_depend_on_earlier_ones(
     case: Case, reduction: str, generator: Generator
 ) -> None:
     """The arguments that are kept hold nothing of the first call's values and memory."""
-    for shape in ((3, 5), (70, 33), (4, 6, 3, 2)):
-        earlier, _ = case.example(shape, torch.float32, generator)
-        tensors, settings = case.example(shape, torch.float32, generator)
+    halves = ((3, 5), torch.bfloat16), ((3, 5), torch.float16)
+    for shape, dtype in (((3, 5), torch.float32), ((4, 6, 3, 2), torch.float64), *halves):
+        earlier, _ = case.example(shape, dtype, generator)
+        tensors, settings = case.example(shape, dtype, generator)
         settings = {**settings, "reduction": reduction}
         for wanted in wants(case):
             drawn = draw_incoming(case.loss.function(*tensors, **settings), generator)
@@ -91,7 +93,7 @@ def test_the_bits_of_a_call_do_not_depend_on_earlier_ones(
 
 
 @each_loss
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@each_dtype
 def test_a_known_call_packs_no_arguments(
     loss: Loss, dtype: torch.dtype, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,7 +51,8 @@ def prepare(call: Call, tensors: tuple[Tensor | None, ...]) -> Again | None:
     """How a call on the CPU may be repeated at less cost, or None."""
     enabled = torch.is_grad_enabled()
     needed = [enabled and t is not None and t.requires_grad for t in tensors[: call.gradients]]
-    return cpu.again.prepare(engine(call, tensors[0]), call, tensors, needed)
+    stores = _stores_gradients(call, tensors, needed)
+    return cpu.again.prepare(engine(call, tensors[0]), call, tensors, needed, stores)
 
 
 class _Fused(torch.autograd.Function):
@@ -60,7 +61,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> Tensor:
         needed = ctx.needs_input_grad[1:]
-        ctx.call, ctx.stored = call, call.stores_gradients and not _narrow(tensors, needed)
+        ctx.call, ctx.stored = call, _stores_gradients(call, tensors, needed)
         result, grads = engine(call, tensors[0]).forward(
             call, tensors, needed if ctx.stored else ()
         )
@@ -126,7 +127,11 @@ class _Again(torch.autograd.Function):
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         again, saved = ctx.again, ctx.saved_tensors
         stored = saved[again.inputs :]
-        if torch.is_grad_enabled() or not is_plain(incoming):
+        if (
+            torch.is_grad_enabled()
+            or not is_plain(incoming)
+            or not _scales_exactly(stored, incoming)
+        ):
             tensors = again.whole(saved[: again.inputs])
             needed = (*ctx.needs_input_grad[1:], *(False for _ in again.absent))
             grads = _gradients(again.call, tensors, needed, stored or None, incoming)
@@ -143,15 +148,12 @@ _apply_again = super(torch.autograd.Function, _Again).apply
 _Again._backward_cls.apply = _Again.backward  # type: ignore[attr-defined]
 
 
-def _narrow(tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> bool:
-    """Whether a float16 gradient is needed: one stored before it is scaled would underflow."""
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype is torch.float16:
-            return any(
-                need and t is not None and t.dtype is torch.float16
-                for t, need in zip(tensors, needed, strict=True)
-            )
-    return False
+def _stores_gradients(call: Call, tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> bool:
+    """Whether forward computes the gradients; one of float16, stored before it is scaled, would underflow."""
+    return call.stores_gradients and not any(
+        need and t is not None and t.dtype is torch.float16
+        for t, need in zip(tensors, needed, strict=False)
+    )
 
 
 def _scales_exactly(grads: Sequence[Tensor | None], incoming: Tensor) -> bool:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 PLAIN = (Tensor, torch.nn.Parameter)
 MOST_DIMS = 16  # max_dims of csrc/pointwise.h
 MOST_KNOWN = 1024
-HALVES = (torch.bfloat16, torch.float16)
 CONSTANTS = (str, bool, int, float, type)
 
 # Asked at every call: bound here once.
@@ -35,6 +34,8 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_tracing = torch._C._is_tracing
 _is_compiling = torch.compiler.is_dynamo_compiling
 _grad_enabled = torch.is_grad_enabled
+_any_autocast = torch._C._is_any_autocast_enabled
+_autocast = torch.is_autocast_enabled
 _strided = torch.strided
 
 
@@ -106,7 +107,7 @@ def repeat(
         return None
     key: tuple[Any, ...]
     # fmt: off
-    key = (loss, settings, _grad_enabled(),
+    key = (loss, settings, _grad_enabled(), _any_autocast() and _autocast("cpu"),
            a.dtype, a.shape, a.requires_grad, a.is_contiguous(),
            b.dtype, b.shape, b.requires_grad, b.is_contiguous())
     # fmt: on
@@ -130,7 +131,6 @@ def repeat(
 def _remember(loss: str, call: Call, tensors: tuple[Any, ...], settings: tuple[Any, ...]) -> None:
     if (
         gpu.on_cpu
-        or any(t is not None and t.dtype in HALVES for t in tensors)  # autocast changes the result
         or not all(type(s) in CONSTANTS for s in settings)  # a tensor's value may change
         or "elementwise_mean" in settings  # which warns each time
         # torch.jit.trace makes each size a tensor, which no key holds: so nothing without sizes is kept.

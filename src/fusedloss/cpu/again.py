@@ -75,7 +75,11 @@ class Again:
 
 
 def prepare(
-    family: ModuleType, call: Call, tensors: tuple[Slot, ...], needed: Sequence[bool]
+    family: ModuleType,
+    call: Call,
+    tensors: tuple[Slot, ...],
+    needed: Sequence[bool],
+    stores_gradients: bool,
 ) -> Again | None:
     """How to repeat this call, if that can be: a reduced loss of contiguous tensors without weights."""
     inputs = [t for t in tensors if t is not None]
@@ -104,7 +108,7 @@ def prepare(
         plan = struct.pack(f"={len(head)}q", *head) + arguments
         return Launch(library().fusedloss_again, plan, struct.Struct(f"={len(at)}q").pack)
 
-    stored = learned if call.stores_gradients else 0
+    stored = learned if stores_gradients else 0
     result, grads = family.forward(call, tensors, needed if stored else (), record)
     forward, backward = launch(places.total, result, grads), None
     if learned and not stored:

@@ -104,7 +104,7 @@ class Pointers(NamedTuple):
     inputs: tuple[int, ...]
     total: int
     grads: tuple[int, ...]
-    incoming: int = 0  # where the gradient is computed in backward
+    incoming: int  # where the gradient is computed in backward
 
 
 def run(kernel: str, loss: str, arguments: bytes) -> int:

@@ -18,8 +18,8 @@ SLOTS = 8  # the arrays that have strides: three inputs, two multipliers, losses
 DENSE = (1,) * SLOTS
 ABSENT = (0, 0)
 FIELDS = "=21q4d{}q"
-# Where these hold the pointers of the operands, of the reduced loss and of the gradients.
-POINTERS = Pointers((3, 5), 15, (17, 19))
+# Where these hold the pointers of the operands, of the reduced loss, of the gradients and of what arrives.
+POINTERS = Pointers((3, 5), 15, (17, 19), 11)
 PACK_DENSE = struct.Struct(FIELDS.format(1 + SLOTS)).pack
 
 Slot = Tensor | None

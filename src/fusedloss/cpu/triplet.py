@@ -12,8 +12,8 @@ from ..calls import TripletCall
 from .load import DTYPES, Pointers, Run, run
 
 FIELDS = "=3q5d36q"
-# Where these hold the pointers of the inputs, of the reduced loss and of the gradients.
-POINTERS = Pointers((8, 12, 16), 28, (32, 36, 40))
+# Where these hold the pointers of the inputs, of the reduced loss, of the gradients and of what arrives.
+POINTERS = Pointers((8, 12, 16), 28, (32, 36, 40), 20)
 
 Slot = Tensor | None
 
