@@ -6,6 +6,7 @@
 #include <bit>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #define FUSEDLOSS_INLINE inline __attribute__((always_inline))
 
@@ -79,8 +80,10 @@ FUSEDLOSS_INLINE T polynomial(T x, T xx, T c0, T c1, Rest... rest) {
 }
 
 // (e^r - 1 - r) / r^2 for |r| <= ln2 / 2: minimax, relative error of e^r 2^-28.2.
-FUSEDLOSS_INLINE float exp_tail(float r, float rr) {
-    return polynomial(r, rr, 0x1.fffffcp-2f, 0x1.555492p-3f, 0x1.5558bp-5f, 0x1.12398ep-7f, 0x1.6a4d6ap-10f);
+template <class T>
+FUSEDLOSS_INLINE T exp_tail(T r, T rr) {
+    return polynomial(r, rr, T(0x1.fffffcp-2f), T(0x1.555492p-3f), T(0x1.5558bp-5f), T(0x1.12398ep-7f),
+                      T(0x1.6a4d6ap-10f));
 }
 
 // The same: 2^-57.3.
@@ -319,6 +322,55 @@ FUSEDLOSS_INLINE double log_sigmoid(double x) { return log_sigmoid(x, log1p_unit
 // exp(p log x) for x >= 0 (NaN below), the logarithm in two parts: 0.95 ULP for |p| <= 16, 3 for |p| <= 100.
 FUSEDLOSS_INLINE double pow(double x, double p) { return detail::pow(x, p); }
 FUSEDLOSS_INLINE float pow(float x, float p) { return float(detail::pow(double(x), double(p))); }
+
+}  // namespace fusedloss::math
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#include "avx512.h"
+#endif
+
+namespace fusedloss::math {
+
+// What the loops compute with: T, or as many of it as one register holds.
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+template <class T>
+using Lanes = std::conditional_t<std::is_same_v<T, float>, Floats, T>;
+#else
+template <class T>
+using Lanes = T;
+#endif
+
+template <class T>
+constexpr int lanes = sizeof(Lanes<T>) / sizeof(T);
+
+template <class T>
+FUSEDLOSS_INLINE Lanes<T> get(const T* p) {
+    if constexpr (lanes<T> == 1)
+        return *p;
+    else
+        return Lanes<T>::load(p);
+}
+
+template <class T>
+FUSEDLOSS_INLINE void put(T* p, Lanes<T> v) {
+    if constexpr (lanes<T> == 1)
+        *p = v;
+    else
+        v.store(p);
+}
+
+// out[i] = f(in[i]...), whatever n is.
+template <class T, class F, class... In>
+FUSEDLOSS_INLINE void map(T* out, std::int64_t n, F f, const In*... in) {
+    if constexpr (lanes<T> == 1) {
+#pragma omp simd
+        for (std::int64_t i = 0; i < n; ++i) out[i] = f(in[i]...);
+    } else {
+        std::int64_t i = 0;
+        for (; i + lanes<T> <= n; i += lanes<T>) put(out + i, f(get(in + i)...));
+        if (i < n) f(Lanes<T>::load(in + i, n - i)...).store(out + i, n - i);
+    }
+}
 
 }  // namespace fusedloss::math
 

@@ -8,9 +8,7 @@
 #define FUSEDLOSS_PROBE(name, suffix, T)                                                     \
     extern "C" __attribute__((visibility("default"))) void fusedloss_math_##name##_##suffix( \
         const T* in, T* out, std::int64_t n) {                                               \
-        for (std::int64_t i = 0; i < n; ++i) {                                               \
-            out[i] = fusedloss::math::name(in[i]);                                           \
-        }                                                                                    \
+        fusedloss::math::map(out, n, [](auto x) { return fusedloss::math::name(x); }, in);   \
     }
 
 #define FUSEDLOSS_PROBES(name)        \

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "convert.h"
+#include "math.h"
 #include "parallel.h"
 
 namespace fusedloss {
@@ -120,7 +121,10 @@ FUSEDLOSS_LOOP void stage(const F f, const Operands<T> in, int64_t n, T* __restr
     for (int64_t i = 0; i < n; i += vector) {
         if constexpr (k == 0) fetch(x + i + n, y + i + n);
 #pragma omp simd
-        for (int64_t j = i; j < i + vector; ++j) out[j] = f.template stage<k>(x[j], y[j], z[j], s0[j], T(0));
+        for (int64_t j = i; j < i + vector; j += math::lanes<T>) {
+            const auto at = [j](const T* p) { return math::get(p + j); };
+            math::put(out + j, f.template stage<k>(at(x), at(y), at(z), at(s0), at(s0)));
+        }
     }
 }
 
@@ -138,13 +142,15 @@ FUSEDLOSS_LOOP double block(const F f, const Operands<T> in, int64_t n, T scale,
         if constexpr (F::stages == 0) fetch(x + i + n, y + i + n);
         T values[vector];
 #pragma omp simd
-        for (int64_t j = i; j < i + vector; ++j) {
-            if constexpr (losses != UNUSED) values[j - i] = f.value(x[j], y[j], z[j], s0[j], s1[j]);
+        for (int64_t j = i; j < i + vector; j += math::lanes<T>) {
+            const auto at = [j](const T* p) { return math::get(p + j); };
+            if constexpr (losses != UNUSED)
+                math::put(values + (j - i), f.value(at(x), at(y), at(z), at(s0), at(s1)));
             if constexpr (grad0 || grad1) {
-                T d0, d1;
-                f.grad(x[j], y[j], z[j], s0[j], s1[j], d0, d1);
-                if constexpr (grad0) g0[j] = d0 * scale;
-                if constexpr (grad1) g1[j] = d1 * scale;
+                math::Lanes<T> d0, d1;
+                f.grad(at(x), at(y), at(z), at(s0), at(s1), d0, d1);
+                if constexpr (grad0) math::put(g0 + j, d0 * math::Lanes<T>(scale));
+                if constexpr (grad1) math::put(g1 + j, d1 * math::Lanes<T>(scale));
             }
         }
         for (int64_t j = 0; j < vector; ++j) {
@@ -177,7 +183,7 @@ FUSEDLOSS_LOOP void multiply(T* __restrict v, const T* __restrict by, int64_t n)
 // Returns -1, or the position of the first element that lies outside the formula's domain.
 template <template <class> class Formula, class T>
 int64_t pointwise(const PointwiseArgs& a) {
-    using F = Formula<T>;
+    using F = Formula<math::Lanes<T>>;
     constexpr int64_t size = 1024;
     constexpr int64_t none = std::numeric_limits<int64_t>::max();
     const F f(a.params);
@@ -205,7 +211,8 @@ int64_t pointwise(const PointwiseArgs& a) {
         for (int k = F::operands; k < max_inputs; ++k) x[k] = x[0];
 
         if constexpr (F::has_domain) {
-            if (const int64_t i = first_outside<F, T>(f, x[0], x[1], x[2], n); i < n) {
+            if (const int64_t i = first_outside<Formula<T>, T>(Formula<T>(a.params), x[0], x[1], x[2], n);
+                i < n) {
                 int64_t seen = outside.load();
                 while (start + i < seen && !outside.compare_exchange_weak(seen, start + i)) {
                 }

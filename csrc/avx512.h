@@ -1,0 +1,209 @@
+// Sixteen floats as one value, and math.h for them with what only AVX-512 has: exponents and mantissas of
+// subnormals too, tables in registers, a scaling that under- and overflows as it must. Bounds as in math.h.
+#pragma once
+#pragma GCC diagnostic push
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own header, of what it means to leave so
+#endif
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include <cstdint>
+#include <limits>
+
+namespace fusedloss::math {
+
+struct Mask {
+    __mmask16 m;
+};
+
+FUSEDLOSS_INLINE Mask operator&(Mask a, Mask b) { return {_kand_mask16(a.m, b.m)}; }
+
+struct Floats {
+    __m512 v;
+
+    Floats() = default;
+    FUSEDLOSS_INLINE Floats(__m512 v) : v(v) {}
+    explicit FUSEDLOSS_INLINE Floats(double x) : v(_mm512_set1_ps(float(x))) {}
+
+    // All, or the first n; the others are 0.
+    static FUSEDLOSS_INLINE Floats load(const float* p) { return _mm512_loadu_ps(p); }
+    static FUSEDLOSS_INLINE Floats load(const float* p, std::int64_t n) {
+        return _mm512_maskz_loadu_ps(first(n), p);
+    }
+    FUSEDLOSS_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+    FUSEDLOSS_INLINE void store(float* p, std::int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+
+private:
+    static FUSEDLOSS_INLINE __mmask16 first(std::int64_t n) { return __mmask16((1u << n) - 1); }
+};
+
+// The compiler contracts these as it does those of scalars.
+FUSEDLOSS_INLINE Floats operator+(Floats a, Floats b) { return a.v + b.v; }
+FUSEDLOSS_INLINE Floats operator-(Floats a, Floats b) { return a.v - b.v; }
+FUSEDLOSS_INLINE Floats operator*(Floats a, Floats b) { return a.v * b.v; }
+FUSEDLOSS_INLINE Floats operator/(Floats a, Floats b) { return a.v / b.v; }
+FUSEDLOSS_INLINE Floats operator-(Floats a) { return -a.v; }
+FUSEDLOSS_INLINE Mask operator<(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+FUSEDLOSS_INLINE Mask operator>(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
+FUSEDLOSS_INLINE Mask operator==(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
+
+FUSEDLOSS_INLINE Floats where(Mask c, Floats a, Floats b) { return _mm512_mask_mov_ps(b.v, c.m, a.v); }
+FUSEDLOSS_INLINE Floats abs(Floats x) { return _mm512_abs_ps(x.v); }
+
+// The instruction gives its second operand where one is NaN. The test of a constant b folds away.
+FUSEDLOSS_INLINE Floats maximum(Floats a, Floats b) {
+    const __m512 greater = _mm512_max_ps(b.v, a.v);
+    return b.v == b.v ? greater : b.v;
+}
+
+namespace detail {
+
+// Of 32 floats the one that the low five bits of `place` number, for each of them.
+FUSEDLOSS_INLINE Floats look_up(const float (&table)[32], Floats place) {
+    return _mm512_permutex2var_ps(_mm512_load_ps(table), _mm512_castps_si512(place.v),
+                                  _mm512_load_ps(table + 16));
+}
+
+constexpr float whole = 0x1.8p23f;  // a float that is added to this has no room for a fraction
+
+// log(1 + r) for -1/26 <= r <= 1/20: minimax, relative error 2^-29.0.
+FUSEDLOSS_INLINE Floats short_log1p(Floats r) {
+    const Floats rr = r * r;
+    return r + rr * polynomial(r, rr, Floats(-0x1.fffff8p-2f), Floats(0x1.55568cp-2f),
+                               Floats(-0x1.005528p-2f), Floats(0x1.91946ep-3f));
+}
+
+// For the m of [3/4, 3/2) nearest to n / 41, at place n mod 32: c near 41 / n, but 1 around 1, where -log c
+// is within 2^-31 of a multiple of 2^-17, so that k ln2_hi is added to it exactly.
+alignas(64) constexpr float inverse[32] = {
+    0x1.47d6c4p0f,  0x1.3e23f8p0f,  0x1.34fcfap0f,  0x1.2bdf62p0f,  0x1.23381ap0f,  0x1.1b8d5ap0f,
+    0x1.13ad34p0f,  0x1.0dc832p0f,  0x1p0f,         0x1p0f,         0x1p0f,         0x1.e83da6p-1f,
+    0x1.dc87d8p-1f, 0x1.d22e6ap-1f, 0x1.c8d554p-1f, 0x1.bf4978p-1f, 0x1.b5254ap-1f, 0x1.acc68ap-1f,
+    0x1.a49908p-1f, 0x1.9c190ap-1f, 0x1.937edcp-1f, 0x1.8cabaap-1f, 0x1.84ac04p-1f, 0x1.7deacp-1f,
+    0x1.760f12p-1f, 0x1.6fe0b2p-1f, 0x1.69dc04p-1f, 0x1.63439ap-1f, 0x1.5e3ebp-1f,  0x1.57792p-1f,
+    0x1p0f,         0x1.513c4ep0f};
+alignas(64) constexpr float minus_log_inverse[32] = {
+    -0x1.fa9p-3f, -0x1.bd1p-3f, -0x1.8148p-3f, -0x1.43f4p-3f, -0x1.07fcp-3f, -0x1.a2bp-4f, -0x1.2f5p-4f,
+    -0x1.ad9p-5f, 0x0p0f,       0x0p0f,        0x0p0f,        0x1.854p-5f,   0x1.261p-4f,  0x1.8p-4f,
+    0x1.d2f8p-4f, 0x1.14bcp-3f, 0x1.43b4p-3f,  0x1.6b4cp-3f,  0x1.92bcp-3f,  0x1.bc8cp-3f, 0x1.e7cp-3f,
+    0x1.0558p-2f, 0x1.1a34p-2f, 0x1.2c28p-2f,  0x1.4172p-2f,  0x1.5282p-2f,  0x1.6366p-2f, 0x1.763cp-2f,
+    0x1.84cep-2f, 0x1.98ccp-2f, 0x0p0f,        -0x1.1a38p-2f};
+
+// For the e of [0, 1] nearest to n / 31: c near 1 / (1 + n / 31), where -log c is nearly a float.
+alignas(64) constexpr float unit_inverse[32] = {
+    0x1p0f,         0x1p0f,         0x1.e21184p-1f, 0x1.d282fap-1f, 0x1.c68d2ep-1f, 0x1.b97a48p-1f,
+    0x1.ad0ad8p-1f, 0x1.a2a91ep-1f, 0x1.95f9f2p-1f, 0x1.8d89d2p-1f, 0x1.84036p-1f,  0x1.796d9ap-1f,
+    0x1.71bf34p-1f, 0x1.68b5b4p-1f, 0x1.605a98p-1f, 0x1.599c4cp-1f, 0x1.523da2p-1f, 0x1.4aa436p-1f,
+    0x1.4463aap-1f, 0x1.3e1f0ap-1f, 0x1.37f1fcp-1f, 0x1.313f76p-1f, 0x1.2bf912p-1f, 0x1.266a8p-1f,
+    0x1.207f1cp-1f, 0x1.1bda48p-1f, 0x1.165c12p-1f, 0x1.1197cap-1f, 0x1.0d01bep-1f, 0x1.08b8a2p-1f,
+    0x1.0465b4p-1f, 0x1.01185p-1f};
+alignas(64) constexpr float minus_log_unit_inverse[32] = {
+    0x0p0f,         0x0p0f,         0x1.ed797p-5f,  0x1.7d1946p-4f, 0x1.e77aa4p-4f, 0x1.2f8204p-3f,
+    0x1.6a05dap-3f, 0x1.9c305p-3f,  0x1.db3266p-3f, 0x1.031b22p-2f, 0x1.1bf0aep-2f, 0x1.38435cp-2f,
+    0x1.4d516ep-2f, 0x1.66a82ep-2f, 0x1.7ea83ap-2f, 0x1.9271c4p-2f, 0x1.a8842cp-2f, 0x1.bfc8f8p-2f,
+    0x1.d35558p-2f, 0x1.e7503ep-2f, 0x1.fb638cp-2f, 0x1.08ce7ep-1f, 0x1.11bb56p-1f, 0x1.1b4e2ep-1f,
+    0x1.25b45ap-1f, 0x1.2e035ap-1f, 0x1.3804acp-1f, 0x1.40dca2p-1f, 0x1.49845cp-1f, 0x1.51bd4cp-1f,
+    0x1.5a2be6p-1f, 0x1.60b4c2p-1f};
+
+struct Reduced {
+    Floats k, high, r;  // x = k ln2 + r, and r before the low part of ln2 is taken from it
+};
+
+FUSEDLOSS_INLINE Reduced reduce(Floats x) {
+    using F = Format<float>;
+    const Floats k = (x * Floats(0x1.715476p0f) + Floats(whole)) - Floats(whole);
+    const Floats high = x - k * Floats(F::ln2_hi);
+    return {k, high, high - k * Floats(F::ln2_lo)};
+}
+
+// y 2^k, but 0 where x < least.
+FUSEDLOSS_INLINE Floats scale(Floats y, Floats k, Floats x, float least) {
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x.v, Floats(least).v, _CMP_NLT_UQ), y.v, k.v);
+}
+
+// x <= exp_max; -inf only of infinities.
+FUSEDLOSS_INLINE Floats exp(Floats x) {
+    using F = Format<float>;
+    const Reduced s = reduce(x);
+    const Floats rr = s.r * s.r;
+    const Floats low = rr * exp_tail(s.r, rr) - s.k * Floats(F::ln2_lo);
+    return scale(Floats(1.0) + (s.high + low), s.k, x, F::exp_min);
+}
+
+// In [3/4, 3/2); NaN where x is negative.
+FUSEDLOSS_INLINE Floats mantissa(Floats x) {
+    return _mm512_getmant_ps(x.v, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_nan);
+}
+
+FUSEDLOSS_INLINE Floats place_of(Floats m) { return m * Floats(41.0) + Floats(whole); }
+
+// k ln2 - log c + log(1 + r)
+FUSEDLOSS_INLINE Floats log_sum(Floats k, Floats place, Floats r) {
+    using F = Format<float>;
+    const Floats low = k * Floats(F::ln2_lo) + short_log1p(r);
+    return (k * Floats(F::ln2_hi) + look_up(minus_log_inverse, place)) + low;
+}
+
+}  // namespace detail
+
+// 0.91 ULP.
+FUSEDLOSS_INLINE Floats exp(Floats x) {
+    // The instruction gives its second operand where one is NaN.
+    return detail::exp(_mm512_min_ps(Floats(detail::Format<float>::exp_max).v, x.v));
+}
+FUSEDLOSS_INLINE Floats exp_minus_abs(Floats x) { return detail::exp(_mm512_or_ps(x.v, Floats(-0.0).v)); }
+// 1.02 ULP.
+FUSEDLOSS_INLINE Floats exp_softmax(Floats x) {
+    const detail::Reduced s = detail::reduce(x);
+    const Floats rr = s.r * s.r;
+    const Floats y = Floats(1.0) + (s.r + rr * detail::exp_tail(s.r, rr));
+    return detail::scale(y, s.k, x, -126 * 0.693147180559945f);
+}
+
+// 0.84 ULP. The exponents of 0 and infinity are infinite, their mantissas 1.
+FUSEDLOSS_INLINE Floats log(Floats x) {
+    const Floats m = detail::mantissa(x), k = Floats(_mm512_getexp_ps(x.v)) - Floats(_mm512_getexp_ps(m.v));
+    const Floats place = detail::place_of(m);
+    return detail::log_sum(k, place, m * detail::look_up(detail::inverse, place) - Floats(1.0));
+}
+FUSEDLOSS_INLINE Floats log_or_zero(Floats x) { return where(x == Floats(0.0), Floats(0.0), log(x)); }
+
+// 0.95 ULP.
+FUSEDLOSS_INLINE Floats log1p(Floats x) {
+    const Floats one(1.0), sign(-0.0);
+    const Floats u = one + x, lost = x - (u - one), m = detail::mantissa(u);
+    const Floats minus_k = Floats(_mm512_getexp_ps(m.v)) - Floats(_mm512_getexp_ps(u.v));
+    const Floats place = detail::place_of(m), c = detail::look_up(detail::inverse, place);
+    const Floats r = Floats(_mm512_scalef_ps(lost.v, minus_k.v)) * c + (m * c - one);
+    const Floats sum = detail::log_sum(-minus_k, place, r);
+    // sum | (x & sign), for -0; then -inf where u is 0, and inf where it is that.
+    const auto bits = [](Floats f) { return _mm512_castps_si512(f.v); };
+    const __m512i out = _mm512_ternarylogic_epi32(bits(sum), bits(x), bits(sign), 0xF8);
+    return _mm512_fixupimm_ps(_mm512_castsi512_ps(out), u.v, _mm512_set1_epi32(0x500400), 0);
+}
+
+FUSEDLOSS_INLINE Floats log1p_unit(Floats e) {
+    const Floats place = e * Floats(31.0) + Floats(detail::whole);
+    const Floats c = detail::look_up(detail::unit_inverse, place);
+    return detail::look_up(detail::minus_log_unit_inverse, place) +
+           detail::short_log1p(e * c + (c - Floats(1.0)));
+}
+
+// 1.62 and 1.47 ULP, as in math.h.
+FUSEDLOSS_INLINE Floats sigmoid(Floats x, Floats e) {
+    const Floats t = e / (Floats(1.0) + e);
+    return where(x < Floats(0.0), e - e * t, Floats(1.0) - t);
+}
+FUSEDLOSS_INLINE Floats sigmoid(Floats x) { return sigmoid(x, exp_minus_abs(x)); }
+FUSEDLOSS_INLINE Floats log_sigmoid(Floats x, Floats l) { return where(x > Floats(0.0), Floats(0.0), x) - l; }
+FUSEDLOSS_INLINE Floats log_sigmoid(Floats x) { return log_sigmoid(x, log1p_unit(exp_minus_abs(x))); }
+
+}  // namespace fusedloss::math
+
+template <>
+struct std::numeric_limits<fusedloss::math::Floats> {
+    static FUSEDLOSS_INLINE fusedloss::math::Floats infinity() {
+        return fusedloss::math::Floats(std::numeric_limits<double>::infinity());
+    }
+};
