@@ -181,14 +181,13 @@ FUSEDLOSS_LOOP void exp_of_difference(const T* __restrict x, T origin, int64_t n
                                       const void* next, int64_t width) {
     constexpr int64_t line = 64 / sizeof(T);
     const int64_t whole = n - n % line;
+    const auto exp = [origin](auto v) { return math::exp_softmax(v - decltype(v)(origin)); };
     for (int64_t i = 0; i < whole; i += line) {
         __builtin_prefetch(static_cast<const char*>(next) + i * width);
         __builtin_prefetch(e + i + n, 1);
-#pragma omp simd
-        for (int64_t j = i; j < i + line; ++j) e[j] = math::exp_softmax(x[j] - origin);
+        math::map(e + i, line, exp, x + i);
     }
-#pragma omp simd
-    for (int64_t i = whole; i < n; ++i) e[i] = math::exp_softmax(x[i] - origin);
+    math::map(e + whole, n - whole, exp, x + whole);
 }
 
 // e * factor - flat
@@ -470,8 +469,7 @@ FUSEDLOSS_LOOP void raise(T* __restrict max, Index* __restrict largest, const T*
 
 template <class T>
 FUSEDLOSS_LOOP void exp_in_place(T* __restrict x, const T* __restrict max, int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) x[i] = math::exp_softmax(x[i] - max[i]);
+    math::map(x, n, [](auto v, auto top) { return math::exp_softmax(v - top); }, x, max);
 }
 
 template <class T>
@@ -517,8 +515,7 @@ struct Positions {
 
 template <class T>
 FUSEDLOSS_LOOP void own_exps(Positions<T>& p, int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) p.own[i] = math::exp_softmax(p.own_x[i] - p.max[i]);
+    math::map(p.own, n, [](auto v, auto top) { return math::exp_softmax(v - top); }, p.own_x, p.max);
 }
 
 // log1p keeps the digits near certainty, where own is 1.
