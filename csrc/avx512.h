@@ -46,6 +46,7 @@ FUSEDLOSS_INLINE Floats operator/(Floats a, Floats b) { return a.v / b.v; }
 FUSEDLOSS_INLINE Floats operator-(Floats a) { return -a.v; }
 FUSEDLOSS_INLINE Mask operator<(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 FUSEDLOSS_INLINE Mask operator>(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
+FUSEDLOSS_INLINE Mask operator<=(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)}; }
 FUSEDLOSS_INLINE Mask operator==(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
 
 FUSEDLOSS_INLINE Floats where(Mask c, Floats a, Floats b) { return _mm512_mask_mov_ps(b.v, c.m, a.v); }
@@ -105,6 +106,37 @@ alignas(64) constexpr float minus_log_unit_inverse[32] = {
     0x1.d35558p-2f, 0x1.e7503ep-2f, 0x1.fb638cp-2f, 0x1.08ce7ep-1f, 0x1.11bb56p-1f, 0x1.1b4e2ep-1f,
     0x1.25b45ap-1f, 0x1.2e035ap-1f, 0x1.3804acp-1f, 0x1.40dca2p-1f, 0x1.49845cp-1f, 0x1.51bd4cp-1f,
     0x1.5a2be6p-1f, 0x1.60b4c2p-1f};
+
+// For the m of [1, 2) nearest to n / 31, at place n mod 32: c near 31 / n, and a multiple of 2^-17 within
+// 2^-29 of -log c.
+alignas(64) constexpr float far_inverse[32] = {
+    0x1.f0252cp-1f, 0x1.e11ba2p-1f, 0x1.d316d2p-1f, 0x1.c54656p-1f, 0x1.b8e4c8p-1f, 0x1.acc68ap-1f,
+    0x1.a1677ep-1f, 0x1.971c3ep-1f, 0x1.8cabaap-1f, 0x1.82e412p-1f, 0x1.79c98ep-1f, 0x1.70f7e4p-1f,
+    0x1.68b94ap-1f, 0x1.607bb6p-1f, 0x1.5913f8p-1f, 0x1.51917p-1f,  0x1.4a95acp-1f, 0x1.43ee54p-1f,
+    0x1.3d7a02p-1f, 0x1.3762ccp-1f, 0x1.3162fp-1f,  0x1.2b88dcp-1f, 0x1.25dfp-1f,   0x1.20c536p-1f,
+    0x1.1b7c4ap-1f, 0x1.164626p-1f, 0x1.11a4f4p-1f, 0x1.0d09dp-1f,  0x1.08738ap-1f, 0x1.043352p-1f,
+    0x1.0125cp-1f,  0x1.fb97e2p-1f};
+alignas(64) constexpr float minus_log_far_inverse[32] = {
+    0x1.01bp-5f,  0x1.fddp-5f,  0x1.7808p-4f, 0x1.f3p-4f,   0x1.3238p-3f, 0x1.6b4cp-3f, 0x1.a258p-3f,
+    0x1.d57cp-3f, 0x1.0558p-2f, 0x1.1ee8p-2f, 0x1.374ap-2f, 0x1.4f7ap-2f, 0x1.669ep-2f, 0x1.7e48p-2f,
+    0x1.9406p-2f, 0x1.aa8ep-2f, 0x1.bff6p-2f, 0x1.d4c8p-2f, 0x1.e964p-2f, 0x1.fd3ap-2f, 0x1.0893p-1f,
+    0x1.127bp-1f, 0x1.1c41p-1f, 0x1.2538p-1f, 0x1.2eadp-1f, 0x1.382dp-1f, 0x1.40c4p-1f, 0x1.4975p-1f,
+    0x1.5243p-1f, 0x1.5a8fp-1f, 0x1.609ap-1f, 0x1.1b4p-7f};
+
+// For the w of [0, 1/2] nearest to n / 62: c near 1 / (1 - n / 62), where -log c is nearly a float.
+alignas(64) constexpr float near_inverse[32] = {
+    0x1p0f,        0x1p0f,        0x1.07e68ep0f, 0x1.0d3178p0f, 0x1.114626p0f, 0x1.16417cp0f, 0x1.1b897ap0f,
+    0x1.2038fp0f,  0x1.26599cp0f, 0x1.2b011ep0f, 0x1.314398p0f, 0x1.36d51ep0f, 0x1.3d8a14p0f, 0x1.43a6aap0f,
+    0x1.49f8p0f,   0x1.51db4ap0f, 0x1.58b90ep0f, 0x1.5fdd12p0f, 0x1.6959c2p0f, 0x1.70a4cap0f, 0x1.79f2cap0f,
+    0x1.8371bcp0f, 0x1.8cc584p0f, 0x1.9621bp0f,  0x1.a1c9f8p0f, 0x1.acc0e8p0f, 0x1.b9a188p0f, 0x1.c59d94p0f,
+    0x1.d35168p0f, 0x1.e0c97ap0f, 0x1.effdc6p0f, 0x1.fbe45p0f};
+alignas(64) constexpr float minus_log_near_inverse[32] = {
+    0x0p0f,          0x0p0f,          -0x1.f1fe3ep-6f, -0x1.9baa26p-5f, -0x1.0b7578p-4f, -0x1.5574d8p-4f,
+    -0x1.a27806p-4f, -0x1.e599eep-4f, -0x1.1de286p-3f, -0x1.3e03d2p-3f, -0x1.687282p-3f, -0x1.8d7816p-3f,
+    -0x1.b93068p-3f, -0x1.e03b78p-3f, -0x1.03e986p-2f, -0x1.1c1a4ep-2f, -0x1.30b474p-2f, -0x1.45b31ap-2f,
+    -0x1.60f182p-2f, -0x1.7567a4p-2f, -0x1.8eee1ep-2f, -0x1.a8570ep-2f, -0x1.c0b31ap-2f, -0x1.d89366p-2f,
+    -0x1.f58ddap-2f, -0x1.080a76p-1f, -0x1.173132p-1f, -0x1.24e6b2p-1f, -0x1.342364p-1f, -0x1.42afbap-1f,
+    -0x1.52a086p-1f, -0x1.5ec442p-1f};
 
 struct Reduced {
     Floats k, high, r;  // x = k ln2 + r, and r before the low part of ln2 is taken from it
@@ -181,6 +213,27 @@ FUSEDLOSS_INLINE Floats log1p(Floats x) {
     const auto bits = [](Floats f) { return _mm512_castps_si512(f.v); };
     const __m512i out = _mm512_ternarylogic_epi32(bits(sum), bits(x), bits(sign), 0xF8);
     return _mm512_fixupimm_ps(_mm512_castsi512_ps(out), u.v, _mm512_set1_epi32(0x500400), 0);
+}
+
+// The lesser of x and 1 - x is exact: w, of which the logarithm is far from 0, and 1 - w close to 1.
+// 0.75 and 0.76 ULP.
+FUSEDLOSS_INLINE Logs<Floats> logs_of_parts(Floats x) {
+    using namespace detail;
+    const Floats one(1.0), rest = one - x, w = _mm512_min_ps(x.v, rest.v);
+
+    const Floats m = _mm512_getmant_ps(w.v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_nan), k = _mm512_getexp_ps(w.v);
+    const Floats far_place = m * Floats(31.0) + Floats(whole);
+    const Floats far_r = m * look_up(far_inverse, far_place) - one, rr = far_r * far_r;
+    const Floats tail = polynomial(far_r, rr, Floats(-0.5), Floats(0x1.5566b6p-2f), Floats(-0x1.001294p-2f));
+    const Floats low = k * Floats(Format<float>::ln2_lo) + (far_r + rr * tail);
+    const Floats far = (k * Floats(Format<float>::ln2_hi) + look_up(minus_log_far_inverse, far_place)) + low;
+
+    const Floats near_place = w * Floats(62.0) + Floats(whole), c = look_up(near_inverse, near_place);
+    const Floats near = look_up(minus_log_near_inverse, near_place) + short_log1p((c - one) - w * c);
+
+    const Mask first = x <= rest;
+    // log(1 - 0) is -0, as log1p(-0) is.
+    return {where(first, far, near), _mm512_mask_or_ps(far.v, first.m, near.v, Floats(-0.0).v)};
 }
 
 FUSEDLOSS_INLINE Floats log1p_unit(Floats e) {

@@ -299,6 +299,14 @@ FUSEDLOSS_INLINE double log_or_zero(double x) { return x == 0.0 ? 0.0 : log(x); 
 FUSEDLOSS_INLINE float log1p(float x) { return detail::log1p(x); }
 FUSEDLOSS_INLINE double log1p(double x) { return detail::log1p(x); }
 
+// log x and log(1 - x) for 0 <= x <= 1.
+template <class T>
+struct Logs {
+    T part, rest;
+};
+FUSEDLOSS_INLINE Logs<float> logs_of_parts(float x) { return {log(x), log1p(-x)}; }
+FUSEDLOSS_INLINE Logs<double> logs_of_parts(double x) { return {log(x), log1p(-x)}; }
+
 // exp(-|x|), from which sigmoid and log_sigmoid are made.
 FUSEDLOSS_INLINE float exp_minus_abs(float x) { return exp(-abs(x)); }
 FUSEDLOSS_INLINE double exp_minus_abs(double x) { return exp(-abs(x)); }

@@ -5,22 +5,24 @@
 
 #include "math.h"
 
-#define FUSEDLOSS_PROBE(name, suffix, T)                                                     \
+#define FUSEDLOSS_PROBE(name, suffix, T, value)                                              \
     extern "C" __attribute__((visibility("default"))) void fusedloss_math_##name##_##suffix( \
         const T* in, T* out, std::int64_t n) {                                               \
-        fusedloss::math::map(out, n, [](auto x) { return fusedloss::math::name(x); }, in);   \
+        fusedloss::math::map(out, n, [](auto x) { return fusedloss::math::value; }, in);     \
     }
 
-#define FUSEDLOSS_PROBES(name)        \
-    FUSEDLOSS_PROBE(name, f32, float) \
-    FUSEDLOSS_PROBE(name, f64, double)
+#define FUSEDLOSS_PROBES(name, value)        \
+    FUSEDLOSS_PROBE(name, f32, float, value) \
+    FUSEDLOSS_PROBE(name, f64, double, value)
 
-FUSEDLOSS_PROBES(exp)
-FUSEDLOSS_PROBES(exp_softmax)
-FUSEDLOSS_PROBES(log)
-FUSEDLOSS_PROBES(log1p)
-FUSEDLOSS_PROBES(sigmoid)
-FUSEDLOSS_PROBES(log_sigmoid)
+FUSEDLOSS_PROBES(exp, exp(x))
+FUSEDLOSS_PROBES(exp_softmax, exp_softmax(x))
+FUSEDLOSS_PROBES(log, log(x))
+FUSEDLOSS_PROBES(log1p, log1p(x))
+FUSEDLOSS_PROBES(log_part, logs_of_parts(x).part)
+FUSEDLOSS_PROBES(log_rest, logs_of_parts(x).rest)
+FUSEDLOSS_PROBES(sigmoid, sigmoid(x))
+FUSEDLOSS_PROBES(log_sigmoid, log_sigmoid(x))
 
 #undef FUSEDLOSS_PROBES
 #undef FUSEDLOSS_PROBE

@@ -217,3 +217,25 @@ def test_exp_softmax(dtype: type) -> None:
     assert call("exp_softmax", below).tolist() == [0, 0, 0]
     assert call("exp_softmax", np.array([0, -0.0], dtype)).tolist() == [1, 1]
     assert np.isnan(call("exp_softmax", np.array([NAN], dtype))).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@np.errstate(all="ignore")
+def test_logs_of_parts(dtype: type) -> None:
+    """log x and log(1 - x) of 0 <= x <= 1, each within the bound of its own function."""
+    wide = np.float64 if dtype is np.float32 else np.longdouble
+    rng = np.random.default_rng(9)
+    places = np.concatenate([np.arange(63) / 62, np.arange(125) / 124])  # where tables change
+    parts = [rng.uniform(0, 1, 400_000), 2.0 ** rng.uniform(-150, 0, 100_000), places]
+    x = np.concatenate(parts).astype(dtype)
+    x = np.concatenate([x, np.nextafter(x, dtype(0)), 1 - x])
+    y = x.astype(wide)
+    if np.finfo(wide).nmant >= np.finfo(dtype).nmant + 8:
+        assert ulps(call("log_part", x), np.log(y)).max() <= bound("log", dtype)
+        assert ulps(call("log_rest", x), np.log1p(-y)).max() <= bound("log1p", dtype)
+    ends = np.array([0, 1], dtype)
+    part, rest = call("log_part", ends), call("log_rest", ends)
+    np.testing.assert_array_equal([part, rest], [[-INF, 0], [-0.0, -INF]])
+    np.testing.assert_array_equal(np.signbit([part[1], rest[0]]), [False, True])
+    for start in range(17):
+        np.testing.assert_array_equal(call("log_part", x[start:99]), call("log_part", x)[start:99])

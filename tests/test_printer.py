@@ -35,6 +35,7 @@ struct tiny {  // losses/tiny.py:2
     static constexpr int operands = 2;
     static constexpr bool has_domain = true;
     static constexpr int stages = 1;
+    static constexpr bool of_parts = false;
     static constexpr int needs[] = {0, 1, 0};  // as bits
     T beta;
     explicit tiny([[maybe_unused]] const double* params) {
@@ -64,6 +65,19 @@ def test_prints_a_formula() -> None:
     text = printer.header({"losses/tiny.py": TINY})
     assert PRINTED.strip() in text
     assert text.rstrip().endswith("#define FUSEDLOSS_FORMULAS(X) X(tiny)")
+
+
+@pytest.mark.parametrize(("ending", "found"), [(", domain=f_domain)", "true"), (")", "false")])
+def test_finds_logarithms_of_both_parts(ending: str, found: str) -> None:
+    source = """
+def f(x, t):
+    return m.log(x) + m.log1p(-x)
+def f_grad(x, t):
+    return x, t
+def f_domain(x, t):
+    return (x >= 0.0) & (x <= 1.0)
+F = Pointwise(f, f_grad"""
+    assert f"bool of_parts = {found};" in printer.header({"f.py": source + ending})
 
 
 def test_prints_the_derivatives_of_two_operands() -> None:

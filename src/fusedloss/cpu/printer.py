@@ -198,6 +198,9 @@ def struct(call: ast.Call, functions: dict[str, ast.FunctionDef], path: str) -> 
         raise CannotPrint(f"{path}:{call.lineno}: a domain cannot use exp or log")
     value_method = method("T value", value, [], stage_arguments)
     grad_method = method("void grad", grad, ["d0", "d1"], stage_arguments)
+    # Logarithms of x and 1 - x can be taken at once (math::logs_of_parts), if a domain keeps both positive.
+    logs = [f"math::log({operands[0]})", f"math::log1p((-{operands[0]}))"]
+    of_parts = domain is not None and stages.calls == logs
     needs = [stages.of_results[result] for result in (value.name, "d0", "d1")]
 
     lines = [
@@ -205,6 +208,7 @@ def struct(call: ast.Call, functions: dict[str, ast.FunctionDef], path: str) -> 
         f"    static constexpr int operands = {len(operands)};",
         f"    static constexpr bool has_domain = {'true' if domain else 'false'};",
         f"    static constexpr int stages = {len(stages.calls)};",
+        f"    static constexpr bool of_parts = {'true' if of_parts else 'false'};",
         f"    static constexpr int needs[] = {{{', '.join(map(str, needs))}}};  // as bits",
         *(f"    T {p};" for p in params),
         f"    explicit {value.name}([[maybe_unused]] const double* params) {{",
