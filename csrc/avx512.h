@@ -3,7 +3,8 @@
 #pragma once
 #pragma GCC diagnostic push
 #if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own header, of what it means to leave so
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of what GCC's own header means to leave so
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
@@ -193,7 +194,7 @@ FUSEDLOSS_INLINE Floats exp_softmax(Floats x) {
     return detail::scale(y, s.k, x, -126 * 0.693147180559945f);
 }
 
-// 0.84 ULP. The exponents of 0 and infinity are infinite, their mantissas 1.
+// 0.85 ULP. The exponents of 0 and infinity are infinite, their mantissas 1.
 FUSEDLOSS_INLINE Floats log(Floats x) {
     const Floats m = detail::mantissa(x), k = Floats(_mm512_getexp_ps(x.v)) - Floats(_mm512_getexp_ps(m.v));
     const Floats place = detail::place_of(m);
@@ -201,7 +202,7 @@ FUSEDLOSS_INLINE Floats log(Floats x) {
 }
 FUSEDLOSS_INLINE Floats log_or_zero(Floats x) { return where(x == Floats(0.0), Floats(0.0), log(x)); }
 
-// 0.95 ULP.
+// 0.97 ULP.
 FUSEDLOSS_INLINE Floats log1p(Floats x) {
     const Floats one(1.0), sign(-0.0);
     const Floats u = one + x, lost = x - (u - one), m = detail::mantissa(u);
