@@ -2,7 +2,6 @@
 #pragma once
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <limits>
 
 #include "convert.h"
@@ -14,7 +13,6 @@ namespace fusedloss {
 constexpr int64_t max_inputs = 3;
 constexpr int64_t max_dims = 16;
 constexpr int64_t vector = 16;  // elements: of the widest unit, and a multiple of all others
-constexpr int64_t group = 4 * vector;
 
 // Packed by cpu/pointwise.py; the field order is shared with it. Null data means absent.
 struct Array {
@@ -144,8 +142,7 @@ FUSEDLOSS_LOOP void stages_of_parts(const Operands<T> in, int64_t n, T* __restri
 
 enum Losses { UNUSED, STORED, SUMMED };
 
-// The last loop, which sums each lane and then a tree, in a fixed order: four losses in T before they are
-// widened, since that takes longer than the rest of a short formula. Absent results are not computed: the
+// The last loop, which sums each lane and then a tree, in a fixed order. Absent results are not computed: the
 // flags are known to the compiler.
 template <class F, class T, Losses losses, bool grad0, bool grad1>
 FUSEDLOSS_LOOP double block(const F f, const Operands<T> in, int64_t n, T scale, T* __restrict loss,
@@ -153,30 +150,24 @@ FUSEDLOSS_LOOP double block(const F f, const Operands<T> in, int64_t n, T scale,
     const T* __restrict x = in.x, * __restrict y = in.y, * __restrict z = in.z;
     const T* __restrict s0 = in.s0, * __restrict s1 = in.s1;
     double sums[vector] = {};
-    for (int64_t i = 0; i < n; i += group) {
-        T four[vector] = {};
-        for (int64_t k = 0; k < group; k += vector) {
-            if constexpr (F::stages == 0) fetch(x + i + k + n, y + i + k + n);
+    for (int64_t i = 0; i < n; i += vector) {
+        if constexpr (F::stages == 0) fetch(x + i + n, y + i + n);
+        T values[vector];
 #pragma omp simd
-            for (int64_t j = i + k; j < i + k + vector; j += math::lanes<T>) {
-                const auto at = [j](const T* p) { return math::get(p + j); };
-                if constexpr (losses != UNUSED) {
-                    const math::Lanes<T> value = f.value(at(x), at(y), at(z), at(s0), at(s1));
-                    if constexpr (losses == STORED) math::put(loss + j, value);
-                    T* const part = four + (j - i - k);
-                    if constexpr (losses == SUMMED) math::put(part, math::get(part) + value);
-                }
-                if constexpr (grad0 || grad1) {
-                    math::Lanes<T> d0, d1;
-                    f.grad(at(x), at(y), at(z), at(s0), at(s1), d0, d1);
-                    if constexpr (grad0) math::put(g0 + j, d0 * math::Lanes<T>(scale));
-                    if constexpr (grad1) math::put(g1 + j, d1 * math::Lanes<T>(scale));
-                }
+        for (int64_t j = i; j < i + vector; j += math::lanes<T>) {
+            const auto at = [j](const T* p) { return math::get(p + j); };
+            if constexpr (losses != UNUSED)
+                math::put(values + (j - i), f.value(at(x), at(y), at(z), at(s0), at(s1)));
+            if constexpr (grad0 || grad1) {
+                math::Lanes<T> d0, d1;
+                f.grad(at(x), at(y), at(z), at(s0), at(s1), d0, d1);
+                if constexpr (grad0) math::put(g0 + j, d0 * math::Lanes<T>(scale));
+                if constexpr (grad1) math::put(g1 + j, d1 * math::Lanes<T>(scale));
             }
         }
-        if constexpr (losses == SUMMED) {
-#pragma omp simd
-            for (int64_t j = 0; j < vector; ++j) sums[j] += double(four[j]);
+        for (int64_t j = 0; j < vector; ++j) {
+            if constexpr (losses == STORED) loss[i + j] = values[j];
+            if constexpr (losses == SUMMED) sums[j] += double(values[j]);
         }
     }
     return losses == SUMMED ? tree_sum(sums) : 0;
@@ -221,7 +212,7 @@ int64_t pointwise(const PointwiseArgs& a) {
         const T* x[max_inputs];
         // A remainder loop may round otherwise than the vectors do, and an element's result must not depend
         // on where it stands: the last block is filled up to whole vectors.
-        const int64_t padded = (n + group - 1) / group * group;
+        const int64_t padded = (n + vector - 1) / vector * vector;
         for (int k = 0; k < F::operands; ++k) {
             x[k] = walk.load(a.input[k], INPUT + k, start, n, in[k]);
             if (padded == n) continue;
@@ -273,12 +264,12 @@ int64_t pointwise(const PointwiseArgs& a) {
             if (g0) return g1 ? run(losses, yes, yes) : run(losses, yes, no);
             return g1 ? run(losses, no, yes) : run(losses, no, no);
         };
-        double sum = summed ? with_grads(std::integral_constant<Losses, SUMMED>()) : 0;
-        const bool overflowed = !(std::fabs(sum) <= std::numeric_limits<double>::max());
-        if (overflowed) loss = values;  // to be widened before they are added
-        if (loss)
+        double sum = 0;
+        if (summed)
+            sum = with_grads(std::integral_constant<Losses, SUMMED>());
+        else if (loss)
             with_grads(std::integral_constant<Losses, STORED>());
-        else if (!summed)
+        else
             with_grads(std::integral_constant<Losses, UNUSED>());
         for (int k = 0; k < 2; ++k) {
             if (!a.multiplier[k].data) continue;
@@ -287,7 +278,7 @@ int64_t pointwise(const PointwiseArgs& a) {
             multiply(g0, m, n);
             multiply(g1, m, n);
         }
-        if (a.total.data) sums[size_t(b)] = loss ? ordered_sum(loss, n) : sum;
+        if (a.total.data) sums[size_t(b)] = summed ? sum : ordered_sum(loss, n);
         walk.store(a.loss, LOSS, start, n, loss, values);
         walk.store(a.grad[0], GRAD, start, n, g0, slopes[0]);
         walk.store(a.grad[1], GRAD + 1, start, n, g1, slopes[1]);
