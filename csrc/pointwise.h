@@ -108,18 +108,18 @@ struct Operands {
     const T *x, *y, *z, *s0, *s1;
 };
 
-// Asks for what the next block will read, in the first loop of this one.
-inline void fetch(const void* x, const void* y) {
-    __builtin_prefetch(x);
-    __builtin_prefetch(y);
-}
+// The loops ask for what the next block reads and writes, each for a part: asked for at once, it would fill
+// the buffers of lines on their way.
+inline void fetch(const void* p) { __builtin_prefetch(p); }
+inline void fetch_to_write(const void* p) { __builtin_prefetch(p, 1); }
 
 // A stage of a formula: a long chain of instructions, of which a loop of its own overlaps more.
 template <class F, class T, int k>
 FUSEDLOSS_LOOP void stage(const F f, const Operands<T> in, int64_t n, T* __restrict out) {
     const T* __restrict x = in.x, * __restrict y = in.y, * __restrict z = in.z, * __restrict s0 = in.s0;
     for (int64_t i = 0; i < n; i += vector) {
-        if constexpr (k == 0) fetch(x + i + n, y + i + n);
+        if constexpr (k == 0) fetch(x + i + n);
+        if constexpr (k == F::stages - 1) fetch(y + i + n);
 #pragma omp simd
         for (int64_t j = i; j < i + vector; j += math::lanes<T>) {
             const auto at = [j](const T* p) { return math::get(p + j); };
@@ -133,7 +133,8 @@ template <class T>
 FUSEDLOSS_LOOP void stages_of_parts(const Operands<T> in, int64_t n, T* __restrict part, T* __restrict rest) {
     const T* __restrict x = in.x, * __restrict y = in.y;
     for (int64_t i = 0; i < n; i += math::lanes<T>) {
-        fetch(x + i + n, y + i + n);
+        fetch(x + i + n);
+        fetch(y + i + n);
         const auto logs = math::logs_of_parts(math::get(x + i));
         math::put(part + i, logs.part);
         math::put(rest + i, logs.rest);
@@ -151,7 +152,9 @@ FUSEDLOSS_LOOP double block(const F f, const Operands<T> in, int64_t n, T scale,
     const T* __restrict s0 = in.s0, * __restrict s1 = in.s1;
     double sums[vector] = {};
     for (int64_t i = 0; i < n; i += vector) {
-        if constexpr (F::stages == 0) fetch(x + i + n, y + i + n);
+        if constexpr (F::stages == 0) fetch(x + i + n);
+        if constexpr (F::stages == 0) fetch(y + i + n);
+        if constexpr (grad0) fetch_to_write(g0 + i + n);
         T values[vector];
 #pragma omp simd
         for (int64_t j = i; j < i + vector; j += math::lanes<T>) {
