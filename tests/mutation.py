@@ -73,6 +73,8 @@ DIVERGENCE, METRIC = "losses/divergence.py", "losses/metric.py"
 LINEAR: dict[str, Any] = {"files": ("tests/test_linear.py",)}
 HEADS = "loop_is_the_formula or log_prob or divergence"
 ERRORS: dict[str, Any] = {"files": ("tests/test_errors.py",)}
+REPEAT: dict[str, Any] = {"files": ("tests/test_repeat.py",)}
+AGAIN = "src/fusedloss/cpu/again.py"
 CE, NLL, TRIPLET = "cross_entropy", "nll_loss", "triplet_margin_loss"
 
 # fmt: off
@@ -124,8 +126,9 @@ MUTANTS = [
     kernel("rows.h", "p.masses[i] * log_sum - p.dots[i]", "p.masses[i] * log_sum", KERNELS + f" and {CE}"),
     kernel("rows.h", "mass * double(p.own[i]) - own_weight * p.others[i]", "mass * double(p.own[i]) + own_weight * p.others[i]", KERNELS + f" and {CE}"),
     # the negative log likelihood
-    kernel("gather.h", "loss = -w * load_one", "loss = w * load_one", KERNELS + f" and {NLL}"),
-    kernel("gather.h", "-w * rows.incoming(n, d0 + i)", "-w", KERNELS + f" and {NLL}"),
+    kernel("gather.h", ": -rows.class_weight(y[i]) * load_one", ": rows.class_weight(y[i]) * load_one", KERNELS + f" and {NLL}"),
+    kernel("gather.h", " * rows.incoming(n, d0 + i)", "", KERNELS + f" and {NLL}"),
+    kernel("gather.h", "a.grad.stride[2] == a.c &&", "a.grad.stride[2] == a.c ||", KERNELS + f" and {NLL}"),
     # triplets
     kernel("triplet.h", "out[i] = f * v[i] + g * w[i];", "out[i] = f * v[i] - g * w[i];", KERNELS + f" and {TRIPLET}"),
     kernel("triplet.h", "scale /= double(ties);", "", "share_the"),
@@ -142,6 +145,13 @@ MUTANTS = [
     kernel("distill.h", "(a.kind == 2 ? 1 - a.beta : 1.0)", "1.0", HEADS, **LINEAR),
     kernel("distill.h", "a.kind == 2 ? log_m : t, T(mean), out", "a.kind == 2 ? log_m : t, T(0), out", HEADS, **LINEAR),
     kernel("distill.h", "s[y - c] -= T(g * a.hard_weight);", "", HEADS, **LINEAR),
+    # repeated calls
+    Mutant(AGAIN, "if any(g.shape != t.shape", "if any(g.shape == ()", "broadcast", **REPEAT),
+    Mutant(AGAIN, "(*places.inputs, place, *places.grads)", "(*places.inputs, place, *places.grads[::-1])", "packs_no", **REPEAT),
+    Mutant("src/fusedloss/route.py", "b.requires_grad, b.is_contiguous())", "b.requires_grad)", "strides_make", **REPEAT),
+    Mutant("src/fusedloss/autograd.py", "or not _scales_exactly(stored, incoming)", "", "do_not_depend", **REPEAT),
+    Mutant("src/fusedloss/autograd.py", "if not plain or _keeps_graph():", "if not plain:", "given_away", **REPEAT),
+    kernel("kernels.cpp", "arguments[places[i]] = pointers[i];", "arguments[places[0]] = pointers[0];", "do_not_depend", **REPEAT),
     # types
     kernel("convert.h", "(u + 0x7fffu + ((u >> 16) & 1u)) >> 16", "u >> 16", "ties_round"),
     kernel("convert.h", "0xfffu + ((magnitude >> 13) & 1u)", "0xfffu", "ties_round"),

@@ -238,6 +238,7 @@ def sizes_of(case: Case) -> Iterator[tuple[int, ...]]:
         for d in (0, 1, *around(LANES)):
             yield (2, 5, d)
         yield (2, LANES + 6, LANES + 1)
+        yield (3, 5, 700)
         yield (2, 3, 5, 30)
 
 

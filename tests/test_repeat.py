@@ -88,8 +88,37 @@ def test_the_bits_of_a_call_do_not_depend_on_earlier_ones(
                 run(case.loss.function, earlier, settings, wanted, incoming)
                 again = run(case.loss.function, tensors, settings, wanted, incoming)
                 assert_same_bits(again, expected)
-                strided = tuple(t.transpose(0, -1).contiguous().transpose(0, -1) for t in tensors)
-                run(case.loss.function, strided, settings, wanted, incoming)
+
+
+@each_loss
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_strides_make_another_call(loss: Loss, moved: int, generator: Generator) -> None:
+    tensors = loss.example((4, 6), torch.float32, generator)
+    if moved >= len(tensors):
+        return
+    other = list(tensors)
+    other[moved] = torch.stack((tensors[moved], 1 - tensors[moved]), -1)[..., 0]  # with gaps
+    settings = {**options(loss), "reduction": "sum"}
+    expected = run(loss.function, tuple(other), settings, (0,))
+    route._known.clear()
+    run(loss.function, tensors, settings, (0,))
+    assert_same_bits(run(loss.function, tuple(other), settings, (0,)), expected)
+
+
+@each_dtype
+def test_gradients_of_what_was_broadcast(dtype: torch.dtype, generator: Generator) -> None:
+    x, target = torch.randn(4, 3).to(dtype), torch.rand(1, 3).to(dtype)
+    anchor = torch.randn(1, 3).to(dtype)
+    for function, tensors, count in (
+        (functional.kl_div, (x, target), 2),
+        (functional.triplet_margin_loss, (anchor, x, x.flip(0)), 3),
+    ):
+        first, *others = (
+            run(function, tensors, {"reduction": "sum"}, tuple(range(count))) for _ in range(3)
+        )
+        assert [g.shape for g in first.grads] == [t.shape for t in tensors]
+        for other in others:
+            assert_same_bits(other, first)
 
 
 @each_loss

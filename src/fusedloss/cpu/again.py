@@ -97,10 +97,13 @@ def prepare(
         recorded.append((kernel, arguments))
         return FINE
 
-    def launch(place: int, output: Tensor, grads: Sequence[Slot]) -> Launch | None:
+    def launch(place: int, output: Tensor, gradients: Sequence[Slot]) -> Launch | None:
         kernel, arguments = recorded.pop()
         words = struct.unpack(f"={len(arguments) // 8}q", arguments)
-        given = (*inputs, output, *(g for g in grads if g is not None))
+        grads = [g for g in gradients if g is not None]
+        if any(g.shape != t.shape for g, t in zip(grads, inputs, strict=False)):
+            return None  # it is summed over what was broadcast
+        given = (*inputs, output, *grads)
         at = (*places.inputs, place, *places.grads)[: len(given)]
         if any(words[k] != t.data_ptr() for k, t in zip(at, given, strict=True)):
             return None  # the kernel was given a copy
