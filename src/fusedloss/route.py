@@ -107,14 +107,15 @@ def repeat(
         return None
     key: tuple[Any, ...]
     # fmt: off
-    key = (loss, settings, _grad_enabled(), _any_autocast() and _autocast("cpu"),
-           a.dtype, a.shape, a.requires_grad, a.is_contiguous(),
-           b.dtype, b.shape, b.requires_grad, b.is_contiguous())
+    learns = _grad_enabled()
+    key = (loss, settings, _any_autocast() and _autocast("cpu"),
+           a.dtype, a.shape, a.is_contiguous(), learns and a.requires_grad,
+           b.dtype, b.shape, b.is_contiguous(), learns and b.requires_grad)
     # fmt: on
     if c is not None:
         if not (type(c) in PLAIN and c.is_cpu and c.layout is _strided and not c.is_neg()):
             return None
-        key += c.dtype, c.shape, c.requires_grad, c.is_contiguous()
+        key += c.dtype, c.shape, c.is_contiguous(), learns and c.requires_grad
     if keep:
         if len(_known) >= MOST_KNOWN:
             _known.clear()
