@@ -168,6 +168,16 @@ def test_every_derivative_of_a_known_call(loss: Loss, generator: Generator) -> N
         torch.autograd.grad(value, x)
 
 
+def test_a_kernel_without_memory_runs_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = torch.randn(3, 5), torch.tensor([0, 1, 2])
+    for function in (functional.cross_entropy, functional.nll_loss):
+        expected = run(function, inputs, {}, (0,))
+        (again,) = (entry[1] for key, entry in route._known.items() if key[0] == function.__name__)
+        for launch in filter(None, (again.launch, again.launch_backward)):
+            monkeypatch.setattr(launch, "run", lambda *_: cpu.load.NO_MEMORY)
+        assert_same_bits(run(function, inputs, {}, (0,)), expected)
+
+
 def test_a_gradient_that_was_given_away_is_not_kept() -> None:
     x = torch.randn(3, 5, requires_grad=True)
     target = torch.tensor([0, 1, 2])

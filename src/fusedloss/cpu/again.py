@@ -49,13 +49,15 @@ class Again:
     launch_backward: Launch | None
 
     def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The loss, and the gradients that forward computes."""
+        """The loss, and the gradients that forward computes; the family says what is wrong."""
         result = _empty_like(self.scalar)
         grads = tuple(map(_empty_like, tensors[: self.stored]))
         kernel = self.launch
         pointers = map(_data_ptr, (*tensors, result, *grads))
         if kernel.run(kernel.plan, kernel.pack(*pointers)) != FINE:
-            self.family.forward(self.call, self.whole(tensors), ())  # says what is wrong
+            needed = [k < self.stored for k in range(self.inputs)]
+            result, found = self.family.forward(self.call, self.whole(tensors), needed)
+            return result, _present(found)
         return result, grads
 
     def backward(self, tensors: Sequence[Tensor], incoming: Tensor) -> tuple[Tensor, ...]:
@@ -66,12 +68,16 @@ class Again:
         pointers = map(_data_ptr, (*tensors, incoming, *grads))
         if kernel.run(kernel.plan, kernel.pack(*pointers)) != FINE:
             needed = [k < self.learned for k in range(self.inputs)]
-            self.family.backward(self.call, self.whole(tensors), needed, incoming)
+            return _present(self.family.backward(self.call, self.whole(tensors), needed, incoming))
         return grads
 
     def whole(self, tensors: Sequence[Tensor]) -> tuple[Slot, ...]:
         """All tensors of the call."""
         return (*tensors, *self.absent)
+
+
+def _present(grads: Sequence[Slot]) -> tuple[Tensor, ...]:
+    return tuple(g for g in grads if g is not None)
 
 
 def prepare(
@@ -100,7 +106,7 @@ def prepare(
     def launch(place: int, output: Tensor, gradients: Sequence[Slot]) -> Launch | None:
         kernel, arguments = recorded.pop()
         words = struct.unpack(f"={len(arguments) // 8}q", arguments)
-        grads = [g for g in gradients if g is not None]
+        grads = _present(gradients)
         if any(g.shape != t.shape for g, t in zip(grads, inputs, strict=False)):
             return None  # it is summed over what was broadcast
         given = (*inputs, output, *grads)
