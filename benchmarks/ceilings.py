@@ -80,8 +80,10 @@ def measure(case: Case, threads: int, seconds: float) -> dict[str, float]:
         advise_huge_pages(out[0])
         rod.held(out, *whole.bare)
 
+    hold = whole.step("held")
+
     def empty() -> float:
-        whole.step("held")()
+        hold()
         start = time.perf_counter()
         Nothing.apply(leaf).backward()
         spent = time.perf_counter() - start
@@ -91,7 +93,7 @@ def measure(case: Case, threads: int, seconds: float) -> dict[str, float]:
     leaf = torch.zeros((), requires_grad=True)
     autograd = statistics.median(empty() for _ in range(50))
     arithmetic = (more - small) / (SIZES[1] - SIZES[0])
-    held = shortest(whole.step("held"), seconds)
+    held = shortest(hold, seconds)
     pages = max(0.0, shortest(fresh, seconds) - held)
     floor = max(arithmetic * case.numel / threads, held) + pages + autograd
     moved, ours = (shortest(whole.step(v), 2 * seconds) for v in ("yardstick", "ours"))

@@ -200,7 +200,6 @@ FUSEDLOSS_INLINE Floats log(Floats x) {
     const Floats place = detail::place_of(m);
     return detail::log_sum(k, place, m * detail::look_up(detail::inverse, place) - Floats(1.0));
 }
-FUSEDLOSS_INLINE Floats log_or_zero(Floats x) { return where(x == Floats(0.0), Floats(0.0), log(x)); }
 
 // 0.97 ULP.
 FUSEDLOSS_INLINE Floats log1p(Floats x) {
@@ -243,15 +242,6 @@ FUSEDLOSS_INLINE Floats log1p_unit(Floats e) {
     return detail::look_up(detail::minus_log_unit_inverse, place) +
            detail::short_log1p(e * c + (c - Floats(1.0)));
 }
-
-// 1.65 and 1.51 ULP, as in math.h.
-FUSEDLOSS_INLINE Floats sigmoid(Floats x, Floats e) {
-    const Floats t = e / (Floats(1.0) + e);
-    return where(x < Floats(0.0), e - e * t, Floats(1.0) - t);
-}
-FUSEDLOSS_INLINE Floats sigmoid(Floats x) { return sigmoid(x, exp_minus_abs(x)); }
-FUSEDLOSS_INLINE Floats log_sigmoid(Floats x, Floats l) { return where(x > Floats(0.0), Floats(0.0), x) - l; }
-FUSEDLOSS_INLINE Floats log_sigmoid(Floats x) { return log_sigmoid(x, log1p_unit(exp_minus_abs(x))); }
 
 }  // namespace fusedloss::math
 

@@ -224,14 +224,6 @@ FUSEDLOSS_INLINE T log1p_unit(T e) {
     return hi + (f + (log_tail(f) + lo));
 }
 
-template <class T>
-FUSEDLOSS_INLINE T sigmoid(T x, T e) {
-    const T t = e / (T(1) + e);
-    // e / (1 + e) = e - e t: the rounding of 1 + e then hardly counts. Two whole expressions to choose from,
-    // not one of a chosen factor, so that loop body and remainder contract alike and give the same bits.
-    return x >= T(0) ? T(1) - t : e - e * t;
-}
-
 // The leading 26 bits.
 FUSEDLOSS_INLINE double upper_half(double x) { return from_bits<double>(bits(x) & ~Bits<double>(0) << 27); }
 
@@ -292,8 +284,10 @@ FUSEDLOSS_INLINE float log(float x) { return detail::log(x); }
 FUSEDLOSS_INLINE double log(double x) { return detail::log(x); }
 
 // log x, but 0 at 0. Chosen last: GCC computes the logarithm of a chosen argument twice.
-FUSEDLOSS_INLINE float log_or_zero(float x) { return x == 0.0f ? 0.0f : log(x); }
-FUSEDLOSS_INLINE double log_or_zero(double x) { return x == 0.0 ? 0.0 : log(x); }
+template <class T>
+FUSEDLOSS_INLINE T log_or_zero(T x) {
+    return where(x == T(0), T(0), log(x));
+}
 
 // As log, with the mantissa of 1 + x made from x itself, exactly: 0.98 and 0.98 ULP (0.93 and 0.90 with FMA).
 FUSEDLOSS_INLINE float log1p(float x) { return detail::log1p(x); }
@@ -316,16 +310,27 @@ FUSEDLOSS_INLINE float log1p_unit(float e) { return detail::log1p_unit(e); }
 FUSEDLOSS_INLINE double log1p_unit(double e) { return detail::log1p_unit(e); }
 
 // From e = exp(-|x|): 1.81 and 1.81 ULP in both tails (1.65 and 1.65 with FMA).
-FUSEDLOSS_INLINE float sigmoid(float x, float e) { return detail::sigmoid(x, e); }
-FUSEDLOSS_INLINE double sigmoid(double x, double e) { return detail::sigmoid(x, e); }
-FUSEDLOSS_INLINE float sigmoid(float x) { return sigmoid(x, exp_minus_abs(x)); }
-FUSEDLOSS_INLINE double sigmoid(double x) { return sigmoid(x, exp_minus_abs(x)); }
+template <class T>
+FUSEDLOSS_INLINE T sigmoid(T x, T e) {
+    const T t = e / (T(1) + e);
+    // e / (1 + e) = e - e t: the rounding of 1 + e then hardly counts. Two whole expressions to choose from,
+    // not one of a chosen factor, so that loop body and remainder contract alike and give the same bits.
+    return where(x < T(0), e - e * t, T(1) - t);
+}
+template <class T>
+FUSEDLOSS_INLINE T sigmoid(T x) {
+    return sigmoid(x, exp_minus_abs(x));
+}
 
 // min(x, 0) - l, l = log(1 + exp(-|x|)): 1.66 and 1.63 ULP in both tails.
-FUSEDLOSS_INLINE float log_sigmoid(float x, float l) { return (x > 0.0f ? 0.0f : x) - l; }
-FUSEDLOSS_INLINE double log_sigmoid(double x, double l) { return (x > 0.0 ? 0.0 : x) - l; }
-FUSEDLOSS_INLINE float log_sigmoid(float x) { return log_sigmoid(x, log1p_unit(exp_minus_abs(x))); }
-FUSEDLOSS_INLINE double log_sigmoid(double x) { return log_sigmoid(x, log1p_unit(exp_minus_abs(x))); }
+template <class T>
+FUSEDLOSS_INLINE T log_sigmoid(T x, T l) {
+    return where(x > T(0), T(0), x) - l;
+}
+template <class T>
+FUSEDLOSS_INLINE T log_sigmoid(T x) {
+    return log_sigmoid(x, log1p_unit(exp_minus_abs(x)));
+}
 
 // exp(p log x) for x >= 0 (NaN below), the logarithm in two parts: 0.95 ULP for |p| <= 16, 3 for |p| <= 100.
 FUSEDLOSS_INLINE double pow(double x, double p) { return detail::pow(x, p); }

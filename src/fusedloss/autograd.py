@@ -1,4 +1,4 @@
-"""The autograd function over all kernels."""
+"""The autograd functions over all kernels."""
 
 from __future__ import annotations
 

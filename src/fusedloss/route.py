@@ -61,6 +61,7 @@ _by_formula: defaultdict[str, int] = defaultdict(int)
 _trace: list[Route] | None = None
 _forced: str | None = None
 _known: dict[tuple[Any, ...], tuple[Call, Again | None]] = {}
+_untried: Any = object()  # in place of an Again: one is made when the call first comes back
 
 
 @contextlib.contextmanager
@@ -119,12 +120,15 @@ def repeat(
     if keep:
         if len(_known) >= MOST_KNOWN:
             _known.clear()
-        _known[key] = keep, autograd.prepare(keep, tensors)
+        _known[key] = keep, _untried
         return None
     try:
         call, again = _known[key]
     except (KeyError, TypeError):  # a setting without a hash is for the checks to refuse
         return None
+    if again is _untried:
+        again = autograd.prepare(call, tensors)
+        _known[key] = call, again
     _by_kernel[loss] += 1
     return autograd.repeat(again, tensors) if again else autograd.run(call, tensors)
 

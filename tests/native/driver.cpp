@@ -3,6 +3,7 @@
 // are checked for bytes that no result belongs to, inputs have NaN between their elements, and the pool
 // must give the bits of one thread. Usage: driver SEED CALLS CALLERS
 #include <algorithm>
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
@@ -75,12 +76,14 @@ public:
 
 // The call whose arguments are `a`, as a repeated one whose pointers come apart.
 template <class Args>
-int64_t again(int64_t kernel, const Args& a, std::vector<int64_t> places) {
+int64_t again(int64_t kernel, const Args& a, std::vector<size_t> offsets) {
     constexpr int64_t words = sizeof(Args) / 8;
-    std::vector<int64_t> plan{kernel, words, int64_t(places.size())}, kept(words), pointers;
+    std::vector<int64_t> plan{kernel, words, int64_t(offsets.size())}, kept(words), pointers;
     std::memcpy(kept.data(), &a, sizeof(Args));
-    for (const int64_t place : places) pointers.push_back(std::exchange(kept[size_t(place)], 1));
-    plan.insert(plan.end(), places.begin(), places.end());
+    for (const size_t offset : offsets) {
+        pointers.push_back(std::exchange(kept[offset / 8], 1));
+        plan.push_back(int64_t(offset / 8));
+    }
     plan.insert(plan.end(), kept.begin(), kept.end());
     return fusedloss_again(plan.data(), pointers.data());
 }
@@ -338,7 +341,11 @@ void rows_call(Random& r, bool nll) {
     const std::string name = nll ? "nll_loss" : "cross_entropy";
     const bool repeated = r.chance(30);
     const auto run = [&] {
-        if (repeated) return again(nll ? 2 : 1, a, {7, 12, 32, 37, 42, 22});
+        if (repeated)
+            return again(
+                nll ? 2 : 1, a,
+                {offsetof(RowsArgs, input), offsetof(RowsArgs, target), offsetof(RowsArgs, total),
+                 offsetof(RowsArgs, grad), offsetof(RowsArgs, grad_target), offsetof(RowsArgs, incoming)});
         return nll ? fusedloss_nll_loss(&a) : fusedloss_cross_entropy(&a);
     };
     const int64_t bad = on_both(name, true, run, {&loss, &total, &grad, &grad_target});
@@ -377,7 +384,12 @@ void triplet_call(Random& r) {
     a.total = matrix(total);
     const bool repeated = r.chance(30);
     const auto run = [&] {
-        return repeated ? again(3, a, {8, 12, 16, 28, 32, 36, 40}) : fusedloss_triplet(&a);
+        return repeated ? again(3, a,
+                                {offsetof(TripletArgs, input[0]), offsetof(TripletArgs, input[1]),
+                                 offsetof(TripletArgs, input[2]), offsetof(TripletArgs, total),
+                                 offsetof(TripletArgs, grad[0]), offsetof(TripletArgs, grad[1]),
+                                 offsetof(TripletArgs, grad[2])})
+                        : fusedloss_triplet(&a);
     };
     on_both("triplet", false, run, {&loss, &total, &grads[0], &grads[1], &grads[2]});
     if (special || a.p < 1) return;
