@@ -1,5 +1,6 @@
-// Sixteen floats as one value, and math.h for them with what only AVX-512 has: exponents and mantissas of
-// subnormals too, tables in registers, a scaling that under- and overflows as it must. Bounds as in math.h.
+// Sixteen floats as one value, or eight where FUSEDLOSS_NARROW is defined, and math.h for them with what only
+// AVX-512 has: exponents and mantissas of subnormals too, tables in registers, a scaling that under- and
+// overflows as it must. Bounds as in math.h; the same bits for both widths.
 #pragma once
 #pragma GCC diagnostic push
 #if !defined(__clang__)
@@ -14,29 +15,41 @@
 
 namespace fusedloss::math {
 
+#if defined(FUSEDLOSS_NARROW)
+#define MM(name) _mm256_##name
+using Register = __m256;
+using Words = __m256i;
+using MaskBits = __mmask8;
+#else
+#define MM(name) _mm512_##name
+using Register = __m512;
+using Words = __m512i;
+using MaskBits = __mmask16;
+#endif
+
 struct Mask {
-    __mmask16 m;
+    MaskBits m;
 };
 
-FUSEDLOSS_INLINE Mask operator&(Mask a, Mask b) { return {_kand_mask16(a.m, b.m)}; }
+FUSEDLOSS_INLINE Mask operator&(Mask a, Mask b) { return {MaskBits(a.m & b.m)}; }
 
 struct Floats {
-    __m512 v;
+    Register v;
 
     Floats() = default;
-    FUSEDLOSS_INLINE Floats(__m512 v) : v(v) {}
-    explicit FUSEDLOSS_INLINE Floats(double x) : v(_mm512_set1_ps(float(x))) {}
+    FUSEDLOSS_INLINE Floats(Register v) : v(v) {}
+    explicit FUSEDLOSS_INLINE Floats(double x) : v(MM(set1_ps)(float(x))) {}
 
     // All, or the first n; the others are 0.
-    static FUSEDLOSS_INLINE Floats load(const float* p) { return _mm512_loadu_ps(p); }
+    static FUSEDLOSS_INLINE Floats load(const float* p) { return MM(loadu_ps)(p); }
     static FUSEDLOSS_INLINE Floats load(const float* p, std::int64_t n) {
-        return _mm512_maskz_loadu_ps(first(n), p);
+        return MM(maskz_loadu_ps)(first(n), p);
     }
-    FUSEDLOSS_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
-    FUSEDLOSS_INLINE void store(float* p, std::int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+    FUSEDLOSS_INLINE void store(float* p) const { MM(storeu_ps)(p, v); }
+    FUSEDLOSS_INLINE void store(float* p, std::int64_t n) const { MM(mask_storeu_ps)(p, first(n), v); }
 
 private:
-    static FUSEDLOSS_INLINE __mmask16 first(std::int64_t n) { return __mmask16((1u << n) - 1); }
+    static FUSEDLOSS_INLINE MaskBits first(std::int64_t n) { return MaskBits((1u << n) - 1); }
 };
 
 // The compiler contracts these as it does those of scalars.
@@ -45,17 +58,18 @@ FUSEDLOSS_INLINE Floats operator-(Floats a, Floats b) { return a.v - b.v; }
 FUSEDLOSS_INLINE Floats operator*(Floats a, Floats b) { return a.v * b.v; }
 FUSEDLOSS_INLINE Floats operator/(Floats a, Floats b) { return a.v / b.v; }
 FUSEDLOSS_INLINE Floats operator-(Floats a) { return -a.v; }
-FUSEDLOSS_INLINE Mask operator<(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
-FUSEDLOSS_INLINE Mask operator>(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
-FUSEDLOSS_INLINE Mask operator<=(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)}; }
-FUSEDLOSS_INLINE Mask operator==(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
+FUSEDLOSS_INLINE Mask operator<(Floats a, Floats b) { return {MM(cmp_ps_mask)(a.v, b.v, _CMP_LT_OQ)}; }
+FUSEDLOSS_INLINE Mask operator>(Floats a, Floats b) { return {MM(cmp_ps_mask)(a.v, b.v, _CMP_GT_OQ)}; }
+FUSEDLOSS_INLINE Mask operator<=(Floats a, Floats b) { return {MM(cmp_ps_mask)(a.v, b.v, _CMP_LE_OQ)}; }
+FUSEDLOSS_INLINE Mask operator==(Floats a, Floats b) { return {MM(cmp_ps_mask)(a.v, b.v, _CMP_EQ_OQ)}; }
 
-FUSEDLOSS_INLINE Floats where(Mask c, Floats a, Floats b) { return _mm512_mask_mov_ps(b.v, c.m, a.v); }
-FUSEDLOSS_INLINE Floats abs(Floats x) { return _mm512_abs_ps(x.v); }
+FUSEDLOSS_INLINE Words words(Floats x) { return Words(x.v); }
+FUSEDLOSS_INLINE Floats where(Mask c, Floats a, Floats b) { return MM(mask_mov_ps)(b.v, c.m, a.v); }
+FUSEDLOSS_INLINE Floats abs(Floats x) { return MM(andnot_ps)(Floats(-0.0).v, x.v); }
 
 // The instruction gives its second operand where one is NaN. The test of a constant b folds away.
 FUSEDLOSS_INLINE Floats maximum(Floats a, Floats b) {
-    const __m512 greater = _mm512_max_ps(b.v, a.v);
+    const Register greater = MM(max_ps)(b.v, a.v);
     return b.v == b.v ? greater : b.v;
 }
 
@@ -63,8 +77,13 @@ namespace detail {
 
 // Of 32 floats the one that the low five bits of `place` number, for each of them.
 FUSEDLOSS_INLINE Floats look_up(const float (&table)[32], Floats place) {
-    return _mm512_permutex2var_ps(_mm512_load_ps(table), _mm512_castps_si512(place.v),
-                                  _mm512_load_ps(table + 16));
+    const __m512 low = _mm512_load_ps(table), high = _mm512_load_ps(table + 16);
+#if defined(FUSEDLOSS_NARROW)
+    const __m512i places = _mm512_castsi256_si512(words(place));
+    return _mm512_castps512_ps256(_mm512_permutex2var_ps(low, places, high));
+#else
+    return _mm512_permutex2var_ps(low, words(place), high);
+#endif
 }
 
 constexpr float whole = 0x1.8p23f;  // a float that is added to this has no room for a fraction
@@ -152,7 +171,7 @@ FUSEDLOSS_INLINE Reduced reduce(Floats x) {
 
 // y 2^k, but 0 where x < least.
 FUSEDLOSS_INLINE Floats scale(Floats y, Floats k, Floats x, float least) {
-    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x.v, Floats(least).v, _CMP_NLT_UQ), y.v, k.v);
+    return MM(maskz_scalef_ps)(MM(cmp_ps_mask)(x.v, Floats(least).v, _CMP_NLT_UQ), y.v, k.v);
 }
 
 // x <= exp_max; -inf only of infinities.
@@ -166,7 +185,7 @@ FUSEDLOSS_INLINE Floats exp(Floats x) {
 
 // In [3/4, 3/2); NaN where x is negative.
 FUSEDLOSS_INLINE Floats mantissa(Floats x) {
-    return _mm512_getmant_ps(x.v, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_nan);
+    return MM(getmant_ps)(x.v, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_nan);
 }
 
 FUSEDLOSS_INLINE Floats place_of(Floats m) { return m * Floats(41.0) + Floats(whole); }
@@ -183,9 +202,9 @@ FUSEDLOSS_INLINE Floats log_sum(Floats k, Floats place, Floats r) {
 // 0.91 ULP.
 FUSEDLOSS_INLINE Floats exp(Floats x) {
     // The instruction gives its second operand where one is NaN.
-    return detail::exp(_mm512_min_ps(Floats(detail::Format<float>::exp_max).v, x.v));
+    return detail::exp(MM(min_ps)(Floats(detail::Format<float>::exp_max).v, x.v));
 }
-FUSEDLOSS_INLINE Floats exp_minus_abs(Floats x) { return detail::exp(_mm512_or_ps(x.v, Floats(-0.0).v)); }
+FUSEDLOSS_INLINE Floats exp_minus_abs(Floats x) { return detail::exp(MM(or_ps)(x.v, Floats(-0.0).v)); }
 // 1.03 ULP.
 FUSEDLOSS_INLINE Floats exp_softmax(Floats x) {
     const detail::Reduced s = detail::reduce(x);
@@ -196,7 +215,7 @@ FUSEDLOSS_INLINE Floats exp_softmax(Floats x) {
 
 // 0.85 ULP. The exponents of 0 and infinity are infinite, their mantissas 1.
 FUSEDLOSS_INLINE Floats log(Floats x) {
-    const Floats m = detail::mantissa(x), k = Floats(_mm512_getexp_ps(x.v)) - Floats(_mm512_getexp_ps(m.v));
+    const Floats m = detail::mantissa(x), k = Floats(MM(getexp_ps)(x.v)) - Floats(MM(getexp_ps)(m.v));
     const Floats place = detail::place_of(m);
     return detail::log_sum(k, place, m * detail::look_up(detail::inverse, place) - Floats(1.0));
 }
@@ -205,23 +224,22 @@ FUSEDLOSS_INLINE Floats log(Floats x) {
 FUSEDLOSS_INLINE Floats log1p(Floats x) {
     const Floats one(1.0), sign(-0.0);
     const Floats u = one + x, lost = x - (u - one), m = detail::mantissa(u);
-    const Floats minus_k = Floats(_mm512_getexp_ps(m.v)) - Floats(_mm512_getexp_ps(u.v));
+    const Floats minus_k = Floats(MM(getexp_ps)(m.v)) - Floats(MM(getexp_ps)(u.v));
     const Floats place = detail::place_of(m), c = detail::look_up(detail::inverse, place);
-    const Floats r = Floats(_mm512_scalef_ps(lost.v, minus_k.v)) * c + (m * c - one);
+    const Floats r = Floats(MM(scalef_ps)(lost.v, minus_k.v)) * c + (m * c - one);
     const Floats sum = detail::log_sum(-minus_k, place, r);
     // sum | (x & sign), for -0; then -inf where u is 0, and inf where it is that.
-    const auto bits = [](Floats f) { return _mm512_castps_si512(f.v); };
-    const __m512i out = _mm512_ternarylogic_epi32(bits(sum), bits(x), bits(sign), 0xF8);
-    return _mm512_fixupimm_ps(_mm512_castsi512_ps(out), u.v, _mm512_set1_epi32(0x500400), 0);
+    const Words out = MM(ternarylogic_epi32)(words(sum), words(x), words(sign), 0xF8);
+    return MM(fixupimm_ps)(Register(out), u.v, MM(set1_epi32)(0x500400), 0);
 }
 
 // The lesser of x and 1 - x is exact: w, of which the logarithm is far from 0, and 1 - w close to 1.
 // 0.75 and 0.76 ULP.
 FUSEDLOSS_INLINE Logs<Floats> logs_of_parts(Floats x) {
     using namespace detail;
-    const Floats one(1.0), rest = one - x, w = _mm512_min_ps(x.v, rest.v);
+    const Floats one(1.0), rest = one - x, w = MM(min_ps)(x.v, rest.v);
 
-    const Floats m = _mm512_getmant_ps(w.v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_nan), k = _mm512_getexp_ps(w.v);
+    const Floats m = MM(getmant_ps)(w.v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_nan), k = MM(getexp_ps)(w.v);
     const Floats far_place = m * Floats(31.0) + Floats(whole);
     const Floats far_r = m * look_up(far_inverse, far_place) - one, rr = far_r * far_r;
     const Floats tail = polynomial(far_r, rr, Floats(-0.5), Floats(0x1.5566b6p-2f), Floats(-0x1.001294p-2f));
@@ -233,7 +251,7 @@ FUSEDLOSS_INLINE Logs<Floats> logs_of_parts(Floats x) {
 
     const Mask first = x <= rest;
     // log(1 - 0) is -0, as log1p(-0) is.
-    return {where(first, far, near), _mm512_mask_or_ps(far.v, first.m, near.v, Floats(-0.0).v)};
+    return {where(first, far, near), MM(mask_or_ps)(far.v, first.m, near.v, Floats(-0.0).v)};
 }
 
 FUSEDLOSS_INLINE Floats log1p_unit(Floats e) {
@@ -242,6 +260,8 @@ FUSEDLOSS_INLINE Floats log1p_unit(Floats e) {
     return detail::look_up(detail::minus_log_unit_inverse, place) +
            detail::short_log1p(e * c + (c - Floats(1.0)));
 }
+
+#undef MM
 
 }  // namespace fusedloss::math
 

@@ -15,6 +15,8 @@ from fusedloss.cpu import load
 ROOT = Path(__file__).parent.parent
 CXX = os.environ.get("CXX", "g++")
 CMAKE = (ROOT / "CMakeLists.txt").read_text()
+# The libraries of this machine's capability; small inputs may have one of their own.
+PATHS = list(dict.fromkeys(load.path(small) for small in (False, True)))
 
 # An editable install finds the package before sys.path does.
 BOOT = """
@@ -28,48 +30,51 @@ sys.exit(pytest.main(["-p", "no:cacheprovider", "-n", "0", *sys.argv[2:]]))
 
 
 def copy(to: Path, kernels: bool = False) -> Path:
-    """The sources and tests at `to`; with `kernels`, the library of this checkout too."""
+    """The sources and tests at `to`; with `kernels`, the libraries of this checkout too."""
     for part in ("src", "csrc", "tests"):
         shutil.copytree(ROOT / part, to / part, ignore=shutil.ignore_patterns("__pycache__", "lib"))
     shutil.copy(ROOT / "pyproject.toml", to)
     if kernels:
-        library(to).parent.mkdir()
-        shutil.copy(load.path(), library(to))
+        folder(to).mkdir()
+        for path in PATHS:
+            shutil.copy(path, folder(to))
     return to
 
 
-def library(root: Path) -> Path:
-    return root / "src/fusedloss/cpu/lib" / load.path().name
+def folder(root: Path) -> Path:
+    return root / "src/fusedloss/cpu/lib"
 
 
-def flags() -> list[str]:
-    """How CMakeLists.txt builds the kernels for this machine, but for the optimisation."""
+def flags(library: Path = PATHS[0]) -> list[str]:
+    """How CMakeLists.txt builds this library, but for the optimisation."""
     found = re.search(r"PRIVATE -O3 \$\{arch\}(.+?)\)", CMAKE, re.DOTALL)
-    arch = re.search(rf'"{load.capability()}:([^"]*)"', CMAKE)
+    arch = re.search(rf'"{library.stem.removeprefix("libfusedloss_")}:([^"]*)"', CMAKE)
     assert found and arch
     return ["-std=c++20", *arch[1].split(), *found[1].split()]
 
 
 def print_formulas(root: Path) -> None:
     """Prints the header that the kernels include, into a folder of its own for -I."""
-    folder = root / "formulas"
-    folder.mkdir(exist_ok=True)
+    headers = root / "formulas"
+    headers.mkdir(exist_ok=True)
     sources = sorted((root / "src/fusedloss/losses").glob("[a-z]*.py"))
     printer = root / "src/fusedloss/cpu/printer.py"
-    with (folder / "formulas.h").open("w") as header:
+    with (headers / "formulas.h").open("w") as header:
         subprocess.run([sys.executable, printer, *sources], stdout=header, check=True)
 
 
 def link(root: Path, source: str, to: Path, *extra: str) -> None:
-    command = [CXX, *flags(), *extra, f"-I{root / 'formulas'}", "-o", to, root / source]
+    command = [CXX, *extra, f"-I{root / 'formulas'}", "-o", to, root / source]
     subprocess.run(command, check=True)
 
 
 def build(root: Path, *extra: str) -> None:
-    """The library of this machine's capability."""
-    library(root).parent.mkdir(exist_ok=True)
+    """The libraries of this machine's capability."""
+    folder(root).mkdir(exist_ok=True)
     print_formulas(root)
-    link(root, "csrc/kernels.cpp", library(root), "-fPIC", "-shared", *extra)
+    for path in PATHS:
+        to = folder(root) / path.name
+        link(root, "csrc/kernels.cpp", to, *flags(path), *extra, "-fPIC", "-shared")
 
 
 def run_python(script: str) -> subprocess.CompletedProcess[str]:

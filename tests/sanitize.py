@@ -44,7 +44,7 @@ def works(root: Path, *flags: str) -> bool:
 
 def driver(root: Path, *extra: str) -> Path:
     to = Path(tempfile.mkdtemp(dir=root)) / "driver"
-    elsewhere.link(root, DRIVER, to, "-pthread", *extra)
+    elsewhere.link(root, DRIVER, to, *elsewhere.flags(), "-pthread", *extra)
     return to
 
 

@@ -271,6 +271,10 @@ def test_a_wrong_result_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.wrong and result.difference == pytest.approx(1)
 
 
+def test_gradients_too_small_for_their_type_are_not_wrong() -> None:
+    assert not time_case(cases.Case("", "mse_loss", (1024, 1024), "float16")).wrong
+
+
 def test_every_loss_is_swept() -> None:
     points = list(cases.sweep(REGISTRY, cases.DTYPES, cases.SIZES))
     assert len({p.title for p in points}) == len(points)

@@ -16,7 +16,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CASES, FLOATS, check
+from conftest import (
+    CASES,
+    FLOATS,
+    Case,
+    assert_same_bits,
+    check,
+    each_dtype,
+    parameters_reduced,
+    run,
+)
 from torch import Generator
 
 import fusedloss
@@ -55,6 +64,28 @@ def test_capability(capability: str, record_property: Callable[[str, object], No
         f"ATEN_CPU_CAPABILITY={capability}",
         f"{report['calls']} calls right, by {Path(report['library']).name}",
     )
+
+
+@parameters_reduced()
+@each_dtype
+def test_small_inputs_get_the_bits_of_large_ones(
+    case: Case,
+    reduction: str,
+    dtype: torch.dtype,
+    generator: Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if load.path(small=True) == load.path():
+        pytest.skip("small inputs have the same kernels")
+    for shape in [(3, 5), (13, 80), (2, 1000)] + ([(2, 5, 70)] if case.family == "rows" else []):
+        tensors, options = case.example(shape, dtype, generator)
+        options["reduction"] = reduction
+
+        small = run(case.loss.function, tensors, options, case.loss.differentiable)
+        with monkeypatch.context() as patch:
+            patch.setattr(load, "SMALL", 0)
+            large = run(case.loss.function, tensors, options, case.loss.differentiable)
+        assert_same_bits(small, large)
 
 
 def main() -> None:

@@ -583,3 +583,23 @@ def test_ties_round_to_even(dtype: torch.dtype) -> None:
         weight = torch.full_like(x, factor)
         found = fusedloss.mse_loss(x, torch.zeros_like(x), reduction="none", weight=weight)
         assert same_bits(found, (factor * x.float().square()).to(dtype))
+        sums = [
+            fusedloss.mse_loss(v, torch.zeros_like(v), reduction="sum", weight=w)
+            for v, w in zip(x, weight, strict=True)
+        ]
+        assert same_bits(torch.stack(sums), found)
+
+
+@pytest.mark.parametrize("step", [1, 2], ids=["dense", "strided"])
+@pytest.mark.parametrize("dtype", HALVES, ids=name_of)
+def test_every_half_is_read_and_rounded_as_torch_does(dtype: torch.dtype, step: int) -> None:
+    """Subnormals, infinities and NaNs among them."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = every.repeat_interleave(step)[::step]
+    for factor in (1.0, 1e-3, 3e4):
+        weight = torch.full((2**16,), factor)
+        found = fusedloss.mse_loss(
+            x, torch.zeros_like(x), reduction="none", weight=weight.to(dtype)
+        )
+        want = x.float().square() * weight.to(dtype).float()
+        assert same_bits(found, want.to(dtype))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fusedloss.cpu import library
+from fusedloss.cpu.load import MANY
 
 # The largest error in ULP, as the comments of csrc/math.h state it: (float32, float64).
 BOUNDS = {
@@ -26,10 +27,11 @@ def bound(name: str, dtype: type) -> float:
     return BOUNDS[name][dtype is np.float64]
 
 
-def call(name: str, x: np.ndarray) -> np.ndarray:
+def call(name: str, x: np.ndarray, elements: int = MANY) -> np.ndarray:
+    """By the kernels for inputs of so many elements."""
     x = np.ascontiguousarray(x)
     out = np.empty_like(x)
-    function = library()[f"fusedloss_math_{name}_f{8 * x.itemsize}"]
+    function = library(elements)[f"fusedloss_math_{name}_f{8 * x.itemsize}"]
     function(c_void_p(x.ctypes.data), c_void_p(out.ctypes.data), c_int64(x.size))
     return out
 
@@ -175,6 +177,22 @@ def test_same_bits_at_every_position(name: str, dtype: type) -> None:
     for start in range(17):
         np.testing.assert_array_equal(call(name, x[start:]), whole[start:])
     np.testing.assert_array_equal([call(name, x[i : i + 1])[0] for i in range(x.size)], whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), CASES + [("log_part", np.float32), ("log_rest", np.float32)]
+)
+@np.errstate(all="ignore")
+def test_same_bits_for_small_inputs(name: str, dtype: type) -> None:
+    if name in ("log_part", "log_rest"):
+        x = np.random.default_rng(9).uniform(0, 1, 200_000).astype(dtype)
+        x = np.concatenate([x, [0, 1, 0.5, 1e-40, np.nextafter(dtype(1), dtype(0))]]).astype(dtype)
+    else:
+        x = np.concatenate([samples(name, dtype), edges(name, dtype), [INF, -INF, NAN]]).astype(
+            dtype
+        )
+    kind = f"u{x.itemsize}"
+    np.testing.assert_array_equal(call(name, x, 1).view(kind), call(name, x).view(kind))
 
 
 @pytest.mark.parametrize("largest", POW_BOUNDS)

@@ -19,6 +19,7 @@ T = TypeVar("T", Tensor, "Tensor | None")
 # Asked at every backward: bound here once.
 _has_storage = torch._C._has_storage
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_grad_enabled = torch.is_grad_enabled
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
@@ -127,18 +128,18 @@ class _Again(torch.autograd.Function):
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         again, saved = ctx.again, ctx.saved_tensors
         stored = saved[again.inputs :]
-        if (
-            torch.is_grad_enabled()
-            or not is_plain(incoming)
-            or not _scales_exactly(stored, incoming)
-        ):
-            tensors = again.whole(saved[: again.inputs])
-            needed = (*ctx.needs_input_grad[1:], *(False for _ in again.absent))
-            grads = _gradients(again.call, tensors, needed, stored or None, incoming)
-            lacking = (None,) * (again.inputs - len(grads))
-            return (None, *grads[: again.inputs], *lacking)
-        grads = scaled(stored, incoming, True) if stored else again.backward(saved, incoming)
-        return (None, *grads, *again.undefined)
+        if not _grad_enabled() and is_plain(incoming):
+            if not stored:
+                return (None, *again.backward(saved, incoming), *again.undefined)
+            if incoming.item() == 1.0 and not _keeps_graph():
+                return (None, *stored, *again.undefined)
+            if _scales_exactly(stored, incoming):
+                return (None, *scaled(stored, incoming, True), *again.undefined)
+        tensors = again.whole(saved[: again.inputs])
+        needed = (*ctx.needs_input_grad[1:], *(False for _ in again.absent))
+        grads = _gradients(again.call, tensors, needed, stored or None, incoming)
+        lacking = (None,) * (again.inputs - len(grads))
+        return (None, *grads[: again.inputs], *lacking)
 
 
 # No transform is active here: what `Function.apply` does for them is left out.

@@ -51,7 +51,7 @@ class Again:
     def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The loss, and the gradients that forward computes; the family says what is wrong."""
         result = _empty_like(self.scalar)
-        grads = tuple(map(_empty_like, tensors[: self.stored]))
+        grads = tuple(map(_empty_like, tensors[: self.stored])) if self.stored else ()
         kernel = self.launch
         pointers = map(_data_ptr, (*tensors, result, *grads))
         if kernel.run(kernel.plan, kernel.pack(*pointers)) != FINE:
@@ -97,14 +97,14 @@ def prepare(
         or not all(t.is_contiguous() and t.numel() for t in inputs)
     ):
         return None
-    recorded: list[tuple[str, bytes]] = []
+    recorded: list[tuple[str, bytes, int]] = []
 
-    def record(kernel: str, loss: str, arguments: bytes) -> int:
-        recorded.append((kernel, arguments))
+    def record(kernel: str, loss: str, arguments: bytes, elements: int) -> int:
+        recorded.append((kernel, arguments, elements))
         return FINE
 
     def launch(place: int, output: Tensor, gradients: Sequence[Slot]) -> Launch | None:
-        kernel, arguments = recorded.pop()
+        kernel, arguments, elements = recorded.pop()
         words = struct.unpack(f"={len(arguments) // 8}q", arguments)
         grads = _present(gradients)
         if any(g.shape != t.shape for g, t in zip(grads, inputs, strict=False)):
@@ -115,7 +115,7 @@ def prepare(
             return None  # the kernel was given a copy
         head = (KERNELS.index(kernel.removeprefix("fusedloss_")), len(words), len(at), *at)
         plan = struct.pack(f"={len(head)}q", *head) + arguments
-        return Launch(library().fusedloss_again, plan, struct.Struct(f"={len(at)}q").pack)
+        return Launch(library(elements).fusedloss_again, plan, struct.Struct(f"={len(at)}q").pack)
 
     stored = learned if stores_gradients else 0
     result, grads = family.forward(call, tensors, needed if stored else (), record)

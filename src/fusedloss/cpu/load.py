@@ -29,6 +29,10 @@ DTYPES = {
 }
 NO_MEMORY = -2  # no_memory of csrc/kernels.cpp
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# After one 512-bit addition an Intel core runs slower for microseconds, which is what a small loss takes: up to
+# so many elements, kernels of half that width run, which give the same bits.
+SMALL = 4096
+MANY = SMALL + 1
 
 
 def capability() -> str:
@@ -37,22 +41,23 @@ def capability() -> str:
     return name if name in ("avx2", "avx512") else "default"
 
 
-def path() -> Path:
+def path(small: bool = False) -> Path:
     # An editable install has two folders: the sources and the built files.
     from . import __path__ as folders
 
-    name = f"libfusedloss_{capability()}.so"
+    narrow = "_narrow" if small and capability() == "avx512" else ""
+    name = f"libfusedloss_{capability()}{narrow}.so"
     found = [Path(folder) / "lib" / name for folder in folders]
     return next((p for p in found if p.exists()), found[0])
 
 
 @functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str | None, str | None]:
+def _load(small: bool = False) -> tuple[ctypes.CDLL | None, str | None, str | None]:
     """The library, why there is none, and why it runs on one thread (if it does)."""
     try:
-        lib = ctypes.CDLL(str(path()))
+        lib = ctypes.CDLL(str(path(small)))
     except OSError as error:
-        return None, f"cannot load {path()}: {error}", None
+        return None, f"cannot load {path(small)}: {error}", None
     for name in (
         "pointwise",
         "cross_entropy",
@@ -88,14 +93,15 @@ def _share_threads(lib: ctypes.CDLL) -> str | None:
     return None
 
 
-def library() -> ctypes.CDLL:
-    lib, why, _ = _load()
+def library(elements: int = MANY) -> ctypes.CDLL:
+    """The kernels for inputs of so many elements."""
+    lib, why, _ = _load(elements <= SMALL)
     if lib is None:
         raise RuntimeError(f"fusedloss: {why}")
     return lib
 
 
-Run = Callable[[str, str, bytes], int]  # as `run`: what launches a kernel may be replaced
+Run = Callable[[str, str, bytes, int], int]  # as `run`: what launches a kernel may be replaced
 
 
 class Pointers(NamedTuple):
@@ -107,9 +113,9 @@ class Pointers(NamedTuple):
     incoming: int  # where the gradient is computed in backward
 
 
-def run(kernel: str, loss: str, arguments: bytes) -> int:
+def run(kernel: str, loss: str, arguments: bytes, elements: int = MANY) -> int:
     """What the kernel returns. RuntimeError where it finds no memory."""
-    found: int = getattr(library(), kernel)(arguments)
+    found: int = getattr(library(elements), kernel)(arguments)
     if found == NO_MEMORY:
         errors.fail(RuntimeError, loss, "can't allocate memory for the kernel")
     return found

@@ -122,5 +122,5 @@ def _launch(
         strides = [n for t in slots for n in (absent if t is None else next(present))]
         fields = FIELDS.format(len(sizes) + len(strides))
         arguments = struct.pack(fields, *head, len(sizes), *arrays, *numbers, *sizes, *strides)
-    if run("fusedloss_pointwise", call.formula.name, arguments) >= 0:
+    if run("fusedloss_pointwise", call.formula.name, arguments, numel) >= 0:
         raise OutsideDomain

@@ -123,6 +123,6 @@ def _launch(
         *_classes(grads[0]),
         *_classes(grads[1]),
     )
-    outside = run(f"fusedloss_{call.loss}", call.loss, arguments)
+    outside = run(f"fusedloss_{call.loss}", call.loss, arguments, input.numel())
     if outside >= 0:
         errors.out_of_range(call.loss, target, outside, c, call.ignore_index)

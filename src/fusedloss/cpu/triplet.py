@@ -102,4 +102,4 @@ def _launch(
             for n in _matrix(None if g is None else g.reshape(rows, features), features)
         ),
     )
-    run("fusedloss_triplet", call.loss, arguments)
+    run("fusedloss_triplet", call.loss, arguments, shape.numel())
