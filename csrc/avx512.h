@@ -2,16 +2,10 @@
 // AVX-512 has: exponents and mantissas of subnormals too, tables in registers, a scaling that under- and
 // overflows as it must. Bounds as in math.h; the same bits for both widths.
 #pragma once
-#pragma GCC diagnostic push
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of what GCC's own header means to leave so
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-
 #include <cstdint>
 #include <limits>
+
+#include "intrinsics.h"
 
 namespace fusedloss::math {
 

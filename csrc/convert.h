@@ -5,9 +5,8 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
+
+#include "intrinsics.h"
 
 namespace fusedloss {
 

@@ -52,7 +52,7 @@ struct RowsArgs {
 };
 
 constexpr int64_t row_block = 1024;  // classes at a time
-constexpr int64_t short_row = 64;    // as many classes or fewer waste vectors along the row
+constexpr int64_t short_row = 112;   // as many classes or fewer waste vectors along the row
 
 inline bool is_wrong(int64_t y, int64_t ignore_index, int64_t classes) {
     return y != ignore_index && (y < 0 || y >= classes);
@@ -566,6 +566,24 @@ FUSEDLOSS_LOOP void multiply_each(T* __restrict e, const T* __restrict factor, i
     for (int64_t i = 0; i < n; ++i) e[i] *= factor[i];
 }
 
+// to[c][i] = from[i][c], in squares of whole lines, each of which stays in the first-level cache until it is
+// used up.
+template <class T>
+FUSEDLOSS_LOOP void transpose(const T* __restrict from, int64_t from_width, int64_t rows, int64_t columns,
+                              T* __restrict to, int64_t to_width) {
+    constexpr int64_t side = 64 / sizeof(T);
+    const int64_t whole_rows = rows - rows % side, whole_columns = columns - columns % side;
+    for (int64_t i = 0; i < whole_rows; i += side)
+        for (int64_t c = 0; c < whole_columns; c += side)
+            for (int64_t k = 0; k < side; ++k)
+                for (int64_t j = 0; j < side; ++j)
+                    to[(c + k) * to_width + i + j] = from[(i + j) * from_width + c + k];
+    for (int64_t c = whole_columns; c < columns; ++c)
+        for (int64_t i = 0; i < whole_rows; ++i) to[c * to_width + i] = from[i * from_width + c];
+    for (int64_t i = whole_rows; i < rows; ++i)
+        for (int64_t c = 0; c < columns; ++c) to[c * to_width + i] = from[i * from_width + c];
+}
+
 // Strided classes: vectorised across positions, on a copy of the tile, since strides that are powers of two
 // would have its classes evict each other from the caches. The passes are those of RowKernel.
 template <class T>
@@ -625,12 +643,13 @@ private:
     using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;  // as wide as T, for whole vectors
     static constexpr T infinity = std::numeric_limits<T>::infinity();
     static constexpr int64_t most = Positions<T>::most;
+    static constexpr int64_t strip = 64;  // rows that are transposed at a time
     const Rows<T>& r;
     const RowsArgs& a;
     const int64_t width;
     const bool soft;
     bool any_ignored = false;
-    std::vector<T> tile, parts;
+    std::vector<T> tile, parts, converted;
     Positions<T> p;
     alignas(64) Index largest[most];
 
@@ -641,9 +660,8 @@ private:
         std::fill_n(p.max, padded, -infinity);
         std::fill_n(p.others, padded, 0.0);
         std::fill_n(largest, padded, Index(0));
+        load_tile(a.input, n, d0, count, tile.data());
         for (int64_t c = 0; c < a.c; ++c) {
-            load_strided<T>(a.input.at(a.input.row(n, d0) + c * a.input.stride[1]), a.input.dtype,
-                            a.input.stride[2], count, at(c));
             std::fill(at(c) + count, at(c) + padded, T(0));
             if (a.probabilities)
                 raise(p.max, largest, at(c), Index(c), padded);
@@ -693,20 +711,57 @@ private:
             if (p.y[i] >= 0) at(p.y[i])[i] = p.own[i];
         for (int64_t i = 0; i < count && any_ignored; ++i)
             for (int64_t c = 0; p.y[i] == p.ignored && c < a.c; ++c) at(c)[i] = T(0);
+        store_tile(a.grad, n, d0, count);
+    }
+
+    bool holds_rows(const Grid& grid) const { return grid.stride[1] == 1 && grid.stride[2] == a.c; }
+
+    void load_tile(const Grid& grid, int64_t n, int64_t d0, int64_t count, T* to) {
+        const int64_t first = grid.row(n, d0);
+        if (holds_rows(grid)) {
+            for (int64_t i = 0; i < count; i += strip) {
+                const int64_t rows = std::min(strip, count - i);
+                const T* from = load(grid.at(first + i * a.c), grid.dtype, 1, rows * a.c, by_rows(grid));
+                transpose(from, a.c, rows, a.c, to + i, width);
+            }
+            return;
+        }
         for (int64_t c = 0; c < a.c; ++c)
-            store(a.grad.at(a.grad.row(n, d0) + c * a.grad.stride[1]), a.grad.dtype, a.grad.stride[2], count,
-                  at(c));
+            load_strided<T>(grid.at(first + c * grid.stride[1]), grid.dtype, grid.stride[2], count,
+                            to + c * width);
+    }
+
+    void store_tile(const Grid& grid, int64_t n, int64_t d0, int64_t count) {
+        const int64_t first = grid.row(n, d0);
+        if (holds_rows(grid)) {
+            const bool direct = grid.dtype == dtype_of<T>;
+            for (int64_t i = 0; i < count; i += strip) {
+                const int64_t rows = std::min(strip, count - i);
+                void* at = grid.at(first + i * a.c);
+                T* to = direct ? static_cast<T*>(at) : by_rows(grid);
+                transpose(tile.data() + i, width, a.c, rows, to, a.c);
+                if (!direct) store(at, grid.dtype, 1, rows * a.c, to);
+            }
+            return;
+        }
+        for (int64_t c = 0; c < a.c; ++c)
+            store(grid.at(first + c * grid.stride[1]), grid.dtype, grid.stride[2], count, at(c));
+    }
+
+    // Memory for a strip of the tile's rows, one behind the other, where they must be converted.
+    T* by_rows(const Grid& grid) {
+        if (grid.dtype != dtype_of<T>) converted.resize(size_t(strip * a.c));
+        return converted.data();
     }
 
     void gather_soft(int64_t n, int64_t d0, int64_t count, int64_t padded) {
         std::fill_n(p.dots, padded, 0.0);
         std::fill_n(p.masses, padded, 0.0);
         std::fill_n(p.rest, padded, 0.0);
+        if (a.probabilities) load_tile(a.target, n, d0, count, parts.data());
         for (int64_t c = 0; c < a.c; ++c) {
             const T w = r.weight ? r.weight[c] : T(1);
             if (a.probabilities) {
-                load_strided<T>(a.target.at(a.target.row(n, d0) + c * a.target.stride[1]), a.target.dtype,
-                                a.target.stride[2], count, part(c));
                 std::fill(part(c) + count, part(c) + padded, T(0));
                 weigh<T>(part(c), r.hard * w, r.soft * w, nullptr, padded);
                 add_but_largest(p.rest, part(c), largest, Index(c), padded);
