@@ -21,6 +21,7 @@ from torch import Tensor
 import fusedloss
 from fusedloss import gpu
 from fusedloss.cli.cases import LOGITS, MEBI, Case, learned, yardstick
+from fusedloss.cli.measure import difference
 
 Step = Callable[[], object]
 
@@ -241,10 +242,7 @@ def measure(case: Case, device: str, compiles: bool, rounds: int = ROUNDS) -> Me
 def compare(work: Work, result: Measured) -> None:
     """Before peers write over the inputs."""
     ours, theirs = (work.outcome(f) for f in (work.case.row.function, work.case.row.torch_function))
-    result.difference = max(
-        float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
-        for a, b in zip(ours, theirs, strict=True)
-    )
+    result.difference = max(difference(a, b) for a, b in zip(ours, theirs, strict=True))
     result.wrong = not result.difference <= WIDEST_ERROR[work.case.dtype]
 
 

@@ -307,12 +307,12 @@ def check(work: Workload, result: Result) -> None:
     # Eager's own roundings of half types may turn a hinge.
     half = work.case.dtype in ("bfloat16", "float16")
     eager = (work.widened() if half else work).outcome(work.case.row.torch_function)
-    differences = [_difference(a, b) for a, b in zip(one, eager, strict=True)]
+    differences = [difference(a, b) for a, b in zip(one, eager, strict=True)]
     result.wrong = not all(d <= WIDEST_ERROR[work.case.dtype] for d in differences)
     result.difference = max(differences) if all(map(math.isfinite, differences)) else None
 
 
-def _difference(ours: Tensor, eager: Tensor) -> float:
+def difference(ours: Tensor, eager: Tensor) -> float:
     """The largest, relative to the largest entry; half a step of the subnormal numbers is rounding."""
     info = torch.finfo(ours.dtype)
     apart = (ours - eager).abs().max() - info.smallest_normal * info.eps / 2
