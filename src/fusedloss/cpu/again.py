@@ -50,8 +50,8 @@ class Again:
 
     def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The loss, and the gradients that forward computes; the family says what is wrong."""
-        result = _empty_like(self.scalar)
         grads = tuple(map(_empty_like, tensors[: self.stored])) if self.stored else ()
+        result = _empty_like(self.scalar)
         kernel = self.launch
         pointers = map(_data_ptr, (*tensors, result, *grads))
         if kernel.run(kernel.plan, kernel.pack(*pointers)) != FINE:
