@@ -38,11 +38,20 @@ void parallel(int64_t n, int64_t grain, F&& f) {
     });
 }
 
+// f(v[j], v[j + step]) for all j < step, step after step, each known to the compiler: in registers.
+template <size_t lanes, class T, class F>
+inline T fold(const T* v, F f) {
+    T half[lanes / 2];
+    for (size_t j = 0; j < lanes / 2; ++j) half[j] = f(v[j], v[j + lanes / 2]);
+    if constexpr (lanes == 2)
+        return half[0];
+    else
+        return fold<lanes / 2>(half, f);
+}
+
 template <size_t lanes>
-inline double tree_sum(double (&sums)[lanes]) {
-    for (size_t step = lanes / 2; step > 0; step /= 2)
-        for (size_t j = 0; j < step; ++j) sums[j] += sums[j + step];
-    return sums[0];
+inline double tree_sum(const double (&sums)[lanes]) {
+    return fold<lanes>(sums, [](double a, double b) { return a + b; });
 }
 
 // Lane j sums the terms j, j + lanes, ..., and a tree sums the lanes: the order depends on n alone.
@@ -60,15 +69,19 @@ FUSEDLOSS_LOOP double ordered_sum(const T* __restrict v, int64_t n) {
 // The same of many terms of one sign, four of them added in T before they are widened: twice as fast.
 template <class T>
 FUSEDLOSS_LOOP double quick_sum(const T* __restrict v, int64_t n) {
-    constexpr int lanes = 16;
+    constexpr int lanes = 16, group = 4 * lanes;
     double sums[lanes] = {};
-    const int64_t whole = n - n % (4 * lanes);
-    for (int64_t i = 0; i < whole; i += 4 * lanes) {
-        const T* __restrict u = v + i;
+    const auto add = [&](const T* __restrict u) {
         for (int j = 0; j < lanes; ++j)
             sums[j] += double((u[j] + u[j + lanes]) + (u[j + 2 * lanes] + u[j + 3 * lanes]));
+    };
+    const int64_t whole = n - n % group;
+    for (int64_t i = 0; i < whole; i += group) add(v + i);
+    if (whole < n) {
+        T rest[group] = {};
+        std::copy_n(v + whole, n - whole, rest);
+        add(rest);
     }
-    for (int64_t i = whole; i < n; ++i) sums[i % lanes] += double(v[i]);
     return tree_sum(sums);
 }
 

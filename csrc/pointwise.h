@@ -199,7 +199,9 @@ FUSEDLOSS_LOOP void multiply(T* __restrict v, const T* __restrict by, int64_t n)
 template <template <class> class Formula, class T>
 int64_t pointwise(const PointwiseArgs& a) {
     using F = Formula<math::Lanes<T>>;
-    constexpr int64_t size = 1024;
+    // Where stages are short, as with AVX-512, half a block asks for fewer lines at once: 0.92 of the time
+    // beyond the caches.
+    constexpr int64_t size = F::stages > 0 && !F::of_parts && math::lanes<T> > 1 ? 512 : 1024;
     constexpr int64_t none = std::numeric_limits<int64_t>::max();
     const F f(a.params);
     const Walk walk(a);

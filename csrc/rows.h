@@ -148,15 +148,20 @@ struct Rows {
 template <class T>
 FUSEDLOSS_LOOP T greatest(const T* __restrict x, int64_t n, T start) {
     constexpr int width = 64;  // enough that no comparison waits for the one before
+    const auto larger = [](T a, T b) { return b > a ? b : a; };
+    if (n < width) {
+        T few[width];
+        std::fill_n(few, width, start);
+        for (int64_t i = 0; i < n; ++i) few[i] = larger(start, x[i]);
+        return fold<width>(few, larger);
+    }
     T tops[width];
-    for (int j = 0; j < width; ++j) tops[j] = start;
-    const int64_t whole = n - n % width;
-    for (int64_t i = 0; i < whole; i += width)
-        for (int j = 0; j < width; ++j) tops[j] = x[i + j] > tops[j] ? x[i + j] : tops[j];
-    for (int64_t i = whole; i < n; ++i) tops[i - whole] = x[i] > tops[i - whole] ? x[i] : tops[i - whole];
-    for (int step = width / 2; step > 0; step /= 2)
-        for (int j = 0; j < step; ++j) tops[j] = tops[j + step] > tops[j] ? tops[j + step] : tops[j];
-    return tops[0];
+    std::fill_n(tops, width, start);
+    const int64_t last = n - width;
+    for (int64_t i = 0; i < last; i += width)
+        for (int j = 0; j < width; ++j) tops[j] = larger(tops[j], x[i + j]);
+    for (int j = 0; j < width; ++j) tops[j] = larger(tops[j], x[last + j]);  // some of them again
+    return fold<width>(tops, larger);
 }
 
 // The first position where e is 1, or n.
@@ -223,25 +228,29 @@ template <class T>
 FUSEDLOSS_LOOP SoftSums soft_sums(const T* __restrict part, const T* __restrict x, T origin, int64_t n) {
     constexpr int64_t lanes = 16, group = 4 * lanes;
     double masses[lanes] = {}, dots[lanes] = {};
-    const auto term = [&](int64_t i) {
-        const T product = part[i] * (x[i] - origin);
-        return part[i] == T(0) && x[i] == x[i] ? T(0) : product;
+    const auto add = [&](const T* __restrict p, const T* __restrict x) {
+        T terms[group];
+#pragma omp simd
+        for (int64_t j = 0; j < group; ++j) {
+            const T product = p[j] * (x[j] - origin);
+            terms[j] = p[j] == T(0) && x[j] == x[j] ? T(0) : product;
+        }
+        const T* u = terms;
+        for (int64_t j = 0; j < lanes; ++j) {
+            dots[j] += double((u[j] + u[j + lanes]) + (u[j + 2 * lanes] + u[j + 3 * lanes]));
+            masses[j] += double((p[j] + p[j + lanes]) + (p[j + 2 * lanes] + p[j + 3 * lanes]));
+        }
     };
     const int64_t whole = n - n % group;
     for (int64_t i = 0; i < whole; i += group) {
         for (int64_t line = 0; line < group; line += lanes) __builtin_prefetch(part + i + line + n);
-        T terms[group];
-#pragma omp simd
-        for (int64_t j = 0; j < group; ++j) terms[j] = term(i + j);
-        const T *u = terms, *v = part + i;
-        for (int64_t j = 0; j < lanes; ++j) {
-            dots[j] += double((u[j] + u[j + lanes]) + (u[j + 2 * lanes] + u[j + 3 * lanes]));
-            masses[j] += double((v[j] + v[j + lanes]) + (v[j + 2 * lanes] + v[j + 3 * lanes]));
-        }
+        add(part + i, x + i);
     }
-    for (int64_t i = whole; i < n; ++i) {
-        dots[i % lanes] += double(term(i));
-        masses[i % lanes] += double(part[i]);
+    if (whole < n) {
+        T part_rest[group] = {}, x_rest[group] = {};
+        std::copy_n(part + whole, n - whole, part_rest);
+        std::copy_n(x + whole, n - whole, x_rest);
+        add(part_rest, x_rest);
     }
     return {tree_sum(masses), tree_sum(dots)};
 }
@@ -288,7 +297,7 @@ public:
     explicit RowKernel(const Rows<T>& rows) : r(rows), a(rows.a) {
         const bool direct = a.grad.dtype == dtype_of<T> && a.grad.stride[1] == 1;
         if (a.grad.data && !direct) scratch.resize(size_t(a.c));
-        shift.resize(size_t((a.c + row_block - 1) / row_block));
+        shift.resize(size_t((a.c + block - 1) / block));
     }
 
     // The loss of row (n, d); writes the gradients that are asked for.
@@ -326,8 +335,12 @@ public:
 private:
     const Rows<T>& r;
     const RowsArgs& a;
+    // With registers as wide as AVX-512's, the start and the end of a block's loops would weigh more. Of
+    // probabilities, which are read beside the logits, less fits the first-level cache.
+    static constexpr int64_t most = math::lanes<T> > 1 ? 2 * row_block : row_block;
+    const int64_t block = a.probabilities ? row_block : most;
     std::vector<T> scratch, shift;
-    alignas(64) T x_buffer[row_block], q_buffer[row_block], e_buffer[row_block];
+    alignas(64) T x_buffer[most], q_buffer[most], e_buffer[most];
 
     const T* input(int64_t x_row, int64_t c, int64_t count) {
         return load<T>(a.input.at(x_row + c * a.input.stride[1]), a.input.dtype, a.input.stride[1], count,
@@ -352,18 +365,18 @@ private:
 
     void zero(int64_t g_row) {
         if (!a.grad.data) return;
-        std::fill_n(e_buffer, std::min(a.c, row_block), T(0));
-        for (int64_t c = 0; c < a.c; c += row_block)
+        std::fill_n(e_buffer, std::min(a.c, block), T(0));
+        for (int64_t c = 0; c < a.c; c += block)
             store(a.grad.at(g_row + c * a.grad.stride[1]), a.grad.dtype, a.grad.stride[1],
-                  std::min(row_block, a.c - c), e_buffer);
+                  std::min(block, a.c - c), e_buffer);
     }
 
     OwnSums gather(int64_t x_row, int64_t n, int64_t d, int64_t y, T* keep) {
         OwnSums s;
         T max = -std::numeric_limits<T>::infinity();
         const bool soft = a.probabilities || r.soft != T(0);
-        for (int64_t c = 0, b = 0; c < a.c; c += row_block, ++b) {
-            const int64_t count = std::min(row_block, a.c - c);
+        for (int64_t c = 0, b = 0; c < a.c; c += block, ++b) {
+            const int64_t count = std::min(block, a.c - c);
             const T* __restrict x = input(x_row, c, count);
             const T top = greatest(x, count, max);
             const T origin = top == -std::numeric_limits<T>::infinity() ? T(0) : top;
@@ -420,8 +433,8 @@ private:
     void finish(T* row, int64_t n, int64_t d, double scale, const OwnSums& s, T g, int64_t own, T slope) {
         const int64_t g_row = a.grad.row(n, d);
         const bool soft = a.probabilities || r.soft != T(0);
-        for (int64_t c = 0, b = 0; c < a.c; c += row_block, ++b) {
-            const int64_t count = std::min(row_block, a.c - c);
+        for (int64_t c = 0, b = 0; c < a.c; c += block, ++b) {
+            const int64_t count = std::min(block, a.c - c);
             const double origin = double(shift[size_t(b)]);
             const T factor = T(origin == s.max ? scale : scale * std::exp(origin - s.max));
             if (const T* part = soft ? soft_part(n, d, c, count) : nullptr)
@@ -437,8 +450,8 @@ private:
 
     void target_gradient(int64_t x_row, int64_t n, int64_t d, const OwnSums& s, double g) {
         const T scale = T(g) * r.hard, top = T(s.max), rest = T(s.log_sum());
-        for (int64_t c = 0; c < a.c; c += row_block) {
-            const int64_t count = std::min(row_block, a.c - c);
+        for (int64_t c = 0; c < a.c; c += block) {
+            const int64_t count = std::min(block, a.c - c);
             const T* __restrict x = input(x_row, c, count);
             const T* __restrict part = soft_part(n, d, c, count);
             log_shares(part, x, scale, top, rest, count, e_buffer);
