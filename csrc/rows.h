@@ -13,6 +13,7 @@
 #include "convert.h"
 #include "math.h"
 #include "parallel.h"
+#include "square.h"
 
 namespace fusedloss {
 
@@ -52,7 +53,8 @@ struct RowsArgs {
 };
 
 constexpr int64_t row_block = 1024;  // classes at a time
-constexpr int64_t short_row = 112;   // as many classes or fewer waste vectors along the row
+template <class T>
+constexpr int64_t short_row = 448 / sizeof(T);  // as many classes or fewer go by TileKernel
 
 inline bool is_wrong(int64_t y, int64_t ignore_index, int64_t classes) {
     return y != ignore_index && (y < 0 || y >= classes);
@@ -519,12 +521,39 @@ FUSEDLOSS_LOOP void add_products(double* __restrict dots, const T* __restrict pa
 // What TileKernel knows of the positions of a tile. The own class is as in RowSums.
 template <class T>
 struct Positions {
-    static constexpr int64_t most = 512, ignored = -2;
+    static constexpr int64_t most = 256, ignored = -2;
     alignas(64) int64_t y[most];
     alignas(64) T max[most], own_x[most], own[most], factor[most], g[most];
     alignas(64) double weight[most], others[most], dots[most], masses[most], rest[most];
     alignas(64) double log_sum[most], incoming[most];
 };
+
+// The labels to ignore become `mark`; whether there are any.
+FUSEDLOSS_LOOP inline bool mark_ignored(int64_t* __restrict y, int64_t n, int64_t ignore_index,
+                                        int64_t mark) {
+    int64_t any = 0;
+#pragma omp simd reduction(| : any)
+    for (int64_t i = 0; i < n; ++i) {
+        any |= y[i] == ignore_index;
+        y[i] = y[i] == ignore_index ? mark : y[i];
+    }
+    return any != 0;
+}
+
+// tile[y_i][i]
+template <class T>
+FUSEDLOSS_LOOP void own_logits(Positions<T>& p, const T* __restrict tile, int64_t width, int64_t n) {
+    for (int64_t i = 0; i < n; ++i)
+        p.own_x[i] = p.y[i] >= 0 ? tile[p.y[i] * width + i] : -std::numeric_limits<T>::infinity();
+}
+
+// tile[y_i][i] = values[i], or = value.
+template <class T, class Value>
+FUSEDLOSS_LOOP void set_own(const int64_t* __restrict y, int64_t n, const Value& value, T* __restrict tile,
+                            int64_t width) {
+    for (int64_t i = 0; i < n; ++i)
+        if (y[i] >= 0) tile[y[i] * width + i] = value(i);
+}
 
 template <class T>
 FUSEDLOSS_LOOP void own_exps(Positions<T>& p, int64_t n) {
@@ -565,35 +594,63 @@ FUSEDLOSS_LOOP void position_slopes(Positions<T>& p, int64_t n, double hard, dou
     }
 }
 
-// e * factor - g * part
-template <class T>
-FUSEDLOSS_LOOP void slope(T* __restrict e, const T* __restrict factor, const T* __restrict g,
-                          const T* __restrict part, int64_t n) {
+// f(i) for all i < n, vector by vector, while the line of `next` that lies as far on is asked for, to read or
+// to write.
+template <class T, bool to_write, class F>
+inline void each_ahead(int64_t n, const T* next, F f) {
+    constexpr int64_t line = 64 / sizeof(T);
+    const int64_t whole = n - n % line;
+    for (int64_t i = 0; i < whole; i += line) {
+        __builtin_prefetch(next + i, to_write);
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) e[i] = e[i] * factor[i] - g[i] * part[i];
+        for (int64_t j = i; j < i + line; ++j) f(j);
+    }
+#pragma omp simd
+    for (int64_t i = whole; i < n; ++i) f(i);
 }
 
 template <class T>
-FUSEDLOSS_LOOP void multiply_each(T* __restrict e, const T* __restrict factor, int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) e[i] *= factor[i];
+FUSEDLOSS_LOOP void copy_and_raise(const T* __restrict from, int64_t n, T* __restrict to, T* __restrict max,
+                                   const T* next) {
+    each_ahead<T, false>(n, next, [=](int64_t i) {
+        to[i] = from[i];
+        max[i] = from[i] > max[i] ? from[i] : max[i];
+    });
 }
 
-// to[c][i] = from[i][c], in squares of whole lines, each of which stays in the first-level cache until it is
-// used up.
+// e * factor - g * part, or e * factor; `out` may be `e`.
+template <class T>
+FUSEDLOSS_LOOP void slope(const T* e, const T* factor, const T* g, const T* part, int64_t n, T* out,
+                          const T* next) {
+    each_ahead<T, true>(n, next, [=](int64_t i) { out[i] = e[i] * factor[i] - g[i] * part[i]; });
+}
+
+template <class T>
+FUSEDLOSS_LOOP void multiply_each(const T* e, const T* factor, int64_t n, T* out, const T* next) {
+    each_ahead<T, true>(n, next, [=](int64_t i) { out[i] = e[i] * factor[i]; });
+}
+
+template <class T, int bytes>
+inline void transpose_by(const T* __restrict from, int64_t from_width, int64_t rows, int64_t columns,
+                         T* __restrict to, int64_t to_width) {
+    using Block = Square<T, bytes>;
+    // The last squares overlap those before.
+    for (int64_t i = 0; i < rows; i += Block::side)
+        for (int64_t c = 0; c < columns; c += Block::side) {
+            const int64_t row = std::min(i, rows - Block::side), column = std::min(c, columns - Block::side);
+            Block::transpose(from + row * from_width + column, from_width, to + column * to_width + row,
+                             to_width);
+        }
+}
+
+// to[c][i] = from[i][c]
 template <class T>
 FUSEDLOSS_LOOP void transpose(const T* __restrict from, int64_t from_width, int64_t rows, int64_t columns,
                               T* __restrict to, int64_t to_width) {
-    constexpr int64_t side = 64 / sizeof(T);
-    const int64_t whole_rows = rows - rows % side, whole_columns = columns - columns % side;
-    for (int64_t i = 0; i < whole_rows; i += side)
-        for (int64_t c = 0; c < whole_columns; c += side)
-            for (int64_t k = 0; k < side; ++k)
-                for (int64_t j = 0; j < side; ++j)
-                    to[(c + k) * to_width + i + j] = from[(i + j) * from_width + c + k];
-    for (int64_t c = whole_columns; c < columns; ++c)
-        for (int64_t i = 0; i < whole_rows; ++i) to[c * to_width + i] = from[i * from_width + c];
-    for (int64_t i = whole_rows; i < rows; ++i)
+    const int64_t narrow = std::min(rows, columns) * int64_t(sizeof(T));
+    if (narrow >= 32) return transpose_by<T, 32>(from, from_width, rows, columns, to, to_width);
+    if (narrow >= 16) return transpose_by<T, 16>(from, from_width, rows, columns, to, to_width);
+    for (int64_t i = 0; i < rows; ++i)
         for (int64_t c = 0; c < columns; ++c) to[c * to_width + i] = from[i * from_width + c];
 }
 
@@ -611,10 +668,11 @@ public:
         if (soft) parts.resize(tile.size());
     }
 
-    // Positions at a time: as many as keep a tile in the second-level cache.
-    static int64_t lanes(int64_t classes, int64_t across) {
-        const int64_t fit = 65536 / std::max<int64_t>(classes, 1) / 16 * 16;
-        return std::clamp<int64_t>(std::min(fit, (across + 15) / 16 * 16), 16, most);
+    // Positions at a time: as many as keep a tile in the first-level cache; in the second, where the classes
+    // lie apart, since memory gives short stretches slowly.
+    static int64_t lanes(int64_t classes, int64_t across, bool apart) {
+        const int64_t fit = (apart ? 262144 : 32768) / int64_t(sizeof(T)) / std::max<int64_t>(classes, 1);
+        return std::clamp<int64_t>(std::min(fit / 16, (across + 15) / 16) * 16, 16, most);
     }
 
     void operator()(int64_t n, int64_t d0, int64_t count, double* losses) {
@@ -624,8 +682,7 @@ public:
         settle(n, d0, count, padded);
         if (soft) gather_soft(n, d0, count, padded);
         // The own class leaves the sums.
-        for (int64_t i = 0; i < count; ++i)
-            if (p.y[i] >= 0) at(p.y[i])[i] = -infinity;
+        set_own(p.y, count, [](int64_t) { return -infinity; }, tile.data(), width);
         for (int64_t c = 0; c < a.c; ++c) exp_in_place(at(c), p.max, padded);
         own_exps(p, padded);
         const int64_t fours = a.c / 4 * 4;
@@ -673,10 +730,14 @@ private:
         std::fill_n(p.max, padded, -infinity);
         std::fill_n(p.others, padded, 0.0);
         std::fill_n(largest, padded, Index(0));
-        load_tile(a.input, n, d0, count, tile.data());
+        const bool direct = dense(a.input) && !a.probabilities;
+        if (!direct) load_tile(a.input, n, d0, count, tile.data());
         for (int64_t c = 0; c < a.c; ++c) {
             std::fill(at(c) + count, at(c) + padded, T(0));
-            if (a.probabilities)
+            if (direct)
+                copy_and_raise(stretch(a.input, n, d0, c), count, at(c), p.max,
+                               after(a.input, n, d0, c, count));
+            else if (a.probabilities)
                 raise(p.max, largest, at(c), Index(c), padded);
             else
                 raise(p.max, at(c), padded);
@@ -690,41 +751,53 @@ private:
             std::copy_n(largest, count, p.y);
         else
             r.labels(n, d0, count, p.y);
-        any_ignored = false;
-        for (int64_t i = 0; i < count && !a.probabilities; ++i) {
-            any_ignored |= p.y[i] == a.ignore_index;
-            p.y[i] = p.y[i] == a.ignore_index ? p.ignored : p.y[i];
-        }
+        any_ignored = !a.probabilities && mark_ignored(p.y, count, a.ignore_index, p.ignored);
         std::fill(p.y + count, p.y + padded, p.ignored);
-        for (int64_t i = 0; i < padded; ++i) p.own_x[i] = p.y[i] >= 0 ? at(p.y[i])[i] : -infinity;
+        own_logits(p, tile.data(), width, padded);
         for (int64_t i = 0; i < padded && !r.weight; ++i) p.weight[i] = p.y[i] >= 0 ? 1.0 : 0.0;
         for (int64_t i = 0; i < padded && r.weight; ++i)
             p.weight[i] = p.y[i] >= 0 ? double(r.weight[p.y[i]]) : 0.0;
     }
 
     void incoming(int64_t n, int64_t d0, int64_t count, int64_t padded) {
+        const double by = a.mean ? r.denominator : 1.0;
+        std::fill_n(p.incoming, count, 1.0 / by);
         std::fill(p.incoming + count, p.incoming + padded, 0.0);
-        if (a.incoming.data)
-            load_strided<double>(a.incoming.at(a.incoming.row(n, d0)), a.incoming.dtype, a.incoming.stride[2],
-                                 count, p.incoming);
-        else
-            std::fill_n(p.incoming, count, 1.0);
-        for (int64_t i = 0; i < count && a.mean; ++i) p.incoming[i] /= r.denominator;
+        if (!a.incoming.data) return;
+        load_strided<double>(a.incoming.at(a.incoming.row(n, d0)), a.incoming.dtype, a.incoming.stride[2],
+                             count, p.incoming);
+        for (int64_t i = 0; i < count && a.mean; ++i) p.incoming[i] /= by;
     }
 
     // The exps become the gradient.
     void write(int64_t n, int64_t d0, int64_t count, int64_t padded) {
+        const bool direct = dense(a.grad);
+        const auto to = [&](int64_t c) { return direct ? stretch(a.grad, n, d0, c) : at(c); };
+        const int64_t size = direct ? count : padded;
         for (int64_t c = 0; c < a.c; ++c) {
+            const T* next = direct ? after(a.grad, n, d0, c, count) : at(c);
             if (soft)
-                slope(at(c), p.factor, p.g, part(c), padded);
+                slope(at(c), p.factor, p.g, part(c), size, to(c), next);
             else
-                multiply_each(at(c), p.factor, padded);
+                multiply_each(at(c), p.factor, size, to(c), next);
         }
-        for (int64_t i = 0; i < count; ++i)
-            if (p.y[i] >= 0) at(p.y[i])[i] = p.own[i];
+        const T* own = p.own;
+        set_own(p.y, count, [own](int64_t i) { return own[i]; }, to(0), direct ? a.grad.stride[1] : width);
         for (int64_t i = 0; i < count && any_ignored; ++i)
-            for (int64_t c = 0; p.y[i] == p.ignored && c < a.c; ++c) at(c)[i] = T(0);
-        store_tile(a.grad, n, d0, count);
+            for (int64_t c = 0; p.y[i] == p.ignored && c < a.c; ++c) to(c)[i] = T(0);
+        if (!direct) store_tile(a.grad, n, d0, count);
+    }
+
+    // Whether each class's positions lie one behind the other, in T.
+    bool dense(const Grid& grid) const { return grid.dtype == dtype_of<T> && grid.stride[2] == 1; }
+
+    static T* stretch(const Grid& grid, int64_t n, int64_t d0, int64_t c) {
+        return static_cast<T*>(grid.data) + grid.row(n, d0) + c * grid.stride[1];
+    }
+
+    // What is read or written after class c: the next class, or the next tile.
+    const T* after(const Grid& grid, int64_t n, int64_t d0, int64_t c, int64_t count) const {
+        return c + 1 < a.c ? stretch(grid, n, d0, c + 1) : stretch(grid, n, d0 + count, 0);
     }
 
     bool holds_rows(const Grid& grid) const { return grid.stride[1] == 1 && grid.stride[2] == a.c; }
@@ -816,8 +889,8 @@ int64_t cross_entropy(RowsArgs a) {
     }
     if (a.grad.data) advise_huge_pages(a.grad.data, rows.positions() * a.c * size_of(a.grad.dtype));
 
-    const bool tiles = a.input.stride[1] != 1 || a.c <= short_row;
-    const int64_t lanes = TileKernel<T>::lanes(a.c, a.d);
+    const bool tiles = a.input.stride[1] != 1 || a.c <= short_row<T>;
+    const int64_t lanes = TileKernel<T>::lanes(a.c, a.d, a.input.stride[1] != 1);
     const int64_t per_block = tiles ? lanes : std::max<int64_t>(1, 4 * row_block / std::max<int64_t>(a.c, 1));
     const int64_t across = tiles ? a.d : rows.positions();
     const int64_t blocks_across = (across + per_block - 1) / per_block;
