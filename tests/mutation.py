@@ -116,7 +116,10 @@ MUTANTS = [
     # sums
     kernel("parallel.h", "for (int64_t i = whole; i < n; ++i) sums[i - whole]", "for (int64_t i = whole; i + 1 < n; ++i) sums[i - whole]", KERNELS + " and mse_loss"),
     kernel("parallel.h", "(u[j + 2 * lanes] + u[j + 3 * lanes])", "u[j + 2 * lanes]", KERNELS + f" and {CE}"),
+    kernel("parallel.h", "        add(rest);", "", KERNELS + f" and {CE}"),
     # rows
+    kernel("square.h", "side + j - half : j", "side + j : j", KERNELS + f" and {CE}"),
+    kernel("rows.h", "++c) to(c)[i] = T(0);", "++c) to(c)[i] *= T(0);", "an_ignored_row"),
     kernel("rows.h", "(y < 0 || y >= classes)", "(y < 0 || y > classes)", "index and function", **ERRORS),
     kernel("rows.h", "return a.mean ? g / denominator : g;", "return g;", KERNELS + f" and {CE}"),
     kernel("rows.h", "s.others *= factor;", "", KERNELS + f" and {CE}"),
@@ -126,8 +129,8 @@ MUTANTS = [
     kernel("rows.h", "p.masses[i] * log_sum - p.dots[i]", "p.masses[i] * log_sum", KERNELS + f" and {CE}"),
     kernel("rows.h", "mass * double(p.own[i]) - own_weight * p.others[i]", "mass * double(p.own[i]) + own_weight * p.others[i]", KERNELS + f" and {CE}"),
     # the negative log likelihood
-    kernel("gather.h", ": -rows.class_weight(y[i]) * load_one", ": rows.class_weight(y[i]) * load_one", KERNELS + f" and {NLL}"),
-    kernel("gather.h", " * rows.incoming(n, d0 + i)", "", KERNELS + f" and {NLL}"),
+    kernel("gather.h", "-rows.class_weight(y) * convert", "rows.class_weight(y) * convert", KERNELS + f" and {NLL}"),
+    kernel("gather.h", "(-rows.class_weight(y) * g)", "(-rows.class_weight(y))", KERNELS + f" and {NLL}"),
     kernel("gather.h", "a.grad.stride[2] == a.c &&", "a.grad.stride[2] == a.c ||", KERNELS + f" and {NLL}"),
     # triplets
     kernel("triplet.h", "out[i] = f * v[i] + g * w[i];", "out[i] = f * v[i] - g * w[i];", KERNELS + f" and {TRIPLET}"),

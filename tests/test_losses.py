@@ -458,6 +458,33 @@ def compare_paths(case: Case, tensors: Tensors, options: Options, where: str) ->
         assert close.all(), f"{where}: {name} is {a[~close]}, not {e[~close]}"
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "nll_loss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("classes", [3, 20, 300])
+def test_what_an_ignored_row_holds_does_not_count(
+    loss: str,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    classes: int,
+    generator: Generator,
+) -> None:
+    row = REGISTRY[loss]
+    x = torch.rand(2, classes, 5, 7, generator=generator).to(dtype)
+    target = torch.randint(classes, (2, 5, 7), generator=generator)
+    ignored = torch.rand(2, 5, 7, generator=generator) < 0.3
+    x.masked_fill_(ignored[:, None], float("nan"))
+    target[ignored] = -1
+    whole = x.to(memory_format=memory_format).requires_grad_()
+    row.function(whole, target, ignore_index=-1).backward()
+    kept = x.detach().movedim(1, -1)[~ignored].requires_grad_()
+    row.function(kept, target[~ignored]).backward()
+    assert whole.grad is not None and kept.grad is not None
+    grad = whole.grad.movedim(1, -1)
+    assert (grad[ignored] == 0).all()
+    torch.testing.assert_close(grad[~ignored], kept.grad)
+
+
 @pytest.mark.parametrize("special", [float("nan"), float("inf")], ids=str)
 @parameters(lambda case: case.loss.name != "binary_cross_entropy")
 def test_specials_stay_in_their_row(case: Case, special: float, generator: Generator) -> None:
