@@ -31,7 +31,7 @@ void nll_losses(const Rows<T>& rows) {
     const S* x = static_cast<const S*>(a.input.data);
     const int64_t blocks = (rows.positions() + most_labels - 1) / most_labels;
     std::vector<double> sums(static_cast<size_t>(blocks));
-    parallel(blocks, 8, [&](int64_t b) {
+    parallel(blocks, 2, [&](int64_t b) {
         double losses[most_labels];
         const int64_t first = b * most_labels, total = std::min(most_labels, rows.positions() - first);
         std::fill_n(losses, total, 0.0);
