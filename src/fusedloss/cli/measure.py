@@ -95,7 +95,8 @@ class Result:
     def excess(self, variant: str) -> float | None:
         """The peak beyond the inputs and the gradient, in MB."""
         peak = self.peaks.get(variant)
-        return None if peak is None else (peak - self.gradient_bytes) / MEGA
+        # Of the gradient's own pages some may have been resident before.
+        return None if peak is None else max(0, peak - self.gradient_bytes) / MEGA
 
     def to_json(self) -> dict[str, Any]:
         samples = {k: [float(f"{s:.5g}") for s in each] for k, each in self.samples.items()}
