@@ -547,7 +547,7 @@ FUSEDLOSS_LOOP void own_logits(Positions<T>& p, const T* __restrict tile, int64_
         p.own_x[i] = p.y[i] >= 0 ? tile[p.y[i] * width + i] : -std::numeric_limits<T>::infinity();
 }
 
-// tile[y_i][i] = values[i], or = value.
+// tile[y_i][i] = value(i)
 template <class T, class Value>
 FUSEDLOSS_LOOP void set_own(const int64_t* __restrict y, int64_t n, const Value& value, T* __restrict tile,
                             int64_t width) {
@@ -771,15 +771,14 @@ private:
 
     // The exps become the gradient.
     void write(int64_t n, int64_t d0, int64_t count, int64_t padded) {
-        const bool direct = dense(a.grad);
+        const bool direct = dense(a.grad) && padded == count;  // whole vectors, again
         const auto to = [&](int64_t c) { return direct ? stretch(a.grad, n, d0, c) : at(c); };
-        const int64_t size = direct ? count : padded;
         for (int64_t c = 0; c < a.c; ++c) {
             const T* next = direct ? after(a.grad, n, d0, c, count) : at(c);
             if (soft)
-                slope(at(c), p.factor, p.g, part(c), size, to(c), next);
+                slope(at(c), p.factor, p.g, part(c), padded, to(c), next);
             else
-                multiply_each(at(c), p.factor, size, to(c), next);
+                multiply_each(at(c), p.factor, padded, to(c), next);
         }
         const T* own = p.own;
         set_own(p.y, count, [own](int64_t i) { return own[i]; }, to(0), direct ? a.grad.stride[1] : width);
