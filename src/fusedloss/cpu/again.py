@@ -50,6 +50,7 @@ class Again:
 
     def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The loss, and the gradients that forward computes; the family says what is wrong."""
+        # The gradients first: the scalar would take the front of the memory that the last ones left.
         grads = tuple(map(_empty_like, tensors[: self.stored])) if self.stored else ()
         result = _empty_like(self.scalar)
         kernel = self.launch
