@@ -66,21 +66,24 @@ FUSEDLOSS_LOOP double ordered_sum(const T* __restrict v, int64_t n) {
     return tree_sum(sums);
 }
 
-// The same of many terms of one sign, four of them added in T before they are widened: twice as fast.
+// Adds a group of terms of one sign to their lanes, four of them in T before they are widened: twice as fast.
+template <class T, int lanes>
+inline void add_group(const T* __restrict u, double (&sums)[lanes]) {
+    for (int j = 0; j < lanes; ++j)
+        sums[j] += double((u[j] + u[j + lanes]) + (u[j + 2 * lanes] + u[j + 3 * lanes]));
+}
+
+// As ordered_sum, by such groups.
 template <class T>
 FUSEDLOSS_LOOP double quick_sum(const T* __restrict v, int64_t n) {
     constexpr int lanes = 16, group = 4 * lanes;
     double sums[lanes] = {};
-    const auto add = [&](const T* __restrict u) {
-        for (int j = 0; j < lanes; ++j)
-            sums[j] += double((u[j] + u[j + lanes]) + (u[j + 2 * lanes] + u[j + 3 * lanes]));
-    };
     const int64_t whole = n - n % group;
-    for (int64_t i = 0; i < whole; i += group) add(v + i);
+    for (int64_t i = 0; i < whole; i += group) add_group(v + i, sums);
     if (whole < n) {
         T rest[group] = {};
         std::copy_n(v + whole, n - whole, rest);
-        add(rest);
+        add_group(rest, sums);
     }
     return tree_sum(sums);
 }

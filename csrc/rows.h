@@ -228,20 +228,17 @@ struct SoftSums {
 // a class without probability does not count.
 template <class T>
 FUSEDLOSS_LOOP SoftSums soft_sums(const T* __restrict part, const T* __restrict x, T origin, int64_t n) {
-    constexpr int64_t lanes = 16, group = 4 * lanes;
+    constexpr int lanes = 16, group = 4 * lanes;
     double masses[lanes] = {}, dots[lanes] = {};
     const auto add = [&](const T* __restrict p, const T* __restrict x) {
         T terms[group];
 #pragma omp simd
-        for (int64_t j = 0; j < group; ++j) {
+        for (int j = 0; j < group; ++j) {
             const T product = p[j] * (x[j] - origin);
             terms[j] = p[j] == T(0) && x[j] == x[j] ? T(0) : product;
         }
-        const T* u = terms;
-        for (int64_t j = 0; j < lanes; ++j) {
-            dots[j] += double((u[j] + u[j + lanes]) + (u[j + 2 * lanes] + u[j + 3 * lanes]));
-            masses[j] += double((p[j] + p[j + lanes]) + (p[j + 2 * lanes] + p[j + 3 * lanes]));
-        }
+        add_group(terms, dots);
+        add_group(p, masses);
     };
     const int64_t whole = n - n % group;
     for (int64_t i = 0; i < whole; i += group) {

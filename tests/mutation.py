@@ -116,7 +116,7 @@ MUTANTS = [
     # sums
     kernel("parallel.h", "for (int64_t i = whole; i < n; ++i) sums[i - whole]", "for (int64_t i = whole; i + 1 < n; ++i) sums[i - whole]", KERNELS + " and mse_loss"),
     kernel("parallel.h", "(u[j + 2 * lanes] + u[j + 3 * lanes])", "u[j + 2 * lanes]", KERNELS + f" and {CE}"),
-    kernel("parallel.h", "        add(rest);", "", KERNELS + f" and {CE}"),
+    kernel("parallel.h", "        add_group(rest, sums);", "", KERNELS + f" and {CE}"),
     # rows
     kernel("square.h", "side + j - half : j", "side + j : j", KERNELS + f" and {CE}"),
     kernel("rows.h", "++c) to(c)[i] = T(0);", "++c) to(c)[i] *= T(0);", "an_ignored_row"),
