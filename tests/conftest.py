@@ -71,6 +71,13 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_known_on_a_gpu() -> None:
+    """Tests change the sizes that launches are laid out by."""
+    if GPU:
+        route._known.clear()
+
+
 @pytest.fixture
 def generator(request: pytest.FixtureRequest) -> Generator:
     """Seeded by the test's name: its numbers do not depend on which tests ran before."""

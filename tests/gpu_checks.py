@@ -97,6 +97,45 @@ def test_rows_longer_than_a_block(
     check(case, tensors, options, generator)
 
 
+@pytest.mark.parametrize("held", [1, 2])
+@pytest.mark.parametrize("kind", ["indices", "smoothed", "probabilities", "one-hot"])
+def test_infinite_and_nan_logits_of_long_rows(
+    kind: str, held: int, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone, beside the own class, more than one, in the first block and the last, and nothing else."""
+    inf = math.inf
+    changes: list[dict[int, float]] = [
+        {}, {3: inf}, {3: -inf}, {3: math.nan}, {3: inf, 20: inf}, {39: 100.0}, {0: 100.0, 39: 100.0},
+        {5: 100.0, 6: 100.0}, {20: math.nan}, dict.fromkeys(range(40), -inf),
+        {**dict.fromkeys(range(40), -inf), 7: 1.0}, dict.fromkeys(range(40), 0.0),
+    ]  # fmt: skip
+    x = torch.randn(1, 40, generator=generator).repeat(len(changes), 1)
+    for row, change in zip(x, changes, strict=True):
+        for at, value in change.items():
+            row[at] = value
+    y = torch.full((len(x),), 3)
+    q = torch.rand(x.shape, generator=generator) if kind == "probabilities" else None
+    q = torch.nn.functional.one_hot(y, 40).float() if kind == "one-hot" else q
+    options: dict[str, Any] = {"label_smoothing": 0.1} if kind == "smoothed" else {}
+    options["reduction"] = "none"
+    found = []
+    for each in (rows.Tile(held, 64, True, 4), rows.Tile(held, 16, False, 4)):
+        monkeypatch.setattr(rows, "tile", lambda *_, each=each: each)
+        leaf = x.to(DEVICE).requires_grad_()
+        losses = functional.cross_entropy(leaf, (y if q is None else q).to(DEVICE), **options)
+        (grad,) = torch.autograd.grad(losses.sum(), leaf)
+        found.append((losses.detach(), grad))
+    expected = torch.nn.functional.cross_entropy(
+        x.double(), y if q is None else q.double(), **options
+    )
+    for whole, blocks in zip(*found, strict=True):
+        torch.testing.assert_close(blocks, whole, rtol=1e-5, atol=1e-5, equal_nan=True)
+    finite = expected.isfinite()
+    torch.testing.assert_close(
+        found[1][0].cpu().double()[finite], expected[finite], rtol=1e-6, atol=1e-6
+    )
+
+
 @parameters(lambda case: case.family == "triplet" and "lambda" not in case.option)
 def test_features_more_than_a_block(
     case: Case, generator: Generator, monkeypatch: pytest.MonkeyPatch
@@ -509,6 +548,7 @@ def test_no_call_waits_for_the_gpu(case: Case, generator: Generator) -> None:
 
 
 @on_gpu
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")  # its leaves met another
 @each_loss
 def test_a_captured_graph_replays(case: Case, generator: Generator) -> None:
     tensors, options = case.example((64, 33), torch.float32, generator)

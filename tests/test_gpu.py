@@ -22,12 +22,13 @@ from gpu_kernels import CALLS, TARGETS, Call, Step, compiled, everything, record
 HERE = Path(__file__).parent
 # Of test_losses.py: what does not run kernels, or runs them over too much to interpret.
 NOT = "not formula and not threads and not more_dimensions and not autocast"
-EVERY = "160"
+EVERY = {"test_losses.py": "160", "test_repeat.py": "10"}
 
 PARTS = {
     "options": ("gpu_checks.py", "test_option"),
     "checks": ("gpu_checks.py", "not test_option"),
     "linear": ("gpu_linear.py", ""),
+    "repeated": ("test_repeat.py", "bits_of_a_call"),
     "losses": ("test_losses.py", f"{NOT} and not depend_on_its_batch"),
 }
 
@@ -50,8 +51,8 @@ def pytest_in(mode: str, file: str, keep: str, **environment: str) -> str:
 @pytest.mark.parametrize("part", PARTS)
 def test_interpreted(part: str, record_property: Callable[[str, object], None]) -> None:
     file, keep = PARTS[part]
-    every = EVERY if file == "test_losses.py" else "1"
-    summary = pytest_in("interpreted", file, keep, TRITON_INTERPRET="1", FUSEDLOSS_TEST_EVERY=every)
+    every = {"FUSEDLOSS_TEST_EVERY": EVERY.get(file, "1")}
+    summary = pytest_in("interpreted", file, keep, TRITON_INTERPRET="1", **every)
     record_property(f"GPU kernels interpreted, {part}", summary)
 
 

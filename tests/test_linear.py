@@ -90,7 +90,7 @@ class Problem:
         results = (results,) if isinstance(results, Tensor) else tuple(results)
         generator = torch.Generator().manual_seed(1)
         differentiable = [r for r in results if r.requires_grad]
-        incoming = [torch.randn(r.shape, generator=generator).to(r.dtype) for r in differentiable]
+        incoming = [torch.randn(r.shape, generator=generator).to(r) for r in differentiable]
         grads = torch.autograd.grad(differentiable, [inputs[k] for k in self.learned], incoming)
         for tensor, copy in zip(given, before, strict=True):
             assert same_bits(tensor.detach(), copy), "an argument was written to"

@@ -45,6 +45,8 @@ BLOCK = 1024  # elements of a pointwise block, classes of a row block
 LANES = 64  # positions side by side where classes are strided
 THREADED = 70_000  # elements: twice the grain of any kernel
 
+OLDER = torch.__version__ < "2.12"  # its mse_loss takes mixed types in forward alone
+
 each_path = pytest.mark.parametrize("path", [nullcontext, formula_path], ids=["kernel", "formula"])
 
 
@@ -153,6 +155,8 @@ def test_mixed_types_are_those_of_torch(
     try:
         theirs = run(case.loss.torch_function, tensors, options, wanted)
     except RuntimeError as error:
+        if OLDER and case.loss.name == "mse_loss":
+            pytest.skip(str(error))
         with pytest.raises(type(error)):
             run(case.loss.function, tensors, options, wanted)
         return
@@ -171,7 +175,11 @@ def test_scalar_target_is_typed_as_in_torch(
     (x, t), options = case.example((3, 4), dtypes[0], generator)
     tensors = x, t[0, 0].to(dtypes[1])
     ours = run(case.loss.function, tensors, options, (0, 1))
-    theirs = run(case.loss.torch_function, tensors, options, (0, 1))
+    try:
+        theirs = run(case.loss.torch_function, tensors, options, (0, 1))
+    except RuntimeError as error:
+        assert OLDER
+        pytest.skip(str(error))
     for (name, a), (_, e) in zip(ours.named(), theirs.named(), strict=True):
         assert (a.dtype, a.shape) == (e.dtype, e.shape), name
         torch.testing.assert_close(a, e, rtol=2e-2, atol=2e-2)
@@ -184,10 +192,11 @@ def test_one_row_with_its_index_in_a_vector(
     (x, y), options = case.example((7,), torch.float64, generator)
     options["reduction"] = reduction
     ours = run(case.loss.function, (x, y.reshape(1)), options, (0,))
-    # PyTorch takes the vector as the scalar, and fails in its backward.
-    theirs = run(case.loss.torch_function, (x, y), options, (0,))
+    # PyTorch takes the vector as the scalar, and fails in its backward. Its mean of no row is 0 on a GPU.
+    there = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in options.items()}
+    theirs = run(case.loss.torch_function, (x.cpu(), y.cpu()), there, (0,))
     for (_, a), (_, e) in zip(ours.named(), theirs.named(), strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-12, equal_nan=True)
+        torch.testing.assert_close(a.cpu(), e, rtol=1e-11, atol=1e-12, equal_nan=True)
 
 
 @each_dtype

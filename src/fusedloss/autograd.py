@@ -45,15 +45,18 @@ def run(call: Call, tensors: tuple[Tensor | None, ...]) -> Tensor:
 def repeat(again: Again, tensors: tuple[Any, ...]) -> Tensor:
     """The same, for tensors like those that `prepare` was given."""
     given = tensors[: again.inputs]
-    return _apply_again(again, *given) if again.learned else again.forward(given)[0]
+    if not again.learned:
+        return again.forward(given)[0]
+    return (_apply_again if type(again) is Again else _apply_on_gpu)(again, *given)
 
 
 def prepare(call: Call, tensors: tuple[Tensor | None, ...]) -> Again | None:
-    """How a call on the CPU may be repeated at less cost, or None."""
+    """How a call may be repeated at less cost, or None."""
     enabled = torch.is_grad_enabled()
     needed = [enabled and t is not None and t.requires_grad for t in tensors[: call.gradients]]
     stores = _stores_gradients(call, tensors, needed)
-    return cpu.again.prepare(engine(call, tensors[0]), call, tensors, needed, stores)
+    again = gpu.family("again") if gpu.serves(tensors[0]) else cpu.again
+    return again.prepare(engine(call, tensors[0]), call, tensors, needed, stores)
 
 
 class _Fused(torch.autograd.Function):
@@ -76,10 +79,7 @@ class _Fused(torch.autograd.Function):
         try:
             grads = _gradients(call, tensors, needed, stored if ctx.stored else None, incoming[0])
         except gpu.Failed as failed:
-            gpu.turn_off(failed)
-            with torch.enable_grad():
-                found = redo(call, tensors, needed, incoming[0])
-            grads = [g if g is None else g.detach() for g in found]
+            grads = _without_triton(failed, call, tensors, needed, incoming[0])
         return (None, *grads, *(None,) * (len(tensors) - len(grads)))
 
 
@@ -114,6 +114,19 @@ def _gradients(
     return grads
 
 
+def _without_triton(
+    failed: gpu.Failed,
+    call: Call,
+    tensors: Sequence[Any],
+    needed: Sequence[bool],
+    incoming: Tensor,
+) -> list[Tensor | None]:
+    gpu.turn_off(failed)
+    with torch.enable_grad():
+        found = redo(call, tensors, needed, incoming)
+    return [g if g is None else g.detach() for g in found]
+
+
 class _Again(torch.autograd.Function):
     """A call like an earlier one."""
 
@@ -135,18 +148,53 @@ class _Again(torch.autograd.Function):
                 return (None, *stored, *again.undefined)
             if _scales_exactly(stored, incoming):
                 return (None, *scaled(stored, incoming, True), *again.undefined)
-        tensors = again.whole(saved[: again.inputs])
-        needed = (*ctx.needs_input_grad[1:], *(False for _ in again.absent))
-        grads = _gradients(again.call, tensors, needed, stored or None, incoming)
-        lacking = (None,) * (again.inputs - len(grads))
-        return (None, *grads[: again.inputs], *lacking)
+        return _by_all_means(ctx, saved, stored, incoming)
+
+
+class _AgainOnGpu(torch.autograd.Function):
+    """The same where a kernel looks at the scalar that arrives."""
+
+    @staticmethod
+    def forward(ctx: Any, again: Any, *tensors: Tensor) -> Tensor:
+        result, stored = again.forward(tensors)
+        ctx.again = again
+        ctx.save_for_backward(*tensors, *stored)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        again, saved = ctx.again, ctx.saved_tensors
+        tensors, stored = saved[: again.inputs], saved[again.inputs :]
+        try:
+            if not _grad_enabled() and is_plain(incoming) and not (stored and _keeps_graph()):
+                return (None, *again.backward(tensors, stored, incoming))
+            return _by_all_means(ctx, saved, stored, incoming)
+        except gpu.Failed as failed:
+            needed = (*ctx.needs_input_grad[1:], *(False for _ in again.absent))
+            whole = again.whole(tensors)
+            grads = _without_triton(failed, again.call, whole, needed, incoming)
+            return (None, *grads[: again.inputs])
+
+
+def _by_all_means(
+    ctx: Any, saved: Sequence[Tensor], stored: Sequence[Tensor | None], incoming: Tensor
+) -> tuple[Tensor | None, ...]:
+    """What backward returns for a call like an earlier one that is differentiated otherwise."""
+    again = ctx.again
+    tensors = again.whole(saved[: again.inputs])
+    needed = (*ctx.needs_input_grad[1:], *(False for _ in again.absent))
+    grads = _gradients(again.call, tensors, needed, stored or None, incoming)
+    lacking = (None,) * (again.inputs - len(grads))
+    return (None, *grads[: again.inputs], *lacking)
 
 
 # No transform is active here: what `Function.apply` does for them is left out.
 _apply = super(torch.autograd.Function, _Fused).apply
 _apply_again = super(torch.autograd.Function, _Again).apply
+_apply_on_gpu = super(torch.autograd.Function, _AgainOnGpu).apply
 # As its own `apply` does it, but for choosing between `backward` and `vjp`: a microsecond.
 _Again._backward_cls.apply = _Again.backward  # type: ignore[attr-defined]
+_AgainOnGpu._backward_cls.apply = _AgainOnGpu.backward  # type: ignore[attr-defined]
 
 
 def _stores_gradients(call: Call, tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> bool:

@@ -81,7 +81,7 @@ def repeat(
     """The loss, if `dispatch` ran a kernel for such tensors and these `settings` before, else None.
 
     The checks cost more than the arithmetic of a small loss, and a training loop repeats its shapes. The key
-    holds all that they depend on, and the route of a plain call on the CPU, and the arguments of its kernel.
+    holds all that they depend on, and the route of a plain call, and the arguments of its kernels.
     With `keep`, that is the call to run the next time, and nothing runs now.
     """
     if (
@@ -90,7 +90,6 @@ def repeat(
         or _dispatch_modes()
         or forward_ad._current_level >= 0
         or strictness._level
-        or gpu.on_cpu
         or _forced
         or _trace is not None
     ):
@@ -99,22 +98,29 @@ def repeat(
     if not (
         type(a) in PLAIN
         and type(b) in PLAIN
-        and a.is_cpu
-        and b.is_cpu
         and a.layout is _strided
         and b.layout is _strided
         and not (a.is_neg() or b.is_neg())
     ):
         return None
+    host = a.is_cpu
+    device = -1 if host else a.get_device()
+    if not (b.is_cpu if host else a.is_cuda and b.is_cuda and b.get_device() == device):
+        return None
     key: tuple[Any, ...]
     # fmt: off
     learns = _grad_enabled()
-    key = (loss, settings, _any_autocast() and _autocast("cpu"),
+    key = (loss, settings, device, _any_autocast() and _autocast("cpu" if host else "cuda"),
            a.dtype, a.shape, a.is_contiguous(), learns and a.requires_grad,
            b.dtype, b.shape, b.is_contiguous(), learns and b.requires_grad)
     # fmt: on
     if c is not None:
-        if not (type(c) in PLAIN and c.is_cpu and c.layout is _strided and not c.is_neg()):
+        if not (
+            type(c) in PLAIN
+            and c.layout is _strided
+            and (c.is_cpu if host else c.is_cuda and c.get_device() == device)
+            and not c.is_neg()
+        ):
             return None
         key += c.dtype, c.shape, c.is_contiguous(), learns and c.requires_grad
     if keep:
@@ -129,14 +135,19 @@ def repeat(
     if again is _untried:
         again = autograd.prepare(call, tensors)
         _known[key] = call, again
+    if (not host or gpu.on_cpu) and gpu.problem():
+        return None
     _by_kernel[loss] += 1
-    return autograd.repeat(again, tensors) if again else autograd.run(call, tensors)
+    try:
+        return autograd.repeat(again, tensors) if again else autograd.run(call, tensors)
+    except gpu.Failed as failed:
+        gpu.turn_off(failed)
+        return None
 
 
 def _remember(loss: str, call: Call, tensors: tuple[Any, ...], settings: tuple[Any, ...]) -> None:
     if (
-        gpu.on_cpu
-        or not all(type(s) in CONSTANTS for s in settings)  # a tensor's value may change
+        not all(type(s) in CONSTANTS for s in settings)  # a tensor's value may change
         or "elementwise_mean" in settings  # which warns each time
         # torch.jit.trace makes each size a tensor, which no key holds: so nothing without sizes is kept.
         or not all(t is None or t.dim() for t in tensors)
@@ -169,7 +180,10 @@ def formula_reason(call: Call | LinearCall, tensors: tuple[Tensor | None, ...]) 
         if tensor.is_neg():
             return "a tensor has a lazy sign"
     on_gpu = gpu.serves(tensors[0])
-    return _kernel_gap(call, tensors, on_gpu) or (gpu.problem() if on_gpu else cpu.problem())
+    why = _kernel_gap(call, tensors, on_gpu)
+    if why or tensors[0] is None:  # a linear loss elsewhere: torch operations serve as well
+        return why
+    return gpu.problem() if on_gpu else cpu.problem()
 
 
 def calls() -> Counter[tuple[str, str]]:
@@ -182,11 +196,19 @@ def count_kernel(loss: str) -> None:
     _by_kernel[loss] += 1
 
 
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
+# As torch.compiler.assume_constant_result does; the dynamo of torch 2.11 takes is_exporting itself for true.
+_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _operator_serves(call: Call, tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether a traced call becomes an operator of `ops`; an exported one does not."""
     return (
         call.family != "pointwise"
-        and not torch.compiler.is_exporting()
+        and not _is_exporting()
         and not _transforms_active()
         and all(t is None or t.device.type in ("cpu", "cuda") for t in tensors)
         and not (tensors[0] is not None and tensors[0].is_cuda and gpu.problem())

@@ -71,7 +71,7 @@ def number(record: Record) -> int:
 def raise_pending(device: torch.device) -> None:
     """Raises what an earlier kernel on the device found, if it is known by now."""
     found = _flags.get(device)
-    if found is not None and not _capturing(device):
+    if found is not None and found.seen[0] and not _capturing(device):
         found.raise_pending()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,8 +17,41 @@ from . import Failed, flags
 MOST_PROGRAMS = 2048  # of a loop over blocks: one wave on today's GPUs, and few partial sums
 
 
+@dataclass
+class Tape:
+    """Launches that were not made, and the memory that they would need for themselves."""
+
+    launches: list[tuple[Any, int, dict[str, Any]]] = field(default_factory=list)
+    scratch: list[Tensor] = field(default_factory=list)
+
+
+_tape: Tape | None = None
+
+
+@contextlib.contextmanager
+def taped() -> Iterator[Tape]:
+    """Inside, nothing is launched."""
+    global _tape
+    outer, _tape = _tape, Tape()
+    try:
+        yield _tape
+    finally:
+        _tape = outer
+
+
+def scratch(size: int, device: torch.device) -> Tensor:
+    """Memory in float64 for a kernel to leave to another."""
+    memory = torch.empty(size, dtype=torch.float64, device=device)
+    if _tape is not None:
+        _tape.scratch.append(memory)
+    return memory
+
+
 def launch(kernel: Any, programs: int, device: torch.device, **arguments: Any) -> None:
     """Runs `kernel` on the device of its tensors; Failed where Triton cannot."""
+    if _tape is not None:
+        _tape.launches.append((kernel, programs, arguments))
+        return
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     try:
         with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
@@ -27,6 +62,14 @@ def launch(kernel: Any, programs: int, device: torch.device, **arguments: Any) -
 
 def run(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
     kernel[(programs,)](**arguments, enable_fp_fusion=True)
+
+
+def ready(kernel: Any, programs: int, arguments: dict[str, Any]) -> Any:
+    """The compiled kernel of a launch that was made before; None where Triton interprets."""
+    try:
+        return kernel.run(grid=(programs,), warmup=True, **arguments, enable_fp_fusion=True)
+    except Exception as error:
+        raise Failed(f"{type(error).__name__}: {error}"[:500]) from error
 
 
 def reporting(device: torch.device, record: flags.Record | None) -> dict[str, Any]:

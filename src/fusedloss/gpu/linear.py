@@ -18,7 +18,7 @@ from ..linear.call import LinearCall, Rows, Slot
 from . import flags, m
 from .launch import ceil_div, launch, reporting
 from .pointwise import TRITON
-from .rows import OutOfRange, exp_to, gather, labels, tile
+from .rows import OutOfRange, exp_each_to, exp_to, gather, grouped, groups, joined, labels, tile
 
 
 def step(
@@ -45,7 +45,7 @@ def step(
     entropy = results.entropy is not None or arriving.entropy is not None
     compute = results.loss.dtype
     plain = logits.element_size() == 2 and not (call.softcap or call.smoothing or entropy)
-    each = tile(classes, None, 1 if plain else 2, compute.itemsize)
+    each = tile(classes, None, 1 if plain else 2, compute.itemsize, logits.element_size())
     unsigned = target.dtype is torch.uint64
     heads = shape[1]
     named = shape if heads > 1 else shape[:1]
@@ -82,6 +82,7 @@ def step(
         COMPUTE=TRITON[compute],
         ROWS=each.rows,
         BLOCK=each.block,
+        GROUPS=groups(each, logits, True),
         num_warps=each.warps,
     )
     flags.raise_if_eager(device)
@@ -122,8 +123,8 @@ def _smooth(weight, c, classes, soft, SMOOTH: tl.constexpr):
 @triton.jit
 def _product(t, origin, EXACT: tl.constexpr):
     """exp(t - origin) (t - origin), 0 where the first is."""
-    away = t - origin[:, None]
-    e = exp_to(t, origin[:, None], EXACT)
+    away = t - tl.expand_dims(origin, len(t.shape) - 1)
+    e = exp_each_to(t, tl.expand_dims(origin, len(t.shape) - 1), EXACT)
     return tl.where(e == 0.0, 0.0, e * away)
 
 
@@ -139,7 +140,8 @@ def _add(
     if ENTROPY:
         shrink = tl.where(top == -float("inf"), 0.0, exp_to(origin, new, EXACT))
         moved = tl.where(shrink > 0.0, shrink * (products + (origin - new) * others), 0.0)
-        products = moved + tl.sum(tl.where(is_own, 0.0, _product(t, new, EXACT)), 1)
+        AXIS: tl.constexpr = len(t.shape) - 1
+        products = moved + tl.sum(tl.where(is_own, 0.0, _product(t, new, EXACT)), AXIS)
     return new_top, new, new_others, mass, dot, products
 
 
@@ -148,7 +150,7 @@ def _slope(
     t, is_own, part, origin, even, tilted, g, own_slope, counted, inverse_cap,
     SMOOTH: tl.constexpr, CAP: tl.constexpr, TILTED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    slope = exp_to(t, origin[:, None], EXACT) * even[:, None]
+    slope = exp_each_to(t, origin[:, None], EXACT) * even[:, None]
     if TILTED:
         slope += tilted[:, None] * _product(t, origin, EXACT)
     if SMOOTH:
@@ -210,6 +212,7 @@ def _linear_rows(
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
     EXACT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth >= 32
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -247,6 +250,14 @@ def _linear_rows(
             t, is_own, part, top, origin, others, mass, dot, products, SMOOTH, ENTROPY, EXACT
         )
     else:
+        # The sums of each group: what crosses threads waits for the end.
+        if GROUPS > 1:
+            top = tl.full((ROWS, GROUPS), -float("inf"), COMPUTE)
+            origin = tl.zeros((ROWS, GROUPS), COMPUTE)
+            others = tl.zeros((ROWS, GROUPS), COMPUTE)
+            mass = tl.zeros((ROWS, GROUPS), COMPUTE)
+            dot = tl.zeros((ROWS, GROUPS), COMPUTE)
+            products = tl.zeros((ROWS, GROUPS), COMPUTE)
         # A block is on its way while the one before is summed.
         known = inside[:, None] & (lane < classes)[None, :]
         coming = tl.load(
@@ -258,10 +269,23 @@ def _linear_rows(
             known = inside[:, None] & (c + BLOCK < classes)[None, :]
             at = start_of + (c + BLOCK)[None, :]
             coming = tl.load(at, mask=known, other=0.0, eviction_policy="evict_last")
+            part = _smooth(weight, c, classes, soft_part, SMOOTH)
+            if SMOOTH:
+                part = grouped(tl.broadcast_to(part, t.shape), ROWS, GROUPS)
             top, origin, others, mass, dot, products = _add(
-                t, c[None, :] == label, _smooth(weight, c, classes, soft_part, SMOOTH), top, origin,
-                others, mass, dot, products, SMOOTH, ENTROPY, EXACT,
+                grouped(t, ROWS, GROUPS), grouped(c[None, :] == label, ROWS, GROUPS), part, top,
+                origin, others, mass, dot, products, SMOOTH, ENTROPY, EXACT,
             )  # fmt: skip
+        if GROUPS > 1:
+            if ENTROPY:
+                best = tl.max(top, 1)[:, None]
+                new = tl.where(best == -float("inf"), 0.0, best)
+                shrink = tl.where(top == -float("inf"), 0.0, exp_to(origin, new, EXACT))
+                moved = shrink * (products + (origin - new) * others)
+                products = tl.sum(tl.where(shrink > 0.0, moved, 0.0), 1)
+            else:
+                products = tl.sum(products, 1)
+            top, origin, others, mass, dot = joined(top, origin, others, mass, dot, EXACT)
 
     own = tl.where(counted, exp_to(own_x, origin, EXACT), 0.0)
     total = others + own

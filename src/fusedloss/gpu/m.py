@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton import knobs
+from triton.language.extra import libdevice
 
 inf = tl.constexpr(float("inf"))
 
 _LOG2E = tl.constexpr(float.fromhex("0x1.715476p0"))
+_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 _LN2_HI = tl.constexpr(float.fromhex("0x1.62e4p-1"))  # 16 bits, so that k * _LN2_HI is exact
 _LN2_LO = tl.constexpr(float.fromhex("0x1.7f7d1cp-20"))
 _LEAST_NORMAL = tl.constexpr(float.fromhex("0x1p-126"))
@@ -94,6 +97,28 @@ def _exp(x):
 
 
 @triton.jit
+def _exp2(x):
+    """The device's own, for float32. Subnormal results are 0, which cost `tl.exp2` three instructions."""
+    if _INTERPRETED:
+        y = tl.exp2(x)
+    else:
+        y = libdevice.exp2(x)
+    return y
+
+
+@triton.jit
+def exp_fast(x):
+    """exp(x) to 2**-22 (1 + |x|), in float32; exact at 0."""
+    return _exp2(x * _LOG2E)
+
+
+@triton.jit
+def exp_difference(x, y):
+    """exp(x - y) to 2**-22 (1 + |x| + |y|), in two instructions; not exact where both are the same."""
+    return _exp2(x * _LOG2E - y * _LOG2E)
+
+
+@triton.jit
 def exp_softmax(x):
     return tl.exp(x) if x.dtype == tl.float64 else _exp_softmax(x)
 
@@ -104,7 +129,7 @@ def _exp_softmax(x):
     shifted = x * _LOG2E + _ROUND
     k = shifted - _ROUND
     r = (x - k * _LN2_HI) - k * _LN2_LO
-    out = tl.exp2(r * _LOG2E) * _float(_bits(shifted) << 23)
+    out = _exp2(r * _LOG2E) * _float(_bits(shifted) << 23)
     return tl.where(x < _LEAST_EXPONENT, 0.0, out)
 
 

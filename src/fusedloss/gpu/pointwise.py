@@ -17,7 +17,7 @@ from .. import errors, reduce
 from ..calls import PointwiseCall
 from ..define import Pointwise
 from . import flags
-from .launch import MOST_PROGRAMS, ceil_div, finish, launch, reporting
+from .launch import MOST_PROGRAMS, ceil_div, finish, launch, reporting, scratch
 from .layout import Slot, common_shape, empty_like, gradients, merged
 from .rebind import rebound
 
@@ -105,7 +105,7 @@ def _launch(
     programs = 1 if numel <= ONE_PROGRAM else min(blocks, MOST_PROGRAMS)
     partial = None
     if total is not None and programs > 1:
-        partial = torch.empty(programs, dtype=torch.float64, device=device)
+        partial = scratch(programs, device)
     denominator: float | Tensor = 1.0
     if call.reduction == "mean":
         denominator = float(numel) if call.denominator is None else call.denominator

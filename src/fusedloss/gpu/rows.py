@@ -18,13 +18,12 @@ from torch import Tensor
 from .. import errors, reduce
 from ..calls import RowsCall
 from . import flags, m
-from .launch import ceil_div, finish, launch, power_of_two, reporting
+from .launch import ceil_div, finish, launch, power_of_two, reporting, scratch
 from .layout import Slot
 from .pointwise import TRITON
 
 POSITIONS = 1024  # of a program that reads one value a row
-WIDEST = 32768  # classes that a program holds in registers
-STEP = 16384  # classes at a time where there are more
+WIDEST = 8192  # classes that a program holds in registers
 
 
 @dataclass(frozen=True)
@@ -51,23 +50,34 @@ class Tile(NamedTuple):
     warps: int
 
 
-def tile(classes: int, across: int | None, held: int, itemsize: int) -> Tile:
+def tile(classes: int, across: int | None, held: int, itemsize: int, stored: int) -> Tile:
     """How much a program takes, with `held` values of the computed type for each logit in registers.
 
-    `across` is the number of positions that lie side by side, None where the classes do.
+    `across` is the number of positions that lie side by side, None where the classes do; `stored` are
+    the bytes of a logit, `itemsize` those of the type computed in.
     """
     per_class = held * max(itemsize // 4, 1)
     block = power_of_two(classes)
     if across is None:
         single = block <= WIDEST // per_class
-        block = block if single else STEP // per_class
+        if not single:
+            # A longer row is for more warps, so that what is read twice stays in the cache.
+            block = min(max(block * stored // 16, 4096), 16384)
+            if per_class > 1:
+                block = 8192 // max(stored, per_class)
+            return Tile(1, block, False, max(block // 512, 8))
         rows = max(1, 2048 // block)
         return Tile(rows, block, single, min(max(rows * block // 512 * held, 4), 32))
-    # A thread has whole vectors of positions, and all classes of them: no sum crosses threads.
-    rows = min(power_of_two(across), 1024)
+    # A thread has 16 bytes of positions, and all classes of them: no sum crosses threads.
+    rows = min(power_of_two(across), 2048 // stored)
     single = rows * block <= 4096 // per_class
-    block = block if single else max(4096 // per_class // rows, 2)
+    block = block if single else max(4 // per_class, 2)
     return Tile(rows, block, single, 4)
+
+
+def groups(each: Tile, x: Tensor, side_by_side: bool) -> int:
+    """How many sums a program keeps of a row that comes in blocks: one for each load of 16 bytes."""
+    return 1 if each.single or not side_by_side else max(each.block * x.element_size() // 16, 1)
 
 
 def forward(
@@ -172,11 +182,11 @@ class Rows:
 def _divisor(call: RowsCall, rows: Rows) -> Tensor:
     """The sum of the weights of the counted rows."""
     programs = ceil_div(rows.positions, POSITIONS)
-    sums = torch.empty(programs, dtype=torch.float64, device=rows.x.device)
+    sums = scratch(programs, rows.x.device)
     _read(call, rows, programs, divisors=sums)
     if programs == 1:
         return sums
-    divisor = sums.new_empty(1)
+    divisor = scratch(1, rows.x.device)
     finish(sums, divisor, 1.0)
     return divisor
 
@@ -205,11 +215,11 @@ def _nll(
     elif programs == 1:
         _read(call, rows, programs, **arguments, result=total)
     else:
-        sums = torch.empty(2, programs, dtype=torch.float64, device=input.device)
-        divisors = sums[1] if mean else None
-        _read(call, rows, programs, **arguments, partial=sums[0], divisors=divisors)
+        partial = scratch(programs, input.device)
+        divisors = scratch(programs, input.device) if mean else None
+        _read(call, rows, programs, **arguments, partial=partial, divisors=divisors)
         assert total is not None
-        finish(sums[0], total, 1.0 if divisors is None else divisors)
+        finish(partial, total, 1.0 if divisors is None else divisors)
 
 
 def _read(
@@ -362,7 +372,7 @@ def _cross_entropy(
     held = 2 if call.probabilities or soft else 1
     x_strides = rows.classes(rows.x)
     beside = None if x_strides[1] == 1 or rows.d == 1 else rows.d
-    each = tile(rows.c, beside, held, rows.compute.itemsize)
+    each = tile(rows.c, beside, held, rows.compute.itemsize, rows.x.element_size())
     across = ceil_div(rows.d, each.rows)
     programs = rows.n * across
     mean, weighted = call.reduction == "mean", not call.probabilities
@@ -370,7 +380,7 @@ def _cross_entropy(
         divisor = _divisor(call, rows)
     partial = None
     if total is not None and programs > 1:
-        partial = torch.empty(programs, dtype=torch.float64, device=input.device)
+        partial = scratch(programs, input.device)
     flat_incoming = None if incoming is None else _flat(incoming, 1)
     flat_losses = None if losses is None else _flat(losses, 1)
     flat_grad = None if grad is None else _flat(grad, 2)
@@ -415,6 +425,7 @@ def _cross_entropy(
         INDEX=_index_type(rows, each, flat_grad, flat_grad_target),
         ROWS=each.rows,
         BLOCK=each.block,
+        GROUPS=groups(each, rows.x, beside is None),
         num_warps=each.warps,
     )
     if partial is not None and total is not None:
@@ -471,25 +482,50 @@ def _soft_part(
 @triton.jit
 def exp_to(x, origin, EXACT: tl.constexpr):
     """exp(x - origin), where `origin` is the greatest x: exact for logits that have the digits."""
-    return m.exp_softmax(x - origin) if EXACT else tl.exp(x - origin)
+    return m.exp_softmax(x - origin) if EXACT else m.exp_fast(x - origin)
+
+
+@triton.jit
+def exp_each_to(x, origin, EXACT: tl.constexpr):
+    """The same of many x to one origin, where none needs to be exactly 1."""
+    return m.exp_softmax(x - origin) if EXACT else m.exp_difference(x, origin)
 
 
 @triton.jit
 def gather(
     t, is_own, part, top, origin, others, mass, dot, SOFT: tl.constexpr, EXACT: tl.constexpr
 ):
-    """Adds classes to the sums, brought to the new greatest logit."""
-    new_top = tl.maximum(top, tl.max(t, 1))
+    """Adds classes, which lie along the last axis, to the sums, brought to the new greatest logit."""
+    AXIS: tl.constexpr = len(t.shape) - 1
+    new_top = tl.maximum(top, tl.max(t, AXIS))
     new = tl.where(new_top == -float("inf"), 0.0, new_top)
     shrink = tl.where(top == -float("inf"), 0.0, exp_to(origin, new, EXACT))
-    e = exp_to(t, new[:, None], EXACT)
-    others = others * shrink + tl.sum(tl.where(is_own, 0.0, e), 1)
+    e = exp_each_to(t, tl.expand_dims(new, AXIS), EXACT)
+    others = others * shrink + tl.sum(tl.where(is_own, 0.0, e), AXIS)
     if SOFT:
         # A class without probability does not count, not even where its logit is -inf.
-        term = tl.where((part == 0.0) & (t == t), 0.0, part * (t - new[:, None]))
-        dot += mass * (origin - new) + tl.sum(term, 1)
-        mass += tl.sum(tl.broadcast_to(part, t.shape), 1)
+        term = tl.where((part == 0.0) & (t == t), 0.0, part * (t - tl.expand_dims(new, AXIS)))
+        dot += mass * (origin - new) + tl.sum(term, AXIS)
+        mass += tl.sum(tl.broadcast_to(part, t.shape), AXIS)
     return new_top, new, others, mass, dot
+
+
+@triton.jit
+def grouped(t, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """(rows, classes) as (rows, groups, classes): a group is within a thread, and needs no other."""
+    if GROUPS > 1:
+        t = tl.reshape(t, (ROWS, GROUPS, t.shape[1] // GROUPS))
+    return t
+
+
+@triton.jit
+def joined(top, origin, others, mass, dot, EXACT: tl.constexpr):
+    """The sums of a row from those of its groups."""
+    new_top = tl.max(top, 1)
+    new = tl.where(new_top == -float("inf"), 0.0, new_top)
+    shrink = tl.where(top == -float("inf"), 0.0, exp_to(origin, new[:, None], EXACT))
+    dot = tl.sum(dot + mass * (origin - new[:, None]), 1)
+    return new_top, new, tl.sum(others * shrink, 1), tl.sum(mass, 1), dot
 
 
 @triton.jit
@@ -498,28 +534,40 @@ def _gather_greatest(t, part, top, origin, others, mass, dot, own, rest, EXACT: 
 
     `rest` is the mass of the others.
     """
-    new_top = tl.maximum(top, tl.max(t, 1))
+    AXIS: tl.constexpr = len(t.shape) - 1
+    new_top = tl.maximum(top, tl.max(t, AXIS))
     finite = tl.where(tl.abs(new_top) == float("inf"), float("nan"), new_top)
-    is_greatest = t == finite[:, None]
+    is_greatest = t == tl.expand_dims(finite, AXIS)
     raised = new_top > top
     others = tl.where(raised, others + own, others)
     new_top, new, others, new_mass, dot = gather(
         t, is_greatest, part, top, origin, others, mass, dot, True, EXACT
     )
-    own = tl.where(raised, 0.0, own) + tl.sum(is_greatest.to(t.dtype), 1)
-    rest = tl.where(raised, mass, rest) + tl.sum(tl.where(is_greatest, 0.0, part), 1)
+    own = tl.where(raised, 0.0, own) + tl.sum(is_greatest.to(t.dtype), AXIS)
+    rest = tl.where(raised, mass, rest) + tl.sum(tl.where(is_greatest, 0.0, part), AXIS)
     return new_top, new, others, new_mass, dot, own, rest
+
+
+@triton.jit
+def _joined_greatest(top, origin, others, mass, dot, own, rest, EXACT: tl.constexpr):
+    """The same from those of groups: where a group's greatest is not the row's, it is one of the others."""
+    is_greatest = top == tl.max(top, 1)[:, None]
+    others += tl.where(is_greatest, 0.0, own)
+    own = tl.sum(tl.where(is_greatest, own, 0.0), 1)
+    rest = tl.sum(tl.where(is_greatest, rest, mass), 1)
+    new_top, new, others, mass, dot = joined(top, origin, others, mass, dot, EXACT)
+    return new_top, new, others, mass, dot, own, rest
 
 
 @triton.jit
 def _slope(
     t, is_own, part, origin, factor, g, own_slope, counted, SOFT: tl.constexpr, EXACT: tl.constexpr
 ):  # fmt: skip
-    slope = exp_to(t, origin[:, None], EXACT) * factor[:, None]
+    slope = exp_each_to(t, origin[:, None], EXACT) * factor[:, None]
     if SOFT:
         slope -= g[:, None] * part
-    slope = tl.where(is_own, own_slope[:, None], slope)
-    return tl.where(counted[:, None], slope, 0.0)
+        slope = tl.where(counted[:, None], slope, 0.0)  # a weight may be NaN
+    return tl.where(is_own, own_slope[:, None], slope)
 
 
 @triton.jit
@@ -569,6 +617,7 @@ def _softmax_rows(
     INDEX: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
     SOFT: tl.constexpr = PROBABILITIES or SMOOTH
     # Results of half types have no use for the digits that the GPU's own exp loses.
@@ -585,6 +634,10 @@ def _softmax_rows(
     hard_part = tl.full((), hard, COMPUTE)
     soft_part = tl.full((), soft, COMPUTE)
 
+    if incoming is not None:
+        # Where it is needed, Triton 3.6 cannot compile the conversion of a half type.
+        place = n * incoming_strides[0] + d * incoming_strides[1]
+        arrived = tl.load(incoming + place, mask=inside, other=0.0).to(COMPUTE)
     counted = inside
     own_weight = tl.zeros((ROWS,), COMPUTE)
     own_x = tl.zeros((ROWS,), COMPUTE)
@@ -620,10 +673,14 @@ def _softmax_rows(
     own = tl.zeros((ROWS,), COMPUTE)
     rest = tl.zeros((ROWS,), COMPUTE)
     label = y.to(tl.int32)[:, None]
+    # The own class of a long row is treated apart, and spares all others a comparison.
+    APART: tl.constexpr = GROUPS > 1 and ROWS == 1 and not PROBABILITIES
+    mine = tl.sum(y, 0)
     step = tl.arange(0, BLOCK)
+    # Of a row that does not count nothing is read: it may hold NaN.
     if SINGLE:
         part = 0.0
-        known = inside[:, None] & (step < classes)[None, :]
+        known = counted[:, None] & (step < classes)[None, :]
         is_own = step[None, :] == label
         at = _at(x, x_strides, n, first, lane, step, INDEX)
         t = tl.load(at, mask=known, other=-float("inf")).to(COMPUTE)
@@ -641,14 +698,27 @@ def _softmax_rows(
                 t, is_own, part, top, origin, others, mass, dot, SOFT, EXACT
             )
     else:
+        # The sums of each group: what crosses threads waits for the end.
+        if GROUPS > 1:
+            top = tl.full((ROWS, GROUPS), -float("inf"), COMPUTE)
+            origin = tl.zeros((ROWS, GROUPS), COMPUTE)
+            if APART and not SOFT:
+                top = tl.broadcast_to(own_x[:, None], (ROWS, GROUPS))
+                origin = tl.where(top == -float("inf"), 0.0, top)
+            others = tl.zeros((ROWS, GROUPS), COMPUTE)
+            mass = tl.zeros((ROWS, GROUPS), COMPUTE)
+            dot = tl.zeros((ROWS, GROUPS), COMPUTE)
+            if PROBABILITIES:
+                own = tl.zeros((ROWS, GROUPS), COMPUTE)
+                rest = tl.zeros((ROWS, GROUPS), COMPUTE)
         # A block is on its way while the one before is summed.
-        known = inside[:, None] & (step < classes)[None, :]
+        known = counted[:, None] & (step < classes)[None, :]
         at = _at(x, x_strides, n, first, lane, step, INDEX)
         coming = tl.load(at, mask=known, other=-float("inf"), eviction_policy="evict_last")
         for start in range(0, classes, BLOCK):
             c = start + step
             t = coming
-            known = inside[:, None] & (c + BLOCK < classes)[None, :]
+            known = counted[:, None] & (c + BLOCK < classes)[None, :]
             at = _at(x, x_strides, n, first, lane, c + BLOCK, INDEX)
             coming = tl.load(at, mask=known, other=-float("inf"), eviction_policy="evict_last")
             part = 0.0
@@ -657,15 +727,29 @@ def _softmax_rows(
                     target, weight, target_strides, n, first, lane, inside, c, classes, hard_part,
                     soft_part, PROBABILITIES, COMPUTE, INDEX,
                 )  # fmt: skip
-            t = t.to(COMPUTE)
+            t = grouped(t.to(COMPUTE), ROWS, GROUPS)
+            if SOFT:
+                part = grouped(tl.broadcast_to(part, (ROWS, BLOCK)), ROWS, GROUPS)
             if PROBABILITIES:
                 top, origin, others, mass, dot, own, rest = _gather_greatest(
                     t, part, top, origin, others, mass, dot, own, rest, EXACT
                 )
             else:
+                is_own = grouped(c[None, :] == label, ROWS, GROUPS)
+                if APART and not SOFT:
+                    if (mine >= start) & (mine < start + BLOCK):
+                        t = tl.where(is_own, -float("inf"), t)
+                    is_own = False
                 top, origin, others, mass, dot = gather(
-                    t, c[None, :] == label, part, top, origin, others, mass, dot, SOFT, EXACT
+                    t, is_own, part, top, origin, others, mass, dot, SOFT, EXACT
                 )
+        if GROUPS > 1:
+            if PROBABILITIES:
+                top, origin, others, mass, dot, own, rest = _joined_greatest(
+                    top, origin, others, mass, dot, own, rest, EXACT
+                )
+            else:
+                top, origin, others, mass, dot = joined(top, origin, others, mass, dot, EXACT)
 
     if not PROBABILITIES:
         own = tl.where(counted, exp_to(own_x, origin, EXACT), 0.0)
@@ -696,8 +780,7 @@ def _softmax_rows(
     if (grad is not None) | (grad_target is not None):
         g = tl.where(counted, (1.0 / by).to(COMPUTE), 0.0)
         if incoming is not None:
-            place = n * incoming_strides[0] + d * incoming_strides[1]
-            g *= tl.load(incoming + place, mask=inside, other=0.0).to(COMPUTE)
+            g *= arrived
         factor = g * (hard_weight + mass) / total
         # p - 1 as minus the others' share: exact where p is near 1.
         own_slope = g * ((mass * own - hard_weight * others) / total - soft_part * own_weight)
@@ -706,7 +789,10 @@ def _softmax_rows(
             # B p - b of the largest class as (B - b) - B (1 - p), for the same reason.
             own_slope = g * (rest - mass * others / total)
             greatest = tl.where(own == 1.0, origin, float("nan"))
+        factor = tl.where(counted, factor, 0.0)
+        own_slope = tl.where(counted, own_slope, 0.0)
         if SINGLE:
+            known = inside[:, None] & (step < classes)[None, :]
             if grad is not None:
                 if PROBABILITIES:
                     is_own = t == greatest[:, None]
@@ -726,11 +812,18 @@ def _softmax_rows(
                 c = (blocks - 1 - back) * BLOCK + step
                 known = inside[:, None] & (c < classes)[None, :]
                 at = _at(x, x_strides, n, first, lane, c, INDEX)
-                t = tl.load(at, mask=known, other=-float("inf"), eviction_policy="evict_first")
+                t = tl.load(
+                    at,
+                    mask=known & counted[:, None],
+                    other=-float("inf"),
+                    eviction_policy="evict_first",
+                )
                 t = t.to(COMPUTE)
                 is_own = c[None, :] == label
                 if PROBABILITIES:
                     is_own = t == greatest[:, None]
+                if APART:
+                    is_own = False
                 part = 0.0
                 if SOFT:
                     part = _soft_part(
@@ -750,3 +843,7 @@ def _softmax_rows(
                     at = _at(grad_target, grad_target_strides, n, first, lane, c, INDEX)
                     slope = slope.to(grad_target.dtype.element_ty)
                     tl.store(at, slope, mask=known, cache_modifier=".cs")
+            if APART:
+                tl.debug_barrier()
+                at = grad + n * grad_strides[0] + y * grad_strides[1] + d * grad_strides[2]
+                tl.store(at, own_slope.to(grad.dtype.element_ty), mask=counted)

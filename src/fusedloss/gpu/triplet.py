@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import reduce
 from ..calls import TripletCall
 from . import flags
-from .launch import ceil_div, finish, launch, power_of_two
+from .launch import ceil_div, finish, launch, power_of_two, scratch
 from .layout import Slot, common_shape
 from .pointwise import TRITON
 
@@ -94,7 +94,7 @@ def _launch(
     device = inputs[0].device
     partial = None
     if total is not None and programs > 1:
-        partial = torch.empty(programs, dtype=torch.float64, device=device)
+        partial = scratch(programs, device)
     denominator = float(rows) if call.reduction == "mean" else 1.0
     launch(
         _triplet_rows,

@@ -22,6 +22,7 @@ from .distill import DistillCall
 from .products import HALVES, TILE_BYTES, Direct, products
 
 BUDGET = 64 << 20
+LEAST_ON_GPU, MOST_ON_GPU = 256 << 20, 1 << 30  # smaller products leave a GPU idle
 FORWARD_BUDGET = 10 << 20  # with what a matrix product takes itself, 16 MiB
 FORWARD_ROWS = 512
 ALIGNED = 16  # rows; odd numbers slow the products down
@@ -40,12 +41,14 @@ class Plan(NamedTuple):
 def plan(call: LinearCall, input: Tensor, classes: int, differentiate: bool) -> Plan:
     """Chunks within the budget. ValueError where not even one row fits."""
     n, features = input.shape
-    size = wide(input).itemsize
     half = input.dtype in HALVES
+    size = input.element_size() if input.is_cuda else wide(input).itemsize  # of logits
     # Beside the logits: the row itself, its gradient, and a few numbers of it.
-    per_row = size * (call.logits * classes + 2 * features) + 128
-    fixed = TILE_BYTES if half else 0
-    budget = call.memory_budget or BUDGET
+    per_row = size * call.logits * classes + 2 * wide(input).itemsize * features + 128
+    fixed = TILE_BYTES if half and not input.is_cuda else 0
+    half_a_gradient = wide(input).itemsize * classes * features // 2
+    default = min(max(half_a_gradient, LEAST_ON_GPU), MOST_ON_GPU) if input.is_cuda else BUDGET
+    budget = call.memory_budget or default
     if budget < per_row + fixed:
         errors.fail(
             ValueError,

@@ -105,6 +105,19 @@ class Native(Direct):
             out.copy_(product)
 
 
+class Accelerated(Direct):
+    """Half types on a GPU, whose products may be of float32 and add to what is there."""
+
+    def grad_input(self, g: Tensor, out: Tensor) -> None:
+        torch.mm(g, self.weight, out_dtype=torch.float32, out=out)
+
+    def grad_weight(self, g: Tensor, x: Tensor, out: Tensor, add: bool) -> None:
+        if add:
+            torch.addmm(out, g.t(), x, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(g.t(), x, out_dtype=torch.float32, out=out)
+
+
 class Split(Native):
     """On a CPU, where a kernel takes the logits: in two parts, the second what rounding took from the first."""
 
@@ -133,6 +146,8 @@ def products(weight: Tensor, bias: Tensor | None, host: bool) -> Direct:
     """The products of one head, a weight (C, D) and a bias (C); on a `host` a kernel takes their logits."""
     if weight.dtype not in HALVES:
         return Direct(weight, bias)
+    if weight.is_cuda:
+        return Accelerated(weight, bias)
     if weight.device.type != "cpu" or (weight.dtype is torch.bfloat16 and multiplies_bfloat16()):
         return Split(weight, bias) if host else Native(weight, bias)
     return Widened(weight, bias)

@@ -71,7 +71,8 @@ def linear_cross_entropy(
         logit_scale: s.
         denominator: what 'mean' divides by, a number or a 0-dim tensor: the count of all devices and all
             steps of an accumulation, say. A batch without a row that counts is then 0 and not NaN.
-        memory_budget: bytes of scratch beside the gradients; None: 64 MiB. The float32 sum of a half-typed
+        memory_budget: bytes of scratch beside the gradients; None: 64 MiB, on a GPU half of what the weight's
+            gradient takes in float32, at least 256 MiB and at most 1 GiB. The float32 sum of a half-typed
             weight's gradient comes on top.
 
     Returns:
