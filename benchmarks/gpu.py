@@ -10,43 +10,69 @@ after each step, so that what an interruption leaves is whole.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 520.0
+PLUGINS = ["-p", "no:cacheprovider", "-p", "no:benchmark", "-W", "ignore::DeprecationWarning"]
+WARMING = 4  # processes
+# Of test_repeat.py what is not about the host.
+HOSTS = "gpu_checks or gpu_linear or bits_of_a_call"
+# As in tests/test_gpu.py.
+NOT = "not formula and not threads and not more_dimensions and not autocast"
 
 # Rows at a time, classes at a time, whether that is all of them, warps.
-TILES = {
-    "CE 8192x128256 bf16": [
-        *((1, block, False, warps) for block in (4096, 8192, 16384) for warps in (8, 16, 32)),
-        (1, 32768, False, 32),
-    ],
-    "CE 32768x32768 bf16": [
-        (1, 32768, True, 32),
-        (1, 32768, True, 16),
-        *((1, block, False, warps) for block in (4096, 8192, 16384) for warps in (8, 16)),
+LOOPED = [
+    (1, block, False, warps)
+    for block, warps in ((2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16), (16384, 32))
+]
+TILES: dict[str, list[tuple[int, int, bool, int]]] = {
+    "CE 8192x128256 bf16": [*LOOPED[2:], (1, 32768, False, 32)],
+    "CE 32768x32768 bf16": [(1, 32768, True, 32), *LOOPED],
+    "CE 8192x32000": [(1, 32768, True, 32), *LOOPED[:5]],
+    "CE 8192x32000 bf16": [(1, 32768, True, 32), *LOOPED[:5]],
+    "CE smoothing 8192x32000 bf16": LOOPED[1:],
+    "CE probabilities 8192x32000 bf16": LOOPED[1:],
+    "CE 16x21x512x512": [
+        *((rows, block, False, 4) for rows, block in ((1024, 4), (512, 4), (512, 8), (1024, 2))),
+        *((64 * k, 32, True, 2 * k) for k in (1, 2, 4)),
     ],
     "CE 16x21x512x512 bf16": [
-        *((rows, block, False, 4) for rows in (256, 512, 1024) for block in (2, 4, 8)),
-        (128, 32, True, 4),
-        (256, 32, True, 8),
+        *((rows, block, False, 4) for rows, block in ((1024, 4), (512, 4), (512, 8))),
+        *((64 * k, 32, True, 2 * k) for k in (1, 2, 4)),
     ],
-    "CE 65536x1024": [(rows, 1024, True, warps) for rows in (1, 2, 4) for warps in (2, 4, 8)],
+    "CE 65536x1024": [
+        (rows, 1024, True, warps) for rows, warps in ((2, 4), (1, 1), (1, 2), (1, 4), (4, 8))
+    ],
+    "CE 1048576x21": [
+        (rows, 32, True, warps) for rows, warps in ((64, 4), (32, 1), (128, 4), (256, 4), (256, 8))
+    ],
 }
-BLOCKS = [(block, most) for block in (512, 1024, 2048, 4096) for most in (1056, 2048, 8192)]
+BLOCKS = [(1024, 2048), (1024, 65536), (2048, 2112), (2048, 65536), (4096, 1056), (4096, 2112)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("fusedloss-gpu.json"))
     parser.add_argument("--seconds", type=float, default=SECONDS, help="default: %(default)s")
+    parser.add_argument("--tests", type=float, default=150.0, help="seconds: %(default)s")
+    parser.add_argument("--every", type=int, default=4, help="one in so many tests of losses")
+    parser.add_argument("--bench", type=float, default=200.0, help="seconds: %(default)s")
+    parser.add_argument("--parts", nargs="+", help="of checks, benchmark, linear, tiles, blocks")
+    parser.add_argument("--budgets", nargs="*", type=int, default=[], help="MiB, of linear losses")
+    parser.add_argument("--best", action="store_true", help="go on with the fastest tiles")
+    parser.add_argument("--warm", nargs=2, type=int, metavar=("PART", "OF"), help=argparse.SUPPRESS)
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     if args.dry_run and "TRITON_INTERPRET" not in os.environ:
@@ -57,7 +83,11 @@ def main() -> int:
     sys.path.insert(0, str(ROOT / "src"))
     from fusedloss import gpu
     from fusedloss.cli import gpu as bench
+    from fusedloss.cli import gpu_linear as linear
 
+    if args.warm:
+        warm(bench, *args.warm)
+        return 0
     start = time.perf_counter()
     document: dict[str, Any] = {
         "format": 1,
@@ -76,97 +106,198 @@ def main() -> int:
         return kept
 
     mode = "interpreted" if args.dry_run else "cuda"
-    tests = ("gpu_checks.py", "test_option and mse" if args.dry_run else "")
-    keep("checks")(tested(mode, *tests, min(150.0, left())))
+    wanted = args.parts
+
+    def due(part: str, least: float = 0.0) -> bool:
+        return (wanted is None or part in wanted) and left() > least
+
+    smoke = tested(mode, ["gpu_checks.py"], "test_option and mse", min(90.0, left()), 0)
+    keep("smoke")(smoke)
+    if smoke.get("returncode") != 0:
+        print(smoke.get("tail") or smoke.get("seen"))
+        return 1
+    warming = []
+    if not args.dry_run and wanted and {"benchmark", "tiles", "blocks"} & set(wanted):
+        command = [sys.executable, "-W", "ignore", __file__, "--warm"]
+        warming = [subprocess.Popen([*command, str(k), str(WARMING)]) for k in range(WARMING)]
+    if due("checks") and not args.dry_run:
+        files = ["gpu_checks.py", "gpu_linear.py", "test_repeat.py"]
+        with ThreadPoolExecutor() as pool:
+            limit = min(args.tests, left())
+            runs = {
+                "checks": pool.submit(
+                    tested, mode, files, HOSTS, limit, 6, max(args.every // 4, 1)
+                ),
+                "losses": pool.submit(tested, mode, ["test_losses.py"], NOT, limit, 6, args.every),
+            }
+            for part, outcome in runs.items():
+                keep(part)(outcome.result())
     if args.dry_run:
         from fusedloss.gpu import interpreter
 
         interpreter.mend()
         gpu.on_cpu = True
     cases = tuple(c for c in bench.CASES if not args.dry_run or c.title.endswith(("bf16", "3x5")))
-    limit = min(0.55 * args.seconds, left() - 60)
-    bench.benchmark(keep("benchmark"), limit, args.dry_run, cases)
-    keep("tiles")(tiles(bench, args.dry_run, left))
-    keep("blocks")(blocks(bench, args.dry_run, left))
-    if not args.dry_run and left() > 40:
-        keep("losses")(tested(mode, "test_losses.py", "not formula and not threads", left() - 10))
+    for process in warming:
+        process.wait()
+    if due("tiles"):
+        found = tiles(bench, args.dry_run, left)
+        keep("tiles")(found)
+        if args.best:
+            keep("chosen")(choose(bench, found))
+    if due("blocks"):
+        keep("blocks")(blocks(bench, args.dry_run, left))
+    if due("benchmark"):
+        bench.benchmark(keep("benchmark"), min(args.bench, left()), args.dry_run, cases)
+    if due("linear"):
+        budgets = () if args.dry_run else tuple(2**20 * m for m in args.budgets)
+        linear.benchmark(keep("linear"), lambda: left() - 15, args.dry_run, budgets)
     print(f"Wrote {args.output} after {document['seconds']} s.")
     return 0
 
 
-def tested(mode: str, file: str, expression: str, seconds: float) -> dict[str, Any]:
-    """The outcome of a file of tests, and what failed."""
+def tested(
+    mode: str, files: list[str], expression: str, seconds: float, processes: int, every: int = 1
+) -> dict[str, Any]:
+    """The outcome of files of tests, and what failed."""
     paths = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "FUSEDLOSS_TEST_GPU": mode, "PYTHONPATH": paths}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "--maxfail=40",
-        "--tb=short",
-    ]
-    command += [str(ROOT / "tests" / file), *(["-k", expression] if expression else [])]
-    try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=max(seconds, 1.0)
-        )
-    except subprocess.TimeoutExpired as expired:
-        written = expired.stdout or b""
-        text = written.decode(errors="replace") if isinstance(written, bytes) else written
-        return {"file": file, "timed_out": True, "seen": text[-2000:]}
-    print(file, *re.findall(r"\d+ (?:passed|failed).*", done.stdout)[-1:], flush=True)
-    failed = re.findall(r"^(?:FAILED|ERROR) .*", done.stdout, re.MULTILINE)
-    tail = (done.stdout + done.stderr)[-6000:] if done.returncode else done.stdout[-300:]
-    return {"file": file, "returncode": done.returncode, "failed": failed, "tail": tail}
+    environment["FUSEDLOSS_TEST_EVERY"] = str(every)
+    command = [sys.executable, "-m", "pytest", *PLUGINS, "-n", str(processes), "--maxfail=30"]
+    command += ["--tb=short", "--show-capture=no", "-k", expression]
+    command += [str(ROOT / "tests" / file) for file in files]
+    start = time.perf_counter()
+    done = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    late = threading.Timer(max(seconds, 1.0), done.send_signal, [signal.SIGINT])
+    late.start()
+    text, _ = done.communicate()
+    late.cancel()
+    print(*files, *re.findall(r"\d+ (?:passed|failed).*", text)[-1:], flush=True)
+    failed = re.findall(r"^(?:FAILED|ERROR) .*", text, re.MULTILINE)
+    print(*failed[:12], sep="\n", flush=True)
+    return {
+        "files": files,
+        "returncode": done.returncode,
+        "seconds": round(time.perf_counter() - start),
+        "failed": failed,
+        "tail": text[-60000:] if done.returncode else text[-300:],
+    }
+
+
+def warm(bench: Any, part: int, parts: int) -> None:
+    """Compiles what `benchmark`, `tiles` and `blocks` will run, without running it."""
+    from fusedloss.gpu import launch
+
+    def compiled(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
+        kernel.run(grid=(programs,), warmup=True, **arguments, enable_fp_fusion=True)
+
+    def compiles(_: Any, case: Any, device: str, rounds: int) -> float:
+        with contextlib.suppress(Exception):
+            bench.Work(case, device).differentiate(case.row.function)()
+        return 0.0
+
+    launch.run = compiled
+    bench.CASES = bench.CASES[part::parts]
+    for case in bench.CASES:
+        compiles(bench, case, "cuda", 1)
+    tiles(bench, False, lambda: 1e9, compiles)
+    blocks(bench, False, lambda: 1e9, compiles)
 
 
 def trial(bench: Any, case: Any, device: str, rounds: int) -> float | str:
     try:
         work = bench.Work(case, device)
-        step = work.differentiate(case.row.function)
+        step = (work.graphed if device == "cuda" else work.differentiate)(case.row.function)
         step()
         return bench.statistics.median(bench.interleaved({"ours": step}, device, rounds)["ours"])
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:200]
 
 
-def tiles(bench: Any, dry: bool, left: Callable[[], float]) -> list[dict[str, Any]]:
+def tiles(
+    bench: Any,
+    dry: bool,
+    left: Callable[[], float],
+    attempt: Callable[..., float | str] | None = None,
+) -> list[dict[str, Any]]:
     """Times of cross entropy by other tiles than the rule's."""
+    from fusedloss import route
     from fusedloss.gpu import rows
 
     found, rule = [], rows.tile
     for case in bench.CASES:
         for candidate in TILES.get(case.title, []):
-            if left() < 60:
+            if left() < 115:
                 break
             if dry:
                 candidate = (2, 16, True, 4)
             rows.tile = lambda *_, candidate=candidate: rows.Tile(*candidate)
-            seconds = trial(bench, bench.small(case) if dry else case, "cpu" if dry else "cuda", 5)
+            route._known.clear()
+            seconds = (attempt or trial)(
+                bench, bench.small(case) if dry else case, "cpu" if dry else "cuda", 5
+            )
             found.append({"title": case.title, "tile": candidate, "seconds": seconds})
             if dry:
                 break
     rows.tile = rule
+    route._known.clear()
     return found
 
 
-def blocks(bench: Any, dry: bool, left: Callable[[], float]) -> list[dict[str, Any]]:
+def choose(bench: Any, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """From now on the fastest tile of each case."""
+    from fusedloss import route
+    from fusedloss.gpu import rows
+
+    best: dict[tuple[Any, ...], tuple[float, str, Any]] = {}
+    asked: list[tuple[Any, ...]] = []
+    rule = rows.tile
+
+    def ask(*key: Any) -> Any:
+        asked.append(key)
+        return rule(*key)
+
+    rows.tile = ask
+    for case in bench.CASES:
+        own = [t for t in found if t["title"] == case.title and isinstance(t["seconds"], float)]
+        if own:
+            route._known.clear()
+            asked.clear()
+            bench.Work(case, "cuda").outcome(case.row.function)
+            fastest = min(own, key=lambda t: t["seconds"])
+            best[asked[0]] = fastest["seconds"], case.title, rows.Tile(*fastest["tile"])
+    rows.tile = lambda *key: best[key][2] if key in best else rule(*key)
+    route._known.clear()
+    return {title: tile for _, title, tile in best.values()}
+
+
+def blocks(
+    bench: Any,
+    dry: bool,
+    left: Callable[[], float],
+    attempt: Callable[..., float | str] | None = None,
+) -> list[dict[str, Any]]:
     """Times of pointwise losses by other blocks and numbers of programs."""
+    from fusedloss import route
     from fusedloss.gpu import pointwise
 
     found, rule = [], (pointwise.BLOCK, pointwise.MOST_PROGRAMS)
     for case in bench.CASES:
-        if case.title not in ("MSE 64M", "MSE 64M bf16", "BCE with logits 64M bf16"):
+        if case.title not in ("MSE 64M bf16", "BCE with logits 64M bf16"):
             continue
         for candidate in BLOCKS[:1] if dry else BLOCKS:
-            if left() < 50:
+            if left() < 105:
                 break
             pointwise.BLOCK, pointwise.MOST_PROGRAMS = candidate
-            seconds = trial(bench, bench.small(case) if dry else case, "cpu" if dry else "cuda", 5)
+            route._known.clear()
+            seconds = (attempt or trial)(
+                bench, bench.small(case) if dry else case, "cpu" if dry else "cuda", 5
+            )
             found.append({"title": case.title, "block": candidate, "seconds": seconds})
     pointwise.BLOCK, pointwise.MOST_PROGRAMS = rule
+    route._known.clear()
     return found
 
 

@@ -49,6 +49,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.device == "cuda":
             check_writable("--output", args.output)
+            if args.linear:
+                from fusedloss.cli import gpu_linear
+
+                return gpu_linear.run(args.output)
             return gpu.run(args.output, chosen_losses(args.only))
         if args.linear or args.calls:
             return other_bench(args)

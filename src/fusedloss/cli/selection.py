@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         *("--device",),
         choices=("cpu", "cuda"),
         default="cpu",
-        help="cuda takes --only and --output of these options; default: %(default)s",
+        help="cuda takes --only, --linear and --output of these options; default: %(default)s",
     )
     add("--threads", metavar="N", help="default: what torch takes")
     add("--against", type=Path, metavar="FILE", help="compare with the JSON of an earlier run")
