@@ -196,19 +196,19 @@ def count_kernel(loss: str) -> None:
     _by_kernel[loss] += 1
 
 
-def _is_exporting() -> bool:
+def is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
 # As torch.compiler.assume_constant_result does; the dynamo of torch 2.11 takes is_exporting itself for true.
-_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _operator_serves(call: Call, tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether a traced call becomes an operator of `ops`; an exported one does not."""
     return (
         call.family != "pointwise"
-        and not _is_exporting()
+        and not is_exporting()
         and not _transforms_active()
         and all(t is None or t.device.type in ("cpu", "cuda") for t in tensors)
         and not (tensors[0] is not None and tensors[0].is_cuda and gpu.problem())

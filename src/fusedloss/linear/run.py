@@ -46,7 +46,7 @@ def _formula_reason(call: LinearCall, tensors: Slots) -> str | None:
 
 def _operator_serves(call: LinearCall, tensors: Slots) -> bool:
     return (
-        not torch.compiler.is_exporting()
+        not route.is_exporting()
         and not torch._C._are_functorch_transforms_active()
         and all(t is None or t.device.type in ("cpu", "cuda") for t in tensors)
         and not any(t is not None and t.requires_grad for t in tensors[call.gradients :])
