@@ -25,6 +25,7 @@ struct Mask {
     MaskBits m;
 };
 
+FUSEDLOSS_INLINE bool all(Mask a) { return a.m == MaskBits(-1); }
 FUSEDLOSS_INLINE Mask operator&(Mask a, Mask b) { return {MaskBits(a.m & b.m)}; }
 
 struct Floats {
@@ -55,6 +56,7 @@ FUSEDLOSS_INLINE Floats operator-(Floats a) { return -a.v; }
 FUSEDLOSS_INLINE Mask operator<(Floats a, Floats b) { return {MM(cmp_ps_mask)(a.v, b.v, _CMP_LT_OQ)}; }
 FUSEDLOSS_INLINE Mask operator>(Floats a, Floats b) { return {MM(cmp_ps_mask)(a.v, b.v, _CMP_GT_OQ)}; }
 FUSEDLOSS_INLINE Mask operator<=(Floats a, Floats b) { return {MM(cmp_ps_mask)(a.v, b.v, _CMP_LE_OQ)}; }
+FUSEDLOSS_INLINE Mask operator>=(Floats a, Floats b) { return {MM(cmp_ps_mask)(a.v, b.v, _CMP_GE_OQ)}; }
 FUSEDLOSS_INLINE Mask operator==(Floats a, Floats b) { return {MM(cmp_ps_mask)(a.v, b.v, _CMP_EQ_OQ)}; }
 
 FUSEDLOSS_INLINE Words words(Floats x) { return Words(x.v); }

@@ -115,11 +115,11 @@ inline void fetch_to_write(const void* p) { __builtin_prefetch(p, 1); }
 
 // A stage of a formula: a long chain of instructions, of which a loop of its own overlaps more.
 template <class F, class T, int k>
-FUSEDLOSS_LOOP void stage(const F f, const Operands<T> in, int64_t n, T* __restrict out) {
+FUSEDLOSS_LOOP void stage(const F f, const Operands<T> in, int64_t n, int64_t ahead, T* __restrict out) {
     const T* __restrict x = in.x, * __restrict y = in.y, * __restrict z = in.z, * __restrict s0 = in.s0;
     for (int64_t i = 0; i < n; i += vector) {
-        if constexpr (k == 0) fetch(x + i + n);
-        if constexpr (k == F::stages - 1) fetch(y + i + n);
+        if constexpr (k == 0) fetch(x + i + ahead);
+        if constexpr (k == F::stages - 1) fetch(y + i + ahead);
 #pragma omp simd
         for (int64_t j = i; j < i + vector; j += math::lanes<T>) {
             const auto at = [j](const T* p) { return math::get(p + j); };
@@ -128,33 +128,40 @@ FUSEDLOSS_LOOP void stage(const F f, const Operands<T> in, int64_t n, T* __restr
     }
 }
 
-// Two stages at once, log x and log(1 - x): with the registers of AVX-512 faster than one by one.
-template <class T>
-FUSEDLOSS_LOOP void stages_of_parts(const Operands<T> in, int64_t n, T* __restrict part, T* __restrict rest) {
+// Two stages at once, log x and log(1 - x): with the registers of AVX-512 faster than one by one. Whether all
+// elements lie inside the formula's domain.
+template <class F, class T>
+FUSEDLOSS_LOOP bool stages_of_parts(const F f, const Operands<T> in, int64_t n, int64_t ahead,
+                                    T* __restrict part, T* __restrict rest) {
     const T* __restrict x = in.x, * __restrict y = in.y;
+    auto inside = f.domain(math::get(x), math::get(y), math::get(x));
     for (int64_t i = 0; i < n; i += math::lanes<T>) {
-        fetch(x + i + n);
-        fetch(y + i + n);
-        const auto logs = math::logs_of_parts(math::get(x + i));
+        fetch(x + i + ahead);
+        fetch(y + i + ahead);
+        const auto at = math::get(x + i);
+        const auto logs = math::logs_of_parts(at);
         math::put(part + i, logs.part);
         math::put(rest + i, logs.rest);
+        inside = inside & f.domain(at, math::get(y + i), at);
     }
+    return all(inside);
 }
 
 enum Losses { UNUSED, STORED, SUMMED };
 
-// The last loop, which sums each lane and then a tree, in a fixed order. Absent results are not computed: the
-// flags are known to the compiler.
+// The last loop, which adds to a sum for each lane. Absent results are not computed: the flags are known to
+// the compiler.
 template <class F, class T, Losses losses, bool grad0, bool grad1>
-FUSEDLOSS_LOOP double block(const F f, const Operands<T> in, int64_t n, T scale, T* __restrict loss,
-                            T* __restrict g0, T* __restrict g1) {
+FUSEDLOSS_LOOP void block(const F f, const Operands<T> in, int64_t n, int64_t ahead, T scale,
+                          T* __restrict loss, T* __restrict g0, T* __restrict g1, double* __restrict lanes) {
     const T* __restrict x = in.x, * __restrict y = in.y, * __restrict z = in.z;
     const T* __restrict s0 = in.s0, * __restrict s1 = in.s1;
-    double sums[vector] = {};
+    double sums[vector];
+    if constexpr (losses == SUMMED) std::copy_n(lanes, vector, sums);
     for (int64_t i = 0; i < n; i += vector) {
-        if constexpr (F::stages == 0) fetch(x + i + n);
-        if constexpr (F::stages == 0) fetch(y + i + n);
-        if constexpr (grad0) fetch_to_write(g0 + i + n);
+        if constexpr (F::stages == 0) fetch(x + i + ahead);
+        if constexpr (F::stages == 0) fetch(y + i + ahead);
+        if constexpr (grad0) fetch_to_write(g0 + i + ahead);
         T values[vector];
 #pragma omp simd
         for (int64_t j = i; j < i + vector; j += math::lanes<T>) {
@@ -173,7 +180,7 @@ FUSEDLOSS_LOOP double block(const F f, const Operands<T> in, int64_t n, T scale,
             if constexpr (losses == SUMMED) sums[j] += double(values[j]);
         }
     }
-    return losses == SUMMED ? tree_sum(sums) : 0;
+    if constexpr (losses == SUMMED) std::copy_n(sums, vector, lanes);
 }
 
 // The first element outside the formula's domain, or n.
@@ -200,8 +207,11 @@ template <template <class> class Formula, class T>
 int64_t pointwise(const PointwiseArgs& a) {
     using F = Formula<math::Lanes<T>>;
     // Where stages are short, as with AVX-512, half a block asks for fewer lines at once: 0.92 of the time
-    // beyond the caches.
-    constexpr int64_t size = F::stages > 0 && !F::of_parts && math::lanes<T> > 1 ? 512 : 1024;
+    // beyond the caches. Several stages take turns with the last loop over less than a block, so that memory
+    // is never idle for long: 0.94 there.
+    constexpr bool wide = math::lanes<T> > 1;
+    constexpr int64_t size = 1024;
+    constexpr int64_t turn = F::stages > 0 && wide ? 256 : size;
     constexpr int64_t none = std::numeric_limits<int64_t>::max();
     const F f(a.params);
     const Walk walk(a);
@@ -213,7 +223,7 @@ int64_t pointwise(const PointwiseArgs& a) {
 
     parallel(blocks, 32, [&](int64_t b) {
         const int64_t start = b * size, n = std::min(size, a.numel - start);
-        alignas(64) T in[max_inputs][size], by[size], values[size], slopes[2][size], staged[2][size];
+        alignas(64) T in[max_inputs][size], by[size], values[size], slopes[2][size], staged[2][turn];
         const T* x[max_inputs];
         // A remainder loop may round otherwise than the vectors do, and an element's result must not depend
         // on where it stands: the last block is filled up to whole vectors.
@@ -227,15 +237,17 @@ int64_t pointwise(const PointwiseArgs& a) {
         }
         for (int k = F::operands; k < max_inputs; ++k) x[k] = x[0];
 
-        if constexpr (F::has_domain) {
-            if (const int64_t i = first_outside<Formula<T>, T>(Formula<T>(a.params), x[0], x[1], x[2], n);
-                i < n) {
-                int64_t seen = outside.load();
-                while (start + i < seen && !outside.compare_exchange_weak(seen, start + i)) {
-                }
-                return;
+        const auto refused = [&]() -> bool {
+            int64_t i = n;
+            if constexpr (F::has_domain)
+                i = first_outside<Formula<T>, T>(Formula<T>(a.params), x[0], x[1], x[2], n);
+            for (int64_t seen = outside.load();
+                 i < n && start + i < seen && !outside.compare_exchange_weak(seen, start + i);) {
             }
-        }
+            return i < n;
+        };
+        constexpr bool of_parts = F::of_parts && math::lanes<T> > 1;
+        if (!of_parts && refused()) return;
 
         T* loss = walk.target(a.loss, LOSS, start, padded == n, values);
         // The filling must not be summed, nor a loss before its weight.
@@ -246,36 +258,41 @@ int64_t pointwise(const PointwiseArgs& a) {
         const T scale = T(a.grad_scale);
         const int needs =
             (loss || summed ? F::needs[0] : 0) | (g0 ? F::needs[1] : 0) | (g1 ? F::needs[2] : 0);
-        Operands<T> all{x[0], x[1], x[2], x[0], x[0]};
-        if constexpr (F::of_parts && math::lanes<T> > 1) {
-            if (needs) {
-                stages_of_parts<T>(all, padded, staged[0], staged[1]);
-                all.s0 = staged[0], all.s1 = staged[1];
-            }
-        } else {
-            if constexpr (F::stages > 0) {
-                if (needs & 1) stage<F, T, 0>(f, all, padded, staged[0]), all.s0 = staged[0];
-            }
-            if constexpr (F::stages > 1) {
-                if (needs & 2) stage<F, T, 1>(f, all, padded, staged[1]), all.s1 = staged[1];
-            }
-        }
-        const auto run = [&](auto losses, auto grad0, auto grad1) {
-            return block<F, T, losses(), grad0(), grad1()>(f, all, padded, scale, loss, g0, g1);
+        double lanes[vector] = {};
+        const auto run = [&](const Operands<T>& all, int64_t at, int64_t count, auto losses, auto grad0,
+                             auto grad1) {
+            const auto from = [at](T* p) { return p ? p + at : p; };
+            block<F, T, losses(), grad0(), grad1()>(f, all, count, size, scale, from(loss), from(g0),
+                                                    from(g1), lanes);
         };
-        const auto with_grads = [&](auto losses) {
+        const auto with_grads = [&](const Operands<T>& all, int64_t at, int64_t count, auto losses) {
             constexpr std::true_type yes;
             constexpr std::false_type no;
-            if (g0) return g1 ? run(losses, yes, yes) : run(losses, yes, no);
-            return g1 ? run(losses, no, yes) : run(losses, no, no);
+            if (g0) return g1 ? run(all, at, count, losses, yes, yes) : run(all, at, count, losses, yes, no);
+            return g1 ? run(all, at, count, losses, no, yes) : run(all, at, count, losses, no, no);
         };
-        double sum = 0;
-        if (summed)
-            sum = with_grads(std::integral_constant<Losses, SUMMED>());
-        else if (loss)
-            with_grads(std::integral_constant<Losses, STORED>());
-        else
-            with_grads(std::integral_constant<Losses, UNUSED>());
+        for (int64_t at = 0; at < padded; at += turn) {
+            const int64_t count = std::min(turn, padded - at);
+            Operands<T> all{x[0] + at, x[1] + at, x[2] + at, x[0] + at, x[0] + at};
+            if constexpr (of_parts) {
+                const bool inside = needs && stages_of_parts<F, T>(f, all, count, size, staged[0], staged[1]);
+                if (!inside && refused()) return;
+                if (needs) all.s0 = staged[0], all.s1 = staged[1];
+            } else {
+                if constexpr (F::stages > 0) {
+                    if (needs & 1) stage<F, T, 0>(f, all, count, size, staged[0]), all.s0 = staged[0];
+                }
+                if constexpr (F::stages > 1) {
+                    if (needs & 2) stage<F, T, 1>(f, all, count, size, staged[1]), all.s1 = staged[1];
+                }
+            }
+            if (summed)
+                with_grads(all, at, count, std::integral_constant<Losses, SUMMED>());
+            else if (loss)
+                with_grads(all, at, count, std::integral_constant<Losses, STORED>());
+            else
+                with_grads(all, at, count, std::integral_constant<Losses, UNUSED>());
+        }
         for (int k = 0; k < 2; ++k) {
             if (!a.multiplier[k].data) continue;
             const T* m = walk.load(a.multiplier[k], MULTIPLIER + k, start, n, by);
@@ -283,7 +300,7 @@ int64_t pointwise(const PointwiseArgs& a) {
             multiply(g0, m, n);
             multiply(g1, m, n);
         }
-        if (a.total.data) sums[size_t(b)] = summed ? sum : ordered_sum(loss, n);
+        if (a.total.data) sums[size_t(b)] = summed ? tree_sum(lanes) : ordered_sum(loss, n);
         walk.store(a.loss, LOSS, start, n, loss, values);
         walk.store(a.grad[0], GRAD, start, n, g0, slopes[0]);
         walk.store(a.grad[1], GRAD + 1, start, n, g1, slopes[1]);

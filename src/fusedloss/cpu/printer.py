@@ -193,7 +193,7 @@ def struct(call: ast.Call, functions: dict[str, ast.FunctionDef], path: str) -> 
         lines += [f"        {line}" for line in body(definition, path, outputs, stages)]
         return [*lines, "    }"]
 
-    domain_method = method("bool domain", domain, [], "") if domain else []
+    domain_method = method("auto domain", domain, [], "") if domain else []
     if stages.calls:
         raise CannotPrint(f"{path}:{call.lineno}: a domain cannot use exp or log")
     value_method = method("T value", value, [], stage_arguments)
