@@ -54,7 +54,7 @@ struct tiny {  // losses/tiny.py:2
         d0 = (-s0);
         d1 = (t / T(3.0));
     }
-    inline bool domain(T x, T t, T) const {
+    inline auto domain(T x, T t, T) const {
         return ((x >= T(0.0)) & (t != T(1)));
     }
 };
