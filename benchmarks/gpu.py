@@ -25,6 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 520.0
+LINEAR = 35.0
 PLUGINS = ["-p", "no:cacheprovider", "-p", "no:benchmark", "-W", "ignore::DeprecationWarning"]
 WARMING = 4  # processes
 # Of test_repeat.py what is not about the host.
@@ -108,8 +109,12 @@ def main() -> int:
     mode = "interpreted" if args.dry_run else "cuda"
     wanted = args.parts
 
-    def due(part: str, least: float = 0.0) -> bool:
-        return (wanted is None or part in wanted) and left() > least
+    def due(part: str) -> bool:
+        return (wanted is None or part in wanted) and left() > 0
+
+    def spare() -> float:
+        """What the times of the rule's own tiles leave."""
+        return left() - args.bench * due("benchmark") - LINEAR * due("linear")
 
     smoke = tested(mode, ["gpu_checks.py"], "test_option and mse", min(90.0, left()), 0)
     keep("smoke")(smoke)
@@ -141,12 +146,12 @@ def main() -> int:
     for process in warming:
         process.wait()
     if due("tiles"):
-        found = tiles(bench, args.dry_run, left)
+        found = tiles(bench, args.dry_run, spare)
         keep("tiles")(found)
         if args.best:
             keep("chosen")(choose(bench, found))
     if due("blocks"):
-        keep("blocks")(blocks(bench, args.dry_run, left))
+        keep("blocks")(blocks(bench, args.dry_run, spare))
     if due("benchmark"):
         bench.benchmark(keep("benchmark"), min(args.bench, left()), args.dry_run, cases)
     if due("linear"):
@@ -220,7 +225,7 @@ def tiles(
     bench: Any,
     dry: bool,
     left: Callable[[], float],
-    attempt: Callable[..., float | str] | None = None,
+    attempt: Callable[..., float | str] = trial,
 ) -> list[dict[str, Any]]:
     """Times of cross entropy by other tiles than the rule's."""
     from fusedloss import route
@@ -229,13 +234,13 @@ def tiles(
     found, rule = [], rows.tile
     for case in bench.CASES:
         for candidate in TILES.get(case.title, []):
-            if left() < 115:
+            if left() < 0:
                 break
             if dry:
                 candidate = (2, 16, True, 4)
             rows.tile = lambda *_, candidate=candidate: rows.Tile(*candidate)
             route._known.clear()
-            seconds = (attempt or trial)(
+            seconds = attempt(
                 bench, bench.small(case) if dry else case, "cpu" if dry else "cuda", 5
             )
             found.append({"title": case.title, "tile": candidate, "seconds": seconds})
@@ -277,7 +282,7 @@ def blocks(
     bench: Any,
     dry: bool,
     left: Callable[[], float],
-    attempt: Callable[..., float | str] | None = None,
+    attempt: Callable[..., float | str] = trial,
 ) -> list[dict[str, Any]]:
     """Times of pointwise losses by other blocks and numbers of programs."""
     from fusedloss import route
@@ -288,11 +293,11 @@ def blocks(
         if case.title not in ("MSE 64M bf16", "BCE with logits 64M bf16"):
             continue
         for candidate in BLOCKS[:1] if dry else BLOCKS:
-            if left() < 105:
+            if left() < 0:
                 break
             pointwise.BLOCK, pointwise.MOST_PROGRAMS = candidate
             route._known.clear()
-            seconds = (attempt or trial)(
+            seconds = attempt(
                 bench, bench.small(case) if dry else case, "cpu" if dry else "cuda", 5
             )
             found.append({"title": case.title, "block": candidate, "seconds": seconds})

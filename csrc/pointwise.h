@@ -206,9 +206,8 @@ FUSEDLOSS_LOOP void multiply(T* __restrict v, const T* __restrict by, int64_t n)
 template <template <class> class Formula, class T>
 int64_t pointwise(const PointwiseArgs& a) {
     using F = Formula<math::Lanes<T>>;
-    // Where stages are short, as with AVX-512, half a block asks for fewer lines at once: 0.92 of the time
-    // beyond the caches. Several stages take turns with the last loop over less than a block, so that memory
-    // is never idle for long: 0.94 there.
+    // With AVX-512 stages take turns with the last loop over less than a block, so that memory is never idle
+    // for long: 0.83 to 0.94 of the time beyond the caches.
     constexpr bool wide = math::lanes<T> > 1;
     constexpr int64_t size = 1024;
     constexpr int64_t turn = F::stages > 0 && wide ? 256 : size;

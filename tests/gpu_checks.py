@@ -376,7 +376,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
         raise OSError("no compiler")
 
     yield lambda: monkeypatch.setattr(launch, "run", fail)
-    gpu._failure = None
+    gpu._failures.clear()
 
 
 @pytest.mark.parametrize("function", ["mse_loss", "cross_entropy"])
@@ -396,6 +396,7 @@ def test_the_formula_runs_where_triton_fails(function: str, failing: Callable[[]
             torch.testing.assert_close(a, e)
     route = fusedloss.explain(case.loss.function, *tensors, **options)
     assert route.kernel is None and "no compiler" in route.why
+    assert gpu.problem("triplet") is None
     assert info.facts()["GPU kernels"].startswith("off: Triton failed: OSError")
 
 

@@ -156,7 +156,7 @@ def test_torch_operations_serve_where_triton_fails(
     problem = Problem(generator, shape=(5, 3, 20))
     on_device(problem, {})
     expected = problem.run(linear_cross_entropy)
-    monkeypatch.setattr(gpu, "_failure", None)
+    monkeypatch.setattr(gpu, "_failures", {})
 
     def fail(*_: Any) -> None:
         raise OSError("no compiler")

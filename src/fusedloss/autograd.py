@@ -121,7 +121,7 @@ def _without_triton(
     needed: Sequence[bool],
     incoming: Tensor,
 ) -> list[Tensor | None]:
-    gpu.turn_off(failed)
+    gpu.turn_off(failed, call.family)
     with torch.enable_grad():
         found = redo(call, tensors, needed, incoming)
     return [g if g is None else g.detach() for g in found]

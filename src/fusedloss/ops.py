@@ -46,13 +46,15 @@ def differentiating() -> Iterator[None]:
         yield
 
 
-def _unless_triton_fails(tensor: Tensor, kernel: Callable[[], T], formula: Callable[[], T]) -> T:
+def _unless_triton_fails(
+    family: str, tensor: Tensor, kernel: Callable[[], T], formula: Callable[[], T]
+) -> T:
     """As `route.dispatch` does, for a graph that was compiled with the operator in it."""
-    if not (gpu.serves(tensor) and gpu.problem()):
+    if not (gpu.serves(tensor) and gpu.problem(family)):
         try:
             return kernel()
         except gpu.Failed as failed:
-            gpu.turn_off(failed)
+            gpu.turn_off(failed, family)
     return formula()
 
 
@@ -79,6 +81,7 @@ def _define(kind: type[RowsCall] | type[TripletCall]) -> None:
         call, tensors = kind(*arguments[count:]), arguments[:count]
         count_kernel(call.loss)
         return _unless_triton_fails(
+            call.family,
             tensors[0],
             lambda: autograd.engine(call, tensors[0]).forward(call, tensors, ())[0],
             lambda: call.by_formula(*tensors),
@@ -92,6 +95,7 @@ def _define(kind: type[RowsCall] | type[TripletCall]) -> None:
     def backward(incoming: Tensor, needed: list[bool], *arguments: Any) -> list[Tensor]:
         call, tensors = kind(*arguments[count:]), arguments[:count]
         grads = _unless_triton_fails(
+            call.family,
             tensors[0],
             lambda: autograd.engine(call, tensors[0]).backward(call, tensors, needed, incoming),
             lambda: _gradients_by_formula(call, tensors, needed, incoming),

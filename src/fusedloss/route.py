@@ -135,13 +135,13 @@ def repeat(
     if again is _untried:
         again = autograd.prepare(call, tensors)
         _known[key] = call, again
-    if (not host or gpu.on_cpu) and gpu.problem():
+    if (not host or gpu.on_cpu) and gpu.problem(call.family):
         return None
     _by_kernel[loss] += 1
     try:
         return autograd.repeat(again, tensors) if again else autograd.run(call, tensors)
     except gpu.Failed as failed:
-        gpu.turn_off(failed)
+        gpu.turn_off(failed, call.family)
         return None
 
 
@@ -183,7 +183,7 @@ def formula_reason(call: Call | LinearCall, tensors: tuple[Tensor | None, ...]) 
     why = _kernel_gap(call, tensors, on_gpu)
     if why or tensors[0] is None:  # a linear loss elsewhere: torch operations serve as well
         return why
-    return gpu.problem() if on_gpu else cpu.problem()
+    return gpu.problem(call.family) if on_gpu else cpu.problem()
 
 
 def calls() -> Counter[tuple[str, str]]:
@@ -211,7 +211,7 @@ def _operator_serves(call: Call, tensors: tuple[Tensor | None, ...]) -> bool:
         and not is_exporting()
         and not _transforms_active()
         and all(t is None or t.device.type in ("cpu", "cuda") for t in tensors)
-        and not (tensors[0] is not None and tensors[0].is_cuda and gpu.problem())
+        and not (tensors[0] is not None and tensors[0].is_cuda and gpu.problem(call.family))
         and _kernel_gap(call, tensors, gpu.serves(tensors[0])) is None
     )
 
@@ -243,8 +243,8 @@ def dispatch(
         try:
             return autograd.run(call, tensors)
         except gpu.Failed as failed:
-            gpu.turn_off(failed)
-            why = str(gpu.problem())
+            gpu.turn_off(failed, call.family)
+            why = str(gpu.problem(call.family))
     note(loss, None, why)
     tensors = _made_dense(loss, tensors)
     if isinstance(call, RowsCall) and not call.probabilities:

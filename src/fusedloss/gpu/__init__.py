@@ -17,7 +17,9 @@ from .. import errors
 on_cpu = (
     False  # tests set it: Triton interprets the kernels on CPU tensors, under TRITON_INTERPRET=1
 )
-_failure: str | None = None
+_failures: dict[
+    str, str
+] = {}  # by family: a kernel that does not compile says little of the others
 
 
 class Failed(Exception):
@@ -33,9 +35,10 @@ def _import() -> str | None:
     return None
 
 
-def problem() -> str | None:
-    """Why there are no GPU kernels, or None."""
-    return _failure or _import()
+def problem(family: str | None = None) -> str | None:
+    """Why there are no GPU kernels of a family, or of any; or None."""
+    found = _failures.get(family) if family else next(iter(_failures.values()), None)
+    return found or _import()
 
 
 # What torch.compiler.assume_constant_result does, which first imports torch._dynamo: 1.7 seconds.
@@ -51,11 +54,11 @@ def family(name: str) -> ModuleType:
     return importlib.import_module(f".{name}", __name__)
 
 
-def turn_off(failed: Failed) -> None:
-    """From now on the formula runs on the GPU."""
-    global _failure
-    _failure = f"Triton failed: {failed}"
-    errors.warn(f"fusedloss: {_failure}. Losses on the GPU take the formula from now on.", 4)
+def turn_off(failed: Failed, family: str) -> None:
+    """From now on the formula runs on the GPU, for the losses of a family."""
+    _failures[family] = f"Triton failed: {failed}"
+    words = f"Losses on the GPU of this kind ({family}) take the formula from now on."
+    errors.warn(f"fusedloss: {_failures[family]}. {words}", 4)
 
 
 def synchronize() -> None:

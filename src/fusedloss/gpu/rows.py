@@ -635,7 +635,7 @@ def _softmax_rows(
     soft_part = tl.full((), soft, COMPUTE)
 
     if incoming is not None:
-        # Where it is needed, Triton 3.6 cannot compile the conversion of a half type.
+        # Here and not at its use, where Triton 3.6 cannot compile the conversion of a half type.
         place = n * incoming_strides[0] + d * incoming_strides[1]
         arrived = tl.load(incoming + place, mask=inside, other=0.0).to(COMPUTE)
     counted = inside

@@ -31,7 +31,7 @@ class Chunked(torch.autograd.Function):
     def backward(ctx: Any, *incoming: Slot) -> tuple[Slot, ...]:
         call, needed = ctx.call, ctx.needs_input_grad[1:]
         saved = ctx.saved_tensors
-        if gpu.serves(saved[0]) and gpu.problem() is None:
+        if gpu.serves(saved[0]) and gpu.problem(call.family) is None:
             gpu.family("flags").raise_pending(saved[0].device)
         tensors, stored = saved[: len(needed)], saved[len(needed) :]
         if all(g is None for g in incoming):

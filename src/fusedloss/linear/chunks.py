@@ -98,7 +98,7 @@ def on_host(input: Tensor) -> bool:
 def takes_triton(call: LinearCall, input: Tensor) -> bool:
     """Whether the row steps are Triton's; elsewhere they are torch operations."""
     indices = call.family == "linear" and not call.probabilities
-    return indices and gpu.serves(input) and gpu.problem() is None
+    return indices and gpu.serves(input) and gpu.problem(call.family) is None
 
 
 class _Loop:
@@ -258,7 +258,7 @@ class _Loop:
             try:
                 return gpu.family("linear").step(*given, first, self.target.shape)
             except gpu.Failed as failed:
-                gpu.turn_off(failed)
+                gpu.turn_off(failed, self.call.family)
         grad_target = self.grads[3]
         grad_target = None if grad_target is None else grad_target[:, :, head][rows]
         target = self.targets(head, rows)
