@@ -113,6 +113,8 @@ MUTANTS = [
     kernel("pointwise.h", "std::min(size, a.numel - start)", "std::min(size - 1, a.numel - start)", KERNELS + " and mse_loss"),
     kernel("pointwise.h", "- size(d) * stride(slot, d);", "- (size(d) - 1) * stride(slot, d);", KERNELS + " and mse_loss"),
     kernel("pointwise.h", "start + i < seen &&", "start + i > seen &&", "input", **ERRORS),
+    kernel("pointwise.h", "inside = inside & f.domain", "inside = f.domain", "input", **ERRORS),
+    kernel("pointwise.h", "at += turn", "at += 2 * turn", KERNELS + " and kl_div"),
     # sums
     kernel("parallel.h", "for (int64_t i = whole; i < n; ++i) sums[i - whole]", "for (int64_t i = whole; i + 1 < n; ++i) sums[i - whole]", KERNELS + " and mse_loss"),
     kernel("parallel.h", "(u[j + 2 * lanes] + u[j + 3 * lanes])", "u[j + 2 * lanes]", KERNELS + f" and {CE}"),
