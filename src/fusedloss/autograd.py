@@ -131,7 +131,7 @@ class _Again(torch.autograd.Function):
     """A call like an earlier one."""
 
     @staticmethod
-    def forward(ctx: Any, again: Again, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, again: Any, *tensors: Tensor) -> Tensor:
         result, grads = again.forward(tensors)
         ctx.again = again
         ctx.save_for_backward(*tensors, *grads)
@@ -151,15 +151,8 @@ class _Again(torch.autograd.Function):
         return _by_all_means(ctx, saved, stored, incoming)
 
 
-class _AgainOnGpu(torch.autograd.Function):
+class _AgainOnGpu(_Again):
     """The same where a kernel looks at the scalar that arrives."""
-
-    @staticmethod
-    def forward(ctx: Any, again: Any, *tensors: Tensor) -> Tensor:
-        result, stored = again.forward(tensors)
-        ctx.again = again
-        ctx.save_for_backward(*tensors, *stored)
-        return result
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
