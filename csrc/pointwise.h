@@ -245,8 +245,6 @@ int64_t pointwise(const PointwiseArgs& a) {
             }
             return i < n;
         };
-        constexpr bool of_parts = F::of_parts && math::lanes<T> > 1;
-        if (!of_parts && refused()) return;
 
         T* loss = walk.target(a.loss, LOSS, start, padded == n, values);
         // The filling must not be summed, nor a loss before its weight.
@@ -257,6 +255,8 @@ int64_t pointwise(const PointwiseArgs& a) {
         const T scale = T(a.grad_scale);
         const int needs =
             (loss || summed ? F::needs[0] : 0) | (g0 ? F::needs[1] : 0) | (g1 ? F::needs[2] : 0);
+        constexpr bool of_parts = F::of_parts && math::lanes<T> > 1;
+        if (!(of_parts && needs) && refused()) return;
         double lanes[vector] = {};
         const auto run = [&](const Operands<T>& all, int64_t at, int64_t count, auto losses, auto grad0,
                              auto grad1) {
@@ -274,9 +274,11 @@ int64_t pointwise(const PointwiseArgs& a) {
             const int64_t count = std::min(turn, padded - at);
             Operands<T> all{x[0] + at, x[1] + at, x[2] + at, x[0] + at, x[0] + at};
             if constexpr (of_parts) {
-                const bool inside = needs && stages_of_parts<F, T>(f, all, count, size, staged[0], staged[1]);
-                if (!inside && refused()) return;
-                if (needs) all.s0 = staged[0], all.s1 = staged[1];
+                if (needs) {
+                    const bool inside = stages_of_parts<F, T>(f, all, count, size, staged[0], staged[1]);
+                    if (!inside && refused()) return;
+                    all.s0 = staged[0], all.s1 = staged[1];
+                }
             } else {
                 if constexpr (F::stages > 0) {
                     if (needs & 1) stage<F, T, 0>(f, all, count, size, staged[0]), all.s0 = staged[0];

@@ -41,12 +41,13 @@ class Plan(NamedTuple):
 def plan(call: LinearCall, input: Tensor, classes: int, differentiate: bool) -> Plan:
     """Chunks within the budget. ValueError where not even one row fits."""
     n, features = input.shape
-    half = input.dtype in HALVES
-    size = input.element_size() if input.is_cuda else wide(input).itemsize  # of logits
+    half, triton = input.dtype in HALVES, takes_triton(call, input)
+    computed = wide(input).itemsize
+    size = input.element_size() if input.is_cuda and triton else computed  # of logits
     # Beside the logits: the row itself, its gradient, and a few numbers of it.
-    per_row = size * call.logits * classes + 2 * wide(input).itemsize * features + 128
+    per_row = size * call.logits * classes + 2 * computed * features + 128
     fixed = TILE_BYTES if half and not input.is_cuda else 0
-    half_a_gradient = wide(input).itemsize * classes * features // 2
+    half_a_gradient = computed * classes * features // 2
     default = min(max(half_a_gradient, LEAST_ON_GPU), MOST_ON_GPU) if input.is_cuda else BUDGET
     budget = call.memory_budget or default
     if budget < per_row + fixed:
@@ -58,7 +59,7 @@ def plan(call: LinearCall, input: Tensor, classes: int, differentiate: bool) -> 
         )
     if differentiate or not on_host(input) or call.logits > 1:
         # Where there is no kernel, torch operations take copies of the logits.
-        per_row *= 1 if on_host(input) or takes_triton(call, input) else 6
+        per_row *= 1 if on_host(input) or triton else 6
         # An eighth is for what the matrix products take themselves.
         most, width = (budget * 7 // 8 - fixed) // per_row, classes
     else:

@@ -146,7 +146,7 @@ def products(weight: Tensor, bias: Tensor | None, host: bool) -> Direct:
     """The products of one head, a weight (C, D) and a bias (C); on a `host` a kernel takes their logits."""
     if weight.dtype not in HALVES:
         return Direct(weight, bias)
-    if weight.is_cuda:
+    if weight.is_cuda and torch.version.hip is None:
         return Accelerated(weight, bias)
     if weight.device.type != "cpu" or (weight.dtype is torch.bfloat16 and multiplies_bfloat16()):
         return Split(weight, bias) if host else Native(weight, bias)
