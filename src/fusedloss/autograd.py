@@ -51,9 +51,16 @@ def repeat(again: Again, tensors: tuple[Any, ...]) -> Tensor:
 
 
 def prepare(call: Call, tensors: tuple[Tensor | None, ...]) -> Again | None:
-    """How a call may be repeated at less cost, or None."""
+    """How a call may be repeated at less cost: a reduced loss of contiguous tensors. Or None."""
     enabled = torch.is_grad_enabled()
     needed = [enabled and t is not None and t.requires_grad for t in tensors[: call.gradients]]
+    learned = sum(needed)
+    if (
+        call.reduction == "none"
+        or not all(needed[:learned])
+        or not all(t is None or (t.is_contiguous() and t.numel()) for t in tensors)
+    ):
+        return None
     stores = _stores_gradients(call, tensors, needed)
     again = gpu.family("again") if gpu.serves(tensors[0]) else cpu.again
     return again.prepare(engine(call, tensors[0]), call, tensors, needed, stores)
@@ -76,10 +83,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
         call, needed, saved = ctx.call, ctx.needs_input_grad[1:], ctx.saved_tensors
         tensors, stored = saved[: len(needed)], saved[len(needed) :]
-        try:
-            grads = _gradients(call, tensors, needed, stored if ctx.stored else None, incoming[0])
-        except gpu.Failed as failed:
-            grads = _without_triton(failed, call, tensors, needed, incoming[0])
+        grads = _gradients(call, tensors, needed, stored if ctx.stored else None, incoming[0])
         return (None, *grads, *(None,) * (len(tensors) - len(grads)))
 
 
@@ -93,6 +97,22 @@ def _gradients(
     """The gradients by the first tensors; `stored` are those that forward computed, and more."""
     if torch.is_grad_enabled():
         return redo(call, tensors, needed, arrived)
+    try:
+        return _by_kernel(call, tensors, needed, stored, arrived)
+    except gpu.Failed as failed:
+        gpu.turn_off(failed, call.family)
+    with torch.enable_grad():
+        found = redo(call, tensors, needed, arrived)
+    return [g if g is None else g.detach() for g in found]
+
+
+def _by_kernel(
+    call: Call,
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    stored: Sequence[Tensor | None] | None,
+    arrived: Tensor,
+) -> Sequence[Tensor | None]:
     plain = is_plain(arrived)
     if stored is not None and plain and gpu.serves(arrived):
         grads = rescaled(call, tensors, stored, arrived)
@@ -112,19 +132,6 @@ def _gradients(
         if grad is not None and tensor is not None and grad.shape != tensor.shape:
             grads[k] = grad.sum_to_size(tensor.shape)
     return grads
-
-
-def _without_triton(
-    failed: gpu.Failed,
-    call: Call,
-    tensors: Sequence[Any],
-    needed: Sequence[bool],
-    incoming: Tensor,
-) -> list[Tensor | None]:
-    gpu.turn_off(failed, call.family)
-    with torch.enable_grad():
-        found = redo(call, tensors, needed, incoming)
-    return [g if g is None else g.detach() for g in found]
 
 
 class _Again(torch.autograd.Function):
@@ -158,15 +165,12 @@ class _AgainOnGpu(_Again):
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         again, saved = ctx.again, ctx.saved_tensors
         tensors, stored = saved[: again.inputs], saved[again.inputs :]
-        try:
-            if not _grad_enabled() and is_plain(incoming) and not (stored and _keeps_graph()):
+        if not _grad_enabled() and is_plain(incoming) and not (stored and _keeps_graph()):
+            try:
                 return (None, *again.backward(tensors, stored, incoming))
-            return _by_all_means(ctx, saved, stored, incoming)
-        except gpu.Failed as failed:
-            needed = (*ctx.needs_input_grad[1:], *(False for _ in again.absent))
-            whole = again.whole(tensors)
-            grads = _without_triton(failed, again.call, whole, needed, incoming)
-            return (None, *grads[: again.inputs])
+            except gpu.Failed:
+                pass  # told below
+        return _by_all_means(ctx, saved, stored, incoming)
 
 
 def _by_all_means(

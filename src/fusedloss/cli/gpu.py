@@ -372,11 +372,17 @@ def line(title: str, found: Measured, copy: float) -> str:
     return f"{title}: {times}; ours {rate:.0f} GB/s, {100 * rate / copy:.0f} % of a copy{wrong}"
 
 
-def run(output: Path, losses: tuple[str, ...] | None = None) -> int:
-    """What `fusedloss bench --device cuda` does: 0, 1 for a wrong result, 2 without a GPU."""
+def absent() -> bool:
+    """Whether there are no GPU kernels to measure, and says why."""
     why = gpu.problem() if torch.cuda.is_available() else "torch finds no GPU"
     if why:
         print(f"fusedloss bench: --device cuda: {why}")
+    return why is not None
+
+
+def run(output: Path, losses: tuple[str, ...] | None = None) -> int:
+    """What `fusedloss bench --device cuda` does: 0, 1 for a wrong result, 2 without a GPU."""
+    if absent():
         return 2
     cases = tuple(c for c in CASES if losses is None or c.loss in losses)
     document = benchmark(lambda d: write(output, d), float("inf"), cases=cases)

@@ -16,13 +16,11 @@ from torch.nn import functional as F  # noqa: N812
 import fusedloss
 from fusedloss.cli import gpu
 from fusedloss.cli.gpu import Step
-from fusedloss.cli.linear import Case
+from fusedloss.cli.linear import MEBI, Case
 from fusedloss.cli.measure import difference
-from fusedloss.gpu import problem
 
 FOREVER = float("inf")
 ROUNDS = 5
-MEBI = 2**20
 CASES = (
     Case("table", 8192, 4096, 128256, "bfloat16"),
     Case("table", 8192, 2304, 256000, "bfloat16"),
@@ -175,9 +173,7 @@ def benchmark(
 
 def run(output: Path) -> int:
     """What `fusedloss bench --device cuda --linear` does: 0, 1 where a case failed, 2 without a GPU."""
-    why = problem() if torch.cuda.is_available() else "torch finds no GPU"
-    if why:
-        print(f"fusedloss bench: --device cuda: {why}")
+    if gpu.absent():
         return 2
     about = {"format": 1, "kind": "gpu linear", "machine": gpu.machine("cuda")}
     results = benchmark(lambda r: gpu.write(output, {**about, "linear": r}), lambda: FOREVER)

@@ -88,15 +88,10 @@ def prepare(
     needed: Sequence[bool],
     stores_gradients: bool,
 ) -> Again | None:
-    """How to repeat this call, if that can be: a reduced loss of contiguous tensors without weights."""
+    """How to repeat this call, if that can be: one without weights."""
     inputs = [t for t in tensors if t is not None]
     places, learned = family.POINTERS, sum(needed)
-    if (
-        call.reduction == "none"
-        or len(inputs) != len(places.inputs)
-        or not all(needed[:learned])
-        or not all(t.is_contiguous() and t.numel() for t in inputs)
-    ):
+    if len(inputs) != len(places.inputs):
         return None
     recorded: list[tuple[str, bytes, int]] = []
 

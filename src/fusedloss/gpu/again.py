@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from ..calls import Call
-from . import Failed, flags, launch
+from ..calls import Call, RowsCall
+from . import Failed, flags, launch, rows
 from .layout import Slot
 
 _empty_like = torch.empty_like
@@ -152,15 +152,10 @@ def prepare(
     needed: Sequence[bool],
     stores_gradients: bool,
 ) -> Again | None:
-    """How to repeat this call, if that can be: a reduced loss of contiguous tensors."""
+    """How to repeat this call, if that can be."""
     inputs = [t for t in tensors if t is not None]
     learned, slots = sum(needed), call.gradients
-    if (
-        call.reduction == "none"
-        or not all(needed[:learned])
-        or any(t is None for t in tensors[: len(inputs)])
-        or not all(t.is_contiguous() and t.numel() for t in inputs)
-    ):
+    if any(t is None for t in tensors[: len(inputs)]):
         return None
     stores = bool(learned) and stores_gradients
     try:
@@ -200,7 +195,7 @@ def prepare(
         stores=stores,
         rest=rest if stores else (),
         scalar=result,
-        make=torch.zeros_like if getattr(call, "loss", "") == "nll_loss" else _empty_like,
+        make=rows.like(call) if isinstance(call, RowsCall) else _empty_like,
         launches=launches,
         scratch=tape.scratch,
         launches_backward=backward,

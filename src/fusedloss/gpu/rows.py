@@ -6,7 +6,7 @@ stride, and (N, C, d1, ...) as (N, C, d1 * ...). A program takes some positions 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -124,12 +124,15 @@ def rescale(
 def _gradients(call: RowsCall, input: Tensor, target: Tensor, needed: Sequence[bool]) -> list[Slot]:
     """Memory for the gradients that are needed; its dimensions d1, ... are always collapsible."""
     grads: list[Slot] = [None, None]
-    # The kernel of nll writes the target's entry alone.
-    like = torch.empty_like if call.loss == "cross_entropy" else torch.zeros_like
     for k, (tensor, need) in enumerate(zip((input, target), needed, strict=False)):
         if need:
-            grads[k] = like(_flat(tensor, 2), requires_grad=False).reshape(tensor.shape)
+            grads[k] = like(call)(_flat(tensor, 2), requires_grad=False).reshape(tensor.shape)
     return grads
+
+
+def like(call: RowsCall) -> Callable[..., Tensor]:
+    """What makes the memory of a gradient: the kernel of nll writes the target's entry alone."""
+    return torch.zeros_like if call.loss == "nll_loss" else torch.empty_like
 
 
 def _flat(tensor: Tensor, first: int) -> Tensor:
