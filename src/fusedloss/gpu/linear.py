@@ -231,13 +231,15 @@ def _linear_rows(
         own_weight = tl.load(weight + y, mask=counted, other=0.0)
     own_x = _logits(logits + i * row + y, counted, by, most, CAP, COMPUTE)
 
-    # What the pass over the classes gathers, relative to the greatest logit so far.
-    top = tl.full((ROWS,), -float("inf"), COMPUTE)
-    origin = tl.zeros((ROWS,), COMPUTE)
-    others = tl.zeros((ROWS,), COMPUTE)
-    mass = tl.zeros((ROWS,), COMPUTE)
-    dot = tl.zeros((ROWS,), COMPUTE)
-    products = tl.zeros((ROWS,), COMPUTE)
+    # What the pass over the classes gathers, relative to the greatest logit so far, of rows or of their groups:
+    # what crosses threads waits for the end.
+    SHAPE: tl.constexpr = (ROWS, GROUPS) if GROUPS > 1 else (ROWS,)
+    top = tl.full(SHAPE, -float("inf"), COMPUTE)
+    origin = tl.zeros(SHAPE, COMPUTE)
+    others = tl.zeros(SHAPE, COMPUTE)
+    mass = tl.zeros(SHAPE, COMPUTE)
+    dot = tl.zeros(SHAPE, COMPUTE)
+    products = tl.zeros(SHAPE, COMPUTE)
     label = y.to(tl.int32)[:, None]
     lane = tl.arange(0, BLOCK)
     start_of = logits + (i * row)[:, None]
@@ -250,14 +252,6 @@ def _linear_rows(
             t, is_own, part, top, origin, others, mass, dot, products, SMOOTH, ENTROPY, EXACT
         )
     else:
-        # The sums of each group: what crosses threads waits for the end.
-        if GROUPS > 1:
-            top = tl.full((ROWS, GROUPS), -float("inf"), COMPUTE)
-            origin = tl.zeros((ROWS, GROUPS), COMPUTE)
-            others = tl.zeros((ROWS, GROUPS), COMPUTE)
-            mass = tl.zeros((ROWS, GROUPS), COMPUTE)
-            dot = tl.zeros((ROWS, GROUPS), COMPUTE)
-            products = tl.zeros((ROWS, GROUPS), COMPUTE)
         # A block is on its way while the one before is summed.
         known = inside[:, None] & (lane < classes)[None, :]
         coming = tl.load(

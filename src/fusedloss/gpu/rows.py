@@ -667,14 +667,16 @@ def _softmax_rows(
         place = n * x_strides[0] + d * x_strides[2] + y * x_strides[1]
         own_x = tl.load(x + place, mask=counted, other=0.0).to(COMPUTE)
 
-    # What the pass over the classes gathers, relative to the greatest logit so far.
-    top = tl.full((ROWS,), -float("inf"), COMPUTE)
-    origin = tl.zeros((ROWS,), COMPUTE)
-    others = tl.zeros((ROWS,), COMPUTE)
-    mass = tl.zeros((ROWS,), COMPUTE)
-    dot = tl.zeros((ROWS,), COMPUTE)
-    own = tl.zeros((ROWS,), COMPUTE)
-    rest = tl.zeros((ROWS,), COMPUTE)
+    # What the pass over the classes gathers, relative to the greatest logit so far, of rows or of their groups:
+    # what crosses threads waits for the end.
+    SHAPE: tl.constexpr = (ROWS, GROUPS) if GROUPS > 1 else (ROWS,)
+    top = tl.full(SHAPE, -float("inf"), COMPUTE)
+    origin = tl.zeros(SHAPE, COMPUTE)
+    others = tl.zeros(SHAPE, COMPUTE)
+    mass = tl.zeros(SHAPE, COMPUTE)
+    dot = tl.zeros(SHAPE, COMPUTE)
+    own = tl.zeros(SHAPE, COMPUTE)
+    rest = tl.zeros(SHAPE, COMPUTE)
     label = y.to(tl.int32)[:, None]
     # The own class of a long row is treated apart, and spares all others a comparison.
     APART: tl.constexpr = GROUPS > 1 and ROWS == 1 and not PROBABILITIES
@@ -701,19 +703,9 @@ def _softmax_rows(
                 t, is_own, part, top, origin, others, mass, dot, SOFT, EXACT
             )
     else:
-        # The sums of each group: what crosses threads waits for the end.
-        if GROUPS > 1:
-            top = tl.full((ROWS, GROUPS), -float("inf"), COMPUTE)
-            origin = tl.zeros((ROWS, GROUPS), COMPUTE)
-            if APART and not SOFT:
-                top = tl.broadcast_to(own_x[:, None], (ROWS, GROUPS))
-                origin = tl.where(top == -float("inf"), 0.0, top)
-            others = tl.zeros((ROWS, GROUPS), COMPUTE)
-            mass = tl.zeros((ROWS, GROUPS), COMPUTE)
-            dot = tl.zeros((ROWS, GROUPS), COMPUTE)
-            if PROBABILITIES:
-                own = tl.zeros((ROWS, GROUPS), COMPUTE)
-                rest = tl.zeros((ROWS, GROUPS), COMPUTE)
+        if APART and not SOFT:
+            top = tl.broadcast_to(own_x[:, None], SHAPE)
+            origin = tl.where(top == -float("inf"), 0.0, top)
         # A block is on its way while the one before is summed.
         known = counted[:, None] & (step < classes)[None, :]
         at = _at(x, x_strides, n, first, lane, step, INDEX)
