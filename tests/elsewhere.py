@@ -77,9 +77,9 @@ def build(root: Path, *extra: str) -> None:
         link(root, "csrc/kernels.cpp", to, *flags(path), *extra, "-fPIC", "-shared")
 
 
-def run_python(script: str) -> subprocess.CompletedProcess[str]:
+def run_python(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=300
     )
 
 

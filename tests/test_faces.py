@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,6 +87,122 @@ def test_face_serves_all_of_torch(ours: Any, theirs: Any, own: set[str]) -> None
 def test_unknown_name(face: Any) -> None:
     with pytest.raises(AttributeError, match=rf"'{face.__name__}' has no attribute 'NoSuchLoss'"):
         face.NoSuchLoss  # noqa: B018
+
+
+# The submodules
+
+FORMS = [
+    "import {0}.functional as got",
+    "from {0} import functional as got",
+    "from {0}.functional import one_hot as got",
+    "from {0}.functional import cross_entropy as got",
+    "from {0}.parameter import Parameter as got",
+    "import {0}.parameter as got",
+    "from {0}.utils.rnn import pack_padded_sequence as got",
+    "import {0}.utils.rnn; got = {0}.utils.rnn",
+    "import {0}.utils.parametrizations as got",
+    "import {0}.utils.weight_norm; got = {0}.utils.weight_norm",
+    "from {0}.utils import weight_norm as got",
+    "from {0}.utils.weight_norm import WeightNorm as got",
+    "from {0}.modules import Linear as got",
+    "from {0}.modules.linear import Linear as got",
+    "from {0}.modules.loss import MSELoss as got",
+    "from {0}.modules import *; got = Linear",
+    "from {0} import *; got = Linear",
+    "from {0} import *; got = utils",
+    "from {0} import MSELoss as got",
+    "from {0} import init as got",
+    "from {0}.init import *; got = xavier_uniform_",
+    "from {0} import Module as got",
+    "import importlib; got = importlib.import_module('.rnn', '{0}.utils')",
+    "import importlib; got = importlib.reload(importlib.import_module('{0}.common_types'))",
+    "import importlib.util; got = importlib.util.find_spec('{0}.utils.stateless').origin",
+    "import importlib.util; got = importlib.util.find_spec('{0}.utils.no_such')",
+    "import {0}.no_such",
+    "import {0}.functional.no_such",
+    "from {0}.utils import no_such",
+    "from {0} import no_such",
+]
+
+
+def outcome(statement: str, package: str) -> Any:
+    """What an import binds, or its exception, as if the package were PyTorch's."""
+    names: dict[str, Any] = {}
+    try:
+        exec(statement.format(package), names)
+    except ImportError as error:
+        words = str(error).split("(")[0]
+        return type(error), words.replace("fusedloss", "torch")
+    return names["got"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_import(form: str) -> None:
+    found, expected = outcome(form, "fusedloss.nn"), outcome(form, "torch.nn")
+    own = {
+        torch.nn.functional: functional,
+        torch.nn.functional.cross_entropy: functional.cross_entropy,
+    }
+    if form == "from {0} import MSELoss as got":
+        own[torch.nn.MSELoss] = nn.MSELoss
+    expected = own.get(expected, expected)
+    assert found is expected or found == expected
+
+
+def star(package: str) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    exec(f"from {package} import *", names)
+    del names["__builtins__"]
+    return names
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [(nn, torch.nn), (functional, torch.nn.functional)],
+    ids=["nn", "functional"],
+)
+def test_star_import_takes_every_name(ours: Any, theirs: Any) -> None:
+    found, expected = star(ours.__name__), star(theirs.__name__)
+    own = set(nn.OWN if ours is nn else fusedloss.losses.__all__)
+    assert found.keys() == expected.keys() | own
+    for name, value in found.items():
+        assert value is getattr(ours if name in own else theirs, name)
+        assert name not in own or value is not expected.get(name)
+
+
+ALL_OF_TORCH_NN = """
+import contextlib, importlib.util, json, pkgutil, sys, warnings
+import torch
+warnings.simplefilter("ignore")
+package, where = sys.argv[1:]
+__import__(package)
+for _, name, _ in pkgutil.walk_packages(torch.nn.__path__, "torch.nn."):
+    name = package + name.removeprefix("torch.nn")
+    with contextlib.suppress(ImportError):
+        assert importlib.util.find_spec(name)
+        __import__(name)
+for name, module in list(sys.modules.items()):
+    if name.startswith("fusedloss.nn.") and name != "fusedloss.nn.functional":
+        assert module is sys.modules[name.replace("fusedloss", "torch")], name
+seen = {
+    name: [module.__name__, module.__spec__.name, module.__loader__.name, module.__package__]
+    + sorted(f"{n} {type(v).__name__} {getattr(v, '__name__', '')}" for n, v in vars(module).items())
+    for name, module in sys.modules.items() if name.startswith("torch.nn")
+}
+json.dump(seen, open(where, "w"))
+"""
+
+
+@pytest.mark.slow
+def test_every_submodule_is_that_of_torch(tmp_path: Path) -> None:
+    """And no import through us changes a name, a spec or an attribute there."""
+    for package in ("torch.nn", "fusedloss.nn"):
+        done = run_python(ALL_OF_TORCH_NN, package, str(tmp_path / package))
+        assert done.returncode == 0, done.stderr
+    expected, found = (json.loads((tmp_path / p).read_text()) for p in ("torch.nn", "fusedloss.nn"))
+    assert len(expected) > 100
+    assert {n: v for n, v in found.items() if v != expected[n]} == {}
+    assert found.keys() == expected.keys()
 
 
 def shape_of(signature: inspect.Signature) -> list[tuple[str, Any, Any]]:

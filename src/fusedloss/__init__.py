@@ -44,6 +44,6 @@ __all__ = [
     "unpatch",
 ]
 
-if "LinearCrossEntropyLoss" in nn.__all__:  # torch has it since 2.13
+if "LinearCrossEntropyLoss" in nn.OWN:  # torch has it since 2.13
     LinearCrossEntropyLoss = nn.LinearCrossEntropyLoss
     __all__ += ["LinearCrossEntropyLoss"]

@@ -6,11 +6,14 @@ from typing import Any
 
 import torch.nn.functional
 
+from . import aliases
 from .losses import *  # noqa: F403
-from .losses import __all__ as __all__
+from .losses import __all__ as _own
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return aliases.public(torch.nn.functional, _own)
     try:
         return getattr(torch.nn.functional, name)
     except AttributeError:

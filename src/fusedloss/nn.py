@@ -2,18 +2,25 @@
 
 `from fusedloss import nn` stands in for `from torch import nn`. Each module is a subclass of its
 namesake: constructor, buffers, repr, pickling and state_dict are PyTorch's; `forward` is ours.
+Submodules are PyTorch's own objects, whatever the form of the import; `functional` alone is ours.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch.nn
 from torch import Tensor
+from torch.nn import modules
 
-from . import functional
+from . import aliases, functional
 
-__all__ = [
+__path__: list[str] = []  # the finder of `aliases` needs none, and nothing else shall find a copy
+sys.modules[f"{__name__}.functional"] = functional
+aliases.install()
+
+OWN = [
     "BCELoss",
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
@@ -26,18 +33,18 @@ __all__ = [
 ]
 
 
-class MSELoss(torch.nn.MSELoss):
+class MSELoss(modules.MSELoss):
     """See :func:`fusedloss.functional.mse_loss`; constructor as :class:`torch.nn.MSELoss`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.mse_loss(input, target, reduction=self.reduction)
 
 
-class BCELoss(torch.nn.BCELoss):
+class BCELoss(modules.BCELoss):
     """See :func:`fusedloss.functional.binary_cross_entropy`; constructor as :class:`torch.nn.BCELoss`,
     and `exact_grad`."""
 
-    __constants__ = [*torch.nn.BCELoss.__constants__, "exact_grad"]  # noqa: RUF012
+    __constants__ = [*modules.BCELoss.__constants__, "exact_grad"]  # noqa: RUF012
     exact_grad = False
 
     def __init__(
@@ -66,7 +73,7 @@ class BCELoss(torch.nn.BCELoss):
         )
 
 
-class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
+class BCEWithLogitsLoss(modules.BCEWithLogitsLoss):
     """See :func:`fusedloss.functional.binary_cross_entropy_with_logits`; constructor as
     :class:`torch.nn.BCEWithLogitsLoss`."""
 
@@ -76,7 +83,7 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
         )
 
 
-class KLDivLoss(torch.nn.KLDivLoss):
+class KLDivLoss(modules.KLDivLoss):
     """See :func:`fusedloss.functional.kl_div`; constructor as :class:`torch.nn.KLDivLoss`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -85,7 +92,7 @@ class KLDivLoss(torch.nn.KLDivLoss):
         )
 
 
-class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+class CrossEntropyLoss(modules.CrossEntropyLoss):
     """See :func:`fusedloss.functional.cross_entropy`; constructor as
     :class:`torch.nn.CrossEntropyLoss`."""
 
@@ -100,7 +107,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         )
 
 
-class NLLLoss(torch.nn.NLLLoss):
+class NLLLoss(modules.NLLLoss):
     """See :func:`fusedloss.functional.nll_loss`; constructor as :class:`torch.nn.NLLLoss`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -113,10 +120,10 @@ class NLLLoss(torch.nn.NLLLoss):
         )
 
 
-if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # since torch 2.13
-    __all__ += ["LinearCrossEntropyLoss"]
+if hasattr(modules, "LinearCrossEntropyLoss"):  # since torch 2.13
+    OWN += ["LinearCrossEntropyLoss"]
 
-    class LinearCrossEntropyLoss(torch.nn.LinearCrossEntropyLoss):
+    class LinearCrossEntropyLoss(modules.LinearCrossEntropyLoss):
         """See :func:`fusedloss.functional.linear_cross_entropy`; constructor as
         :class:`torch.nn.LinearCrossEntropyLoss`, and the function's own settings after it."""
 
@@ -163,7 +170,7 @@ if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # since torch 2.13
             )
 
 
-class TripletMarginLoss(torch.nn.TripletMarginLoss):
+class TripletMarginLoss(modules.TripletMarginLoss):
     """See :func:`fusedloss.functional.triplet_margin_loss`; constructor as
     :class:`torch.nn.TripletMarginLoss`."""
 
@@ -180,7 +187,7 @@ class TripletMarginLoss(torch.nn.TripletMarginLoss):
         )
 
 
-class TripletMarginWithDistanceLoss(torch.nn.TripletMarginWithDistanceLoss):
+class TripletMarginWithDistanceLoss(modules.TripletMarginWithDistanceLoss):
     """See :func:`fusedloss.functional.triplet_margin_with_distance_loss`; constructor as
     :class:`torch.nn.TripletMarginWithDistanceLoss`."""
 
@@ -197,6 +204,8 @@ class TripletMarginWithDistanceLoss(torch.nn.TripletMarginWithDistanceLoss):
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return aliases.public(torch.nn, OWN)
     try:
         return getattr(torch.nn, name)
     except AttributeError:
