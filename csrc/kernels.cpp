@@ -1,5 +1,6 @@
 // The C ABI: pointers, sizes and strides; nothing of torch or Python. Called through cpu/load.py.
 #include <cstdint>
+#include <memory>
 
 #include "distill.h"
 #include "gather.h"
@@ -39,6 +40,15 @@ constexpr struct {
 
 // Returned where scratch memory could not be had: no exception may leave through the C ABI.
 constexpr int64_t no_memory = -2;
+// Returned where a pointer is that of a tensor without memory: null, or an offset from it.
+constexpr int64_t unreadable = -3;
+
+// Below it lies no memory of this process; most keep 4 GiB free there, the others their code from 4 MiB on.
+uint64_t lowest_address() {
+    const std::unique_ptr<char[]> block(new char[64]);
+    constexpr uint64_t usual = uint64_t(1) << 32, least = uint64_t(1) << 22;
+    return reinterpret_cast<uint64_t>(block.get()) >= usual ? usual : least;
+}
 
 template <class F>
 int64_t guarded(F&& f) {
@@ -116,7 +126,11 @@ EXPORT int64_t fusedloss_again(const int64_t* plan, const int64_t* pointers) {
     int64_t arguments[most];
     if (words > most) return no_memory;
     std::copy_n(places + count, words, arguments);
-    for (int64_t i = 0; i < count; ++i) arguments[places[i]] = pointers[i];
+    static const uint64_t lowest = lowest_address();
+    for (int64_t i = 0; i < count; ++i) {
+        if (uint64_t(pointers[i]) < lowest) return unreadable;
+        arguments[places[i]] = pointers[i];
+    }
     const void* a = arguments;
     switch (kernel) {
         case 0: return fusedloss_pointwise(static_cast<const fusedloss::PointwiseArgs*>(a));

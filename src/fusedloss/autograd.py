@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import cpu, gpu
+from . import cpu, errors, gpu, plain
 from .calls import Call
 from .cpu.again import Again
+from .plain import Like, is_plain
 
 T = TypeVar("T", Tensor, "Tensor | None")
 
-# Asked at every backward: bound here once.
-_has_storage = torch._C._has_storage
-_dispatch_modes = torch._C._len_torch_dispatch_stack
+# Asked at every call or backward: bound here once.
 _grad_enabled = torch.is_grad_enabled
+_inference = torch.is_inference_mode_enabled
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_profiling = torch._C._autograd._profiler_enabled
+_span = torch._C._profiler._RecordFunctionFast
 
 
 def engine(call: Call, tensor: Tensor | None) -> ModuleType:
@@ -33,26 +38,55 @@ def engine(call: Call, tensor: Tensor | None) -> ModuleType:
     return getattr(cpu, call.family)
 
 
-def run(call: Call, tensors: tuple[Tensor | None, ...]) -> Tensor:
+def run(loss: str, call: Call, tensors: tuple[Tensor | None, ...]) -> Tensor:
     """The loss by its kernel, differentiable by the first `call.gradients` tensors."""
-    if torch.is_grad_enabled():
+    if learns():
         for tensor in tensors[: call.gradients]:
             if tensor is not None and tensor.requires_grad:
-                return _apply(call, *tensors)
-    return engine(call, tensors[0]).forward(call, tensors, ())[0]
+                return named(_Fused, loss)(call, *_savable(tensors))
+    return spanned(loss, lambda: engine(call, tensors[0]).forward(call, tensors, ())[0])
+
+
+def learns() -> bool:
+    """Whether autograd records: nothing of inference mode is differentiable, not even by `enable_grad`."""
+    return _grad_enabled() and not _inference()
 
 
 def repeat(again: Again, tensors: tuple[Any, ...]) -> Tensor:
     """The same, for tensors like those that `prepare` was given."""
     given = tensors[: again.inputs]
     if not again.learned:
+        if _profiling():
+            return spanned(again.loss, lambda: again.forward(given)[0])
         return again.forward(given)[0]
-    return (_apply_again if type(again) is Again else _apply_on_gpu)(again, *given)
+    if _hooks(True) is not None:  # what is saved may come back as anything
+        return run(again.loss, again.call, tensors)
+    try:
+        return again.apply(again, *given)
+    except RuntimeError:
+        if not any(t.is_inference() for t in given):
+            raise
+    return again.apply(again, *_savable(given))
 
 
-def prepare(call: Call, tensors: tuple[Tensor | None, ...]) -> Again | None:
+def _savable(tensors: Sequence[T]) -> Sequence[T]:
+    """Autograd saves no tensor of inference mode, whose changes it could not see: a copy."""
+    if not any(t is not None and t.is_inference() for t in tensors):
+        return tensors
+    return tuple(t.clone() if t is not None and t.is_inference() else t for t in tensors)
+
+
+def spanned(loss: str, compute: Callable[[], Tensor]) -> Tensor:
+    """What `compute` gives; a profiler sees it as one event that bears the name of the loss."""
+    if not _profiling():
+        return compute()
+    with _span(f"fusedloss::{loss}"):
+        return compute()
+
+
+def prepare(loss: str, call: Call, tensors: tuple[Tensor | None, ...]) -> Again | None:
     """How a call may be repeated at less cost: a reduced loss of contiguous tensors. Or None."""
-    enabled = torch.is_grad_enabled()
+    enabled = learns()
     needed = [enabled and t is not None and t.requires_grad for t in tensors[: call.gradients]]
     learned = sum(needed)
     if (
@@ -62,8 +96,49 @@ def prepare(call: Call, tensors: tuple[Tensor | None, ...]) -> Again | None:
     ):
         return None
     stores = _stores_gradients(call, tensors, needed)
-    again = gpu.family("again") if gpu.serves(tensors[0]) else cpu.again
-    return again.prepare(engine(call, tensors[0]), call, tensors, needed, stores)
+    on_gpu = gpu.serves(tensors[0])
+    module = gpu.family("again") if on_gpu else cpu.again
+    again = module.prepare(engine(call, tensors[0]), call, tensors, needed, stores)
+    if again is not None:
+        again.loss, again.apply = loss, named(_AgainOnGpu if on_gpu else _Again, loss)
+    return again
+
+
+@functools.cache
+def named(kind: type[torch.autograd.Function], loss: str) -> Callable[..., Any]:
+    """`apply` of an autograd function whose node bears the name of the loss.
+
+    No transform is active where it is called: what `Function.apply` does for them is left out.
+    """
+    own = type(f"fusedloss::{loss}", (kind,), {"__module__": __name__})
+    if issubclass(own, _Again):
+        # As its own `apply` does it, but for choosing between `backward` and `vjp`: a microsecond.
+        own._backward_cls.apply = own.backward  # type: ignore[attr-defined]
+    return super(torch.autograd.Function, own).apply  # type: ignore[misc]
+
+
+class Changed(NamedTuple):
+    """In place of a saved tensor that was changed in place: what autograd says, and what it is now."""
+
+    error: RuntimeError
+    now: Tensor
+
+
+def unpacked(ctx: Any) -> tuple[Any, ...]:
+    """The saved tensors, with a `Changed` for each that autograd refuses to give."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError:
+        if not hasattr(torch._C._autograd.SavedTensor, "unpack"):
+            raise
+    return tuple(map(_unpack, ctx._raw_saved_tensors))  # raises where the graph was freed
+
+
+def _unpack(saved: Any) -> Tensor | Changed | None:
+    try:
+        return saved.unpack()
+    except RuntimeError as error:
+        return Changed(error, saved.data.detach())
 
 
 class _Fused(torch.autograd.Function):
@@ -77,61 +152,145 @@ class _Fused(torch.autograd.Function):
             call, tensors, needed if ctx.stored else ()
         )
         ctx.save_for_backward(*tensors, *grads)
+        ctx.like, ctx.shape = tuple(map(Like.of, tensors)), result.shape
+        ctx.own = _hooks(True) is None
         return result
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
-        call, needed, saved = ctx.call, ctx.needs_input_grad[1:], ctx.saved_tensors
+        needed, saved = ctx.needs_input_grad[1:], unpacked(ctx)
         tensors, stored = saved[: len(needed)], saved[len(needed) :]
-        grads = _gradients(call, tensors, needed, stored if ctx.stored else None, incoming[0])
+        grads = _gradients(
+            _Saved(
+                _loss_of(ctx),
+                ctx.call,
+                tensors,
+                needed,
+                stored if ctx.stored else None,
+                ctx.like,
+                ctx.shape,
+                ctx.own,
+            ),
+            incoming[0],
+        )
         return (None, *grads, *(None,) * (len(tensors) - len(grads)))
 
 
-def _gradients(
-    call: Call,
-    tensors: Sequence[Tensor | None],
-    needed: Sequence[bool],
-    stored: Sequence[Tensor | None] | None,
-    arrived: Tensor,
-) -> Sequence[Tensor | None]:
-    """The gradients by the first tensors; `stored` are those that forward computed, and more."""
+@dataclass(slots=True)
+class _Saved:
+    """What backward finds."""
+
+    loss: str
+    call: Call
+    tensors: Sequence[Any]  # with a `Changed` for those that are no longer what they were
+    needed: Sequence[bool]
+    stored: Sequence[Any] | None  # the gradients that forward computed, and more
+    like: Sequence[Like | None]  # what the tensors were like in forward
+    shape: torch.Size  # of the loss
+    own: bool  # the memory of what is stored is that of forward, and nobody else's
+
+    def changed(self) -> bool:
+        return any(type(t) is Changed for t in self.tensors)
+
+    def settled(self, create_graph: bool) -> list[Tensor | None]:
+        """The tensors, if they are still what forward was given, or none of it matters.
+
+        Raises:
+            RuntimeError: a tensor was changed in place, has another shape or device, or no memory.
+        """
+        found: list[Tensor | None] = []
+        names = self.call.arguments
+        for k, (name, tensor, like) in enumerate(zip(names, self.tensors, self.like, strict=True)):
+            if type(tensor) is Changed:
+                if create_graph or self.call.reads(k, self.needed):
+                    self.refuse(name, tensor)
+                tensor = tensor.now
+            if like is not None and not like.fits(tensor):
+                got = f"{list(tensor.shape)} on {tensor.device}"
+                words = f"{name} was saved for backward as {list(like.shape)} on {like.device}"
+                errors.fail(RuntimeError, self.loss, f"{words}, and came back as {got}")
+            found.append(tensor)
+        plain.check(self.loss, **dict(zip(names, found, strict=True)))
+        return found
+
+    def refuse(self, name: str, changed: Changed) -> NoReturn:
+        if self.stored is None:
+            why = (
+                "With reduction='none' and in float16 the inputs are kept, and no gradient: change "
+                f"a clone() of {name}, or change it after backward()"
+            )
+        else:
+            why = (
+                "The gradient was kept, but with create_graph=True it is computed anew, from what "
+                f"{name} was: change a clone() of it"
+            )
+        message = f"{self.loss}: {name} was changed after the loss was taken: {changed.error} {why}"
+        raise RuntimeError(message) from changed.error
+
+
+def _loss_of(ctx: Any) -> str:
+    return type(ctx)._forward_cls.__name__.removeprefix("fusedloss::")
+
+
+def _gradients(saved: _Saved, arrived: Tensor) -> Sequence[Tensor | None]:
+    """The gradients by the first tensors."""
+    plain.check(saved.loss, incoming=arrived)
+    if arrived.shape != saved.shape:
+        words = (
+            f"a gradient of shape {list(arrived.shape)} arrived for a loss of {list(saved.shape)}"
+        )
+        errors.fail(RuntimeError, saved.loss, words)
+    for each in saved.stored or ():
+        if type(each) is Changed:
+            raise each.error
     if torch.is_grad_enabled():
-        return redo(call, tensors, needed, arrived)
+        return redo(saved.call, saved.settled(create_graph=True), saved.needed, arrived)
     try:
-        return _by_kernel(call, tensors, needed, stored, arrived)
+        grads = _from_stored(saved, arrived)
+        if grads is None:
+            tensors = saved.settled(create_graph=False)
+            if all(t is None or plain.gap(t) is None for t in tensors):
+                grads = _by_kernel(saved.call, tensors, saved.needed, arrived)
     except gpu.Failed as failed:
-        gpu.turn_off(failed, call.family)
-    with torch.enable_grad():
-        found = redo(call, tensors, needed, arrived)
-    return [g if g is None else g.detach() for g in found]
+        gpu.turn_off(failed, saved.call.family)
+        grads = None
+    if grads is None:
+        with torch.enable_grad():
+            tensors = saved.settled(create_graph=saved.stored is not None)
+            found = redo(saved.call, tensors, saved.needed, arrived)
+        grads = [g if g is None else g.detach() for g in found]
+    for k, grad in enumerate(grads):
+        like = saved.like[k]
+        if grad is not None and like is not None and grad.shape != like.shape:
+            grads[k] = grad.sum_to_size(like.shape)
+    return grads
+
+
+def _from_stored(saved: _Saved, arrived: Tensor) -> list[Tensor | None] | None:
+    """The gradients that forward computed, scaled; None where they are better computed anew."""
+    if saved.stored is None:
+        return None
+    stored, call = saved.stored, saved.call
+    readable, on_gpu = is_plain(arrived), gpu.serves(arrived)
+    if readable and not saved.changed():
+        if on_gpu:
+            return rescaled(call, saved.settled(False), stored, arrived, saved.own)
+        if not _scales_exactly(stored, arrived):
+            return None
+    return list(scaled(stored[: call.gradients], arrived, readable and saved.own and not on_gpu))
 
 
 def _by_kernel(
-    call: Call,
-    tensors: Sequence[Tensor | None],
-    needed: Sequence[bool],
-    stored: Sequence[Tensor | None] | None,
-    arrived: Tensor,
-) -> Sequence[Tensor | None]:
-    plain = is_plain(arrived)
-    if stored is not None and plain and gpu.serves(arrived):
-        grads = rescaled(call, tensors, stored, arrived)
-    elif stored is not None and (not plain or _scales_exactly(stored, arrived)):
-        grads = list(scaled(stored[: call.gradients], arrived, plain))
-    elif plain:
-        grads = engine(call, tensors[0]).backward(call, tensors, needed, arrived)
-    else:
-        one = torch.ones(arrived.shape, dtype=arrived.dtype, device=arrived.device)
-        spread = call.spread(arrived)
-        grads = [
-            None if g is None else g * spread
-            for g in engine(call, tensors[0]).backward(call, tensors, needed, one)
-        ]
-    for k, grad in enumerate(grads):
-        tensor = tensors[k]
-        if grad is not None and tensor is not None and grad.shape != tensor.shape:
-            grads[k] = grad.sum_to_size(tensor.shape)
-    return grads
+    call: Call, tensors: Sequence[Tensor | None], needed: Sequence[bool], arrived: Tensor
+) -> list[Tensor | None]:
+    if is_plain(arrived):
+        return engine(call, tensors[0]).backward(call, tensors, needed, arrived)
+    one = torch.ones(arrived.shape, dtype=arrived.dtype, device=arrived.device)
+    spread = call.spread(arrived)
+    return [
+        None if g is None else g * spread
+        for g in engine(call, tensors[0]).backward(call, tensors, needed, one)
+    ]
 
 
 class _Again(torch.autograd.Function):
@@ -146,16 +305,23 @@ class _Again(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        again, saved = ctx.again, ctx.saved_tensors
-        stored = saved[again.inputs :]
+        again = ctx.again
+        try:
+            saved = ctx.saved_tensors
+        except RuntimeError:
+            return _by_all_means(ctx, incoming)
         if not _grad_enabled() and is_plain(incoming):
-            if not stored:
-                return (None, *again.backward(saved, incoming), *again.undefined)
-            if incoming.item() == 1.0 and not _keeps_graph():
-                return (None, *stored, *again.undefined)
-            if _scales_exactly(stored, incoming):
-                return (None, *scaled(stored, incoming, True), *again.undefined)
-        return _by_all_means(ctx, saved, stored, incoming)
+            if again.stored:
+                stored = saved[again.inputs :]
+                if incoming.item() == 1.0 and not _keeps_graph():
+                    return (None, *stored, *again.undefined)
+                if _scales_exactly(stored, incoming):
+                    return (None, *scaled(stored, incoming, True), *again.undefined)
+            elif again.fits(saved, incoming):
+                grads = again.backward(saved, incoming)
+                if grads is not None:
+                    return (None, *grads, *again.undefined)
+        return _by_all_means(ctx, incoming)
 
 
 class _AgainOnGpu(_Again):
@@ -163,35 +329,45 @@ class _AgainOnGpu(_Again):
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        again, saved = ctx.again, ctx.saved_tensors
+        again = ctx.again
+        try:
+            saved = ctx.saved_tensors
+        except RuntimeError:
+            return _by_all_means(ctx, incoming)
         tensors, stored = saved[: again.inputs], saved[again.inputs :]
-        if not _grad_enabled() and is_plain(incoming) and not (stored and _keeps_graph()):
+        if (
+            not _grad_enabled()
+            and is_plain(incoming)
+            and not (stored and _keeps_graph())
+            and again.fits(tensors, incoming)
+        ):
             try:
                 return (None, *again.backward(tensors, stored, incoming))
-            except gpu.Failed:
+            except (gpu.Failed, plain.Unreadable):
                 pass  # told below
-        return _by_all_means(ctx, saved, stored, incoming)
+        return _by_all_means(ctx, incoming)
 
 
-def _by_all_means(
-    ctx: Any, saved: Sequence[Tensor], stored: Sequence[Tensor | None], incoming: Tensor
-) -> tuple[Tensor | None, ...]:
+def _by_all_means(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
     """What backward returns for a call like an earlier one that is differentiated otherwise."""
-    again = ctx.again
-    tensors = again.whole(saved[: again.inputs])
+    again, saved = ctx.again, unpacked(ctx)
+    tensors, stored = again.whole(saved[: again.inputs]), saved[again.inputs :]
     needed = (*ctx.needs_input_grad[1:], *(False for _ in again.absent))
-    grads = _gradients(again.call, tensors, needed, stored or None, incoming)
+    grads = _gradients(
+        _Saved(
+            again.loss,
+            again.call,
+            tensors,
+            needed,
+            stored or None,
+            again.whole(again.like),
+            again.scalar.shape,
+            own=True,
+        ),
+        incoming,
+    )
     lacking = (None,) * (again.inputs - len(grads))
     return (None, *grads[: again.inputs], *lacking)
-
-
-# No transform is active here: what `Function.apply` does for them is left out.
-_apply = super(torch.autograd.Function, _Fused).apply
-_apply_again = super(torch.autograd.Function, _Again).apply
-_apply_on_gpu = super(torch.autograd.Function, _AgainOnGpu).apply
-# As its own `apply` does it, but for choosing between `backward` and `vjp`: a microsecond.
-_Again._backward_cls.apply = _Again.backward  # type: ignore[attr-defined]
-_AgainOnGpu._backward_cls.apply = _AgainOnGpu.backward  # type: ignore[attr-defined]
 
 
 def _stores_gradients(call: Call, tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> bool:
@@ -208,16 +384,6 @@ def _scales_exactly(grads: Sequence[Tensor | None], incoming: Tensor) -> bool:
         if grad is not None and grad.dtype is torch.bfloat16:
             return abs(math.frexp(incoming.item())[0]) == 0.5
     return True
-
-
-def is_plain(incoming: Tensor) -> bool:
-    """Whether a kernel can read the gradient that arrives (a mapped or fake one has no memory)."""
-    return (
-        type(incoming) is Tensor
-        and _has_storage(incoming)
-        and not _dispatch_modes()
-        and not incoming.is_neg()
-    )
 
 
 def scaled(grads: Sequence[T], incoming: Tensor, plain: bool) -> Sequence[T]:
@@ -240,10 +406,11 @@ def rescaled(
     tensors: Sequence[Tensor | None],
     stored: Sequence[Tensor | None],
     incoming: Tensor,
+    own: bool,
 ) -> list[Tensor | None]:
     """The same on a GPU, where a kernel looks at the scalar, and computes anew unless it is 1."""
     grads, rest = list(stored[: call.gradients]), stored[call.gradients :]
-    if _keeps_graph():
+    if _keeps_graph() or not own:
         grads = [g if g is None else g.clone() for g in grads]
     engine(call, tensors[0]).rescale(call, tensors, (*grads, *rest), incoming)
     return grads

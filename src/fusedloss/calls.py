@@ -8,6 +8,7 @@ that it takes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from . import formula, reduce
 from .define import Pointwise
+
+ARGUMENTS = {"x": "input", "t": "target", "w": "pos_weight"}  # by the operands of formulas
 
 
 @dataclass(slots=True)
@@ -36,8 +39,18 @@ class PointwiseCall:
         return f"pointwise/{self.formula.name}"
 
     @property
+    def arguments(self) -> tuple[str, ...]:
+        """What the caller calls the tensors."""
+        names = (ARGUMENTS.get(name, name) for name in self.formula.operands)
+        return (*names, "weight")
+
+    @property
     def stores_gradients(self) -> bool:
         return self.reduction != "none"
+
+    def reads(self, k: int, needed: Sequence[bool]) -> bool:
+        """Whether the gradients that are needed depend on what tensor k holds."""
+        return not (k == 0 and self.formula.linear and not any(needed[1:]))
 
     def by_formula(self, *tensors: Tensor) -> Tensor:
         *operands, weight = tensors
@@ -65,6 +78,7 @@ class RowsCall:
 
     family: ClassVar[str] = "rows"
     gradients: ClassVar[int] = 2
+    arguments: ClassVar[tuple[str, ...]] = ("input", "target", "weight")
 
     @property
     def name(self) -> str:
@@ -73,6 +87,10 @@ class RowsCall:
     @property
     def stores_gradients(self) -> bool:
         return self.loss == "cross_entropy" and self.reduction != "none"
+
+    def reads(self, k: int, needed: Sequence[bool]) -> bool:
+        """Whether the gradients that are needed depend on what tensor k holds."""
+        return not (k == 0 and self.loss == "nll_loss")
 
     def shape(self, input: Tensor, target: Tensor, weight: Tensor | None = None) -> torch.Size:
         """Of the unreduced losses."""
@@ -145,12 +163,17 @@ class TripletCall:
 
     family: ClassVar[str] = "triplet"
     gradients: ClassVar[int] = 3
+    arguments: ClassVar[tuple[str, ...]] = ("anchor", "positive", "negative")
     name: ClassVar[str] = "triplet"
     loss: ClassVar[str] = "triplet_margin_loss"
 
     @property
     def stores_gradients(self) -> bool:
         return self.reduction != "none"
+
+    def reads(self, k: int, needed: Sequence[bool]) -> bool:
+        """Whether the gradients that are needed depend on what tensor k holds: on all."""
+        return True
 
     def shape(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> torch.Size:
         """Of the unreduced losses."""

@@ -28,7 +28,8 @@ class Pointwise:
     The positional parameters of `value` are the operands, its keyword-only ones are numbers.
     `grad` takes the same and gives the derivatives by the first two operands, as a pair.
     `domain`, where there is one, says whether operands lie where the loss is defined; `refuse` raises
-    for a position and its first two operands that do not.
+    for a position and its first two operands that do not. With `linear`, the derivative by the first
+    operand does not depend on it.
     `cpu/printer.py` finds the calls of this class by name and prints the functions as C++.
     """
 
@@ -36,6 +37,7 @@ class Pointwise:
     grad: Callable[..., Any]
     domain: Callable[..., Any] | None = None
     refuse: Callable[[str, float, float], NoReturn] | None = None
+    linear: bool = False
     name: str = field(init=False)
     operands: tuple[str, ...] = field(init=False)
     params: tuple[str, ...] = field(init=False)

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import autograd, cpu, errors, gpu, ops, strictness
+from . import autograd, cpu, errors, gpu, ops, plain, strictness
 from .calls import Call, RowsCall
 from .cpu.again import Again
 from .cpu.load import FLOATS
+from .plain import PLAIN
 
 if TYPE_CHECKING:
     from .linear.call import LinearCall
 
-PLAIN = (Tensor, torch.nn.Parameter)
 MOST_DIMS = 16  # max_dims of csrc/pointwise.h
 MOST_KNOWN = 1024
 CONSTANTS = (str, bool, int, float, type)
@@ -34,9 +34,11 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_tracing = torch._C._is_tracing
 _is_compiling = torch.compiler.is_dynamo_compiling
 _grad_enabled = torch.is_grad_enabled
+_inference = torch.is_inference_mode_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
 _autocast = torch.is_autocast_enabled
 _strided = torch.strided
+_level = strictness.level
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def repeat(
         or _transforms_active()
         or _dispatch_modes()
         or forward_ad._current_level >= 0
-        or strictness._level
+        or _level()
         or _forced
         or _trace is not None
     ):
@@ -109,7 +111,7 @@ def repeat(
         return None
     key: tuple[Any, ...]
     # fmt: off
-    learns = _grad_enabled()
+    learns = _grad_enabled() and not _inference()
     key = (loss, settings, device, _any_autocast() and _autocast("cpu" if host else "cuda"),
            a.dtype, a.shape, a.is_contiguous(), learns and a.requires_grad,
            b.dtype, b.shape, b.is_contiguous(), learns and b.requires_grad)
@@ -133,16 +135,19 @@ def repeat(
     except (KeyError, TypeError):  # a setting without a hash is for the checks to refuse
         return None
     if again is _untried:
-        again = autograd.prepare(call, tensors)
+        again = autograd.prepare(loss, call, tensors)
         _known[key] = call, again
     if (not host or gpu.on_cpu) and gpu.problem(call.family):
         return None
     _by_kernel[loss] += 1
     try:
-        return autograd.repeat(again, tensors) if again else autograd.run(call, tensors)
+        return autograd.repeat(again, tensors) if again else autograd.run(loss, call, tensors)
     except gpu.Failed as failed:
         gpu.turn_off(failed, call.family)
-        return None
+    except plain.Unreadable:
+        pass
+    _by_kernel[loss] -= 1
+    return None
 
 
 def _remember(loss: str, call: Call, tensors: tuple[Any, ...], settings: tuple[Any, ...]) -> None:
@@ -171,14 +176,8 @@ def formula_reason(call: Call | LinearCall, tensors: tuple[Tensor | None, ...]) 
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) not in PLAIN:
-            return f"{type(tensor).__name__} is a tensor subclass"
-        if not (tensor.is_cpu or tensor.is_cuda):
-            return f"there are no kernels for {tensor.device.type} tensors"
-        if tensor.layout is not torch.strided:
-            return f"the layout is {tensor.layout}"
-        if tensor.is_neg():
-            return "a tensor has a lazy sign"
+        if why := plain.gap(tensor):
+            return why
     on_gpu = gpu.serves(tensors[0])
     why = _kernel_gap(call, tensors, on_gpu)
     if why or tensors[0] is None:  # a linear loss elsewhere: torch operations serve as well
@@ -231,6 +230,7 @@ def dispatch(
         if why is None and _operator_serves(call, tensors):
             return ops.run(call, tensors)
         return call.by_formula(*tensors)
+    plain.check(loss, **dict(zip(call.arguments, tensors, strict=True)))
     why = why or formula_reason(call, tensors)
     if why is None:
         count_kernel(loss)
@@ -241,7 +241,7 @@ def dispatch(
         if settings is not None:
             _remember(loss, call, tensors, settings)
         try:
-            return autograd.run(call, tensors)
+            return autograd.run(loss, call, tensors)
         except gpu.Failed as failed:
             gpu.turn_off(failed, call.family)
             why = str(gpu.problem(call.family))
@@ -251,7 +251,7 @@ def dispatch(
         input, target, _ = tensors
         classes = input.shape[min(input.dim() - 1, 1)]
         check_range(loss, target, classes, call.ignore_index)
-    return call.by_formula(*tensors)
+    return autograd.spanned(loss, lambda: call.by_formula(*tensors))
 
 
 def _made_dense(loss: str, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -266,7 +266,7 @@ def _made_dense(loss: str, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def check_range(loss: str, target: Tensor, classes: int, ignore_index: int) -> None:
     """IndexError for the first class index out of range, where it can be read without a sync."""
-    if not (target.is_cpu and autograd.is_plain(target)) or _is_tracing():
+    if not (target.is_cpu and plain.is_plain(target)) or _is_tracing():
         return
     index = target.to(torch.int64)
     outside = (index != ignore_index) & ((index < 0) | (index >= classes))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import errors
+from . import errors, plain
 
 FEWEST_PROBABILITIES = 16  # so many logits are hardly all in [0, 1] by chance
 
@@ -205,6 +205,7 @@ def check(loss: str, input: Tensor, target: Tensor, **settings: Any) -> None:
     """
     if not _readable(input, target):
         return
+    plain.check(loss, input=input, target=target)
     with torch.no_grad():
         seen = Seen(loss, input, target, **settings)
         for rule in RULES[loss]:

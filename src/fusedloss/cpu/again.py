@@ -9,12 +9,14 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..calls import Call
-from .load import library
+from ..plain import PLAIN, Like, Unreadable
+from .load import UNREADABLE, library
 
 KERNELS = ("pointwise", "cross_entropy", "nll_loss", "triplet")  # numbered in csrc/kernels.cpp
 FINE = -1  # what these return unless they find an input wrong
@@ -45,8 +47,12 @@ class Again:
     absent: tuple[None, ...]  # the tensors that the call lacks
     undefined: tuple[None, ...]  # the gradients of those that need none
     scalar: Tensor  # what the result is like
+    like: tuple[Like, ...]  # what the tensors are like
+    dtypes: tuple[torch.dtype, ...]  # of the tensors
     launch: Launch
     launch_backward: Launch | None
+    loss: str = ""
+    apply: Any = None  # of the autograd function that bears its name
 
     def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The loss, and the gradients that forward computes; the family says what is wrong."""
@@ -55,25 +61,41 @@ class Again:
         result = _empty_like(self.scalar)
         kernel = self.launch
         pointers = map(_data_ptr, (*tensors, result, *grads))
-        if kernel.run(kernel.plan, kernel.pack(*pointers)) != FINE:
+        found = kernel.run(kernel.plan, kernel.pack(*pointers))
+        if found != FINE:
+            if found == UNREADABLE:
+                raise Unreadable
             needed = [k < self.stored for k in range(self.inputs)]
-            result, found = self.family.forward(self.call, self.whole(tensors), needed)
-            return result, _present(found)
+            result, slots = self.family.forward(self.call, self.whole(tensors), needed)
+            return result, _present(slots)
         return result, grads
 
-    def backward(self, tensors: Sequence[Tensor], incoming: Tensor) -> tuple[Tensor, ...]:
-        """The gradients, where forward computes none."""
+    def fits(self, tensors: Sequence[Tensor], incoming: Tensor) -> bool:
+        """Whether the tensors are what the plan says: `.data` and hooks of saved tensors may change them."""
+        for tensor, dtype, like in zip(tensors, self.dtypes, self.like, strict=True):
+            if not (
+                type(tensor) in PLAIN
+                and tensor.dtype is dtype
+                and tensor.shape == like.shape
+                and tensor.is_contiguous()
+                and tensor.is_cpu
+                and not tensor.is_neg()
+            ):
+                return False
+        return incoming.dtype is self.scalar.dtype and not incoming.dim()
+
+    def backward(self, tensors: Sequence[Tensor], incoming: Tensor) -> tuple[Tensor, ...] | None:
+        """The gradients, where forward computes none; None where the kernel cannot run so."""
         grads = tuple(map(_empty_like, tensors[: self.learned]))
         kernel = self.launch_backward
         assert kernel is not None
         pointers = map(_data_ptr, (*tensors, incoming, *grads))
         if kernel.run(kernel.plan, kernel.pack(*pointers)) != FINE:
-            needed = [k < self.learned for k in range(self.inputs)]
-            return _present(self.family.backward(self.call, self.whole(tensors), needed, incoming))
+            return None
         return grads
 
-    def whole(self, tensors: Sequence[Tensor]) -> tuple[Slot, ...]:
-        """All tensors of the call."""
+    def whole(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
+        """With None for the tensors that the call lacks."""
         return (*tensors, *self.absent)
 
 
@@ -132,6 +154,8 @@ def prepare(
         absent=(None,) * absent,
         undefined=(None,) * undefined,
         scalar=result,
+        like=tuple(Like(t.shape, t.device) for t in inputs),
+        dtypes=tuple(t.dtype for t in inputs),
         launch=forward,
         launch_backward=backward,
     )

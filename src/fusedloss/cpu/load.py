@@ -27,7 +27,7 @@ DTYPES = {
     torch.uint32: 10,
     torch.uint64: 11,
 }
-NO_MEMORY = -2  # no_memory of csrc/kernels.cpp
+NO_MEMORY, UNREADABLE = -2, -3  # no_memory and unreadable of csrc/kernels.cpp
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # After one 512-bit addition an Intel core runs slower for microseconds, which is what a small loss takes: up to
 # so many elements, kernels of half that width run, which give the same bits.
@@ -118,6 +118,14 @@ def run(kernel: str, loss: str, arguments: bytes, elements: int = MANY) -> int:
     found: int = getattr(library(elements), kernel)(arguments)
     if found == NO_MEMORY:
         errors.fail(RuntimeError, loss, "can't allocate memory for the kernel")
+    return found
+
+
+def address(loss: str, name: str, tensor: torch.Tensor) -> int:
+    """Where the tensor's elements are. Null stands for an absent one, and never for this."""
+    found = tensor.data_ptr()
+    if not found and tensor.numel():
+        errors.fail(RuntimeError, loss, f"{name} {list(tensor.shape)} has no memory to read")
     return found
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from ..calls import PointwiseCall
 from ..formula import OutsideDomain
 from ..layout import coalesced
-from .load import DTYPES, Pointers, Run, formula_numbers, run
+from .load import DTYPES, Pointers, Run, address, formula_numbers, run
 
 SLOTS = 8  # the arrays that have strides: three inputs, two multipliers, losses, two gradients
+NAMES = ("input", "target", "pos_weight", "weight", "incoming", "losses", "gradient", "gradient")
 DENSE = (1,) * SLOTS
 ABSENT = (0, 0)
 FIELDS = "=21q4d{}q"
@@ -103,8 +104,9 @@ def _launch(
     slots = (*tensors[:2], third, tensors[-1], incoming, losses, *grads)
     numel = shape.numel()
     arrays: list[int] = []
-    for t in slots:
-        arrays += ABSENT if t is None else (t.data_ptr(), DTYPES[t.dtype])
+    for name, t in zip(NAMES, slots, strict=True):
+        place = ABSENT if t is None else (address(call.formula.name, name, t), DTYPES[t.dtype])
+        arrays += place
     arrays[12:12] = ABSENT if total is None else (total.data_ptr(), DTYPES[total.dtype])
     denominator = 1.0
     if call.reduction == "mean":

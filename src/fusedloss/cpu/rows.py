@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import errors, reduce
 from ..calls import RowsCall
-from .load import DTYPES, Pointers, Run, run
+from .load import DTYPES, Pointers, Run, address, run
 
 Slot = Tensor | None
 ABSENT = (0, 0, 0, 0, 0)
@@ -68,23 +68,23 @@ def _flat(tensor: Tensor, first: int) -> Tensor:
     return tensor.flatten(first) if tensor.dim() > first + 1 else tensor
 
 
-def _classes(tensor: Slot) -> tuple[int, ...]:
+def _classes(loss: str, name: str, tensor: Slot) -> tuple[int, ...]:
     """Pointer, dtype and (n, c, d) strides of a tensor with a class dimension."""
     if tensor is None:
         return ABSENT
     tensor = _flat(tensor, 2)
     s = tensor.stride()
     strides = (0, s[1], s[0]) if len(s) == 2 else s if len(s) == 3 else (0, *s, 0)
-    return tensor.data_ptr(), DTYPES[tensor.dtype], *strides
+    return address(loss, name, tensor), DTYPES[tensor.dtype], *strides
 
 
-def _values(tensor: Slot) -> tuple[int, ...]:
+def _values(loss: str, name: str, tensor: Slot) -> tuple[int, ...]:
     """The same of a tensor with one value a row, or one for all of them."""
     if tensor is None:
         return ABSENT
     s = tensor.stride()
     strides = (0, 0, *s) if len(s) == 1 else (s[0], 0, s[1]) if s else (0, 0, 0)
-    return tensor.data_ptr(), DTYPES[tensor.dtype], *strides
+    return address(loss, name, tensor), DTYPES[tensor.dtype], *strides
 
 
 def _launch(
@@ -114,14 +114,14 @@ def _launch(
         call.reduction == "mean",
         call.ignore_index,
         call.smoothing,
-        *_classes(x),
-        *(_classes(flat_target) if call.probabilities else _values(flat_target)),
-        *_values(weight),
-        *_values(flat_incoming),
-        *_values(None if losses is None else _flat(losses, 1)),
-        *_values(total),
-        *_classes(grads[0]),
-        *_classes(grads[1]),
+        *_classes(call.loss, "input", x),
+        *(_classes if call.probabilities else _values)(call.loss, "target", flat_target),
+        *_values(call.loss, "weight", weight),
+        *_values(call.loss, "incoming", flat_incoming),
+        *_values(call.loss, "losses", None if losses is None else _flat(losses, 1)),
+        *_values(call.loss, "loss", total),
+        *_classes(call.loss, "gradient", grads[0]),
+        *_classes(call.loss, "gradient", grads[1]),
     )
     outside = run(f"fusedloss_{call.loss}", call.loss, arguments, input.numel())
     if outside >= 0:

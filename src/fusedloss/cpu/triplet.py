@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..calls import TripletCall
-from .load import DTYPES, Pointers, Run, run
+from .load import DTYPES, Pointers, Run, address, run
 
 FIELDS = "=3q5d36q"
 # Where these hold the pointers of the inputs, of the reduced loss, of the gradients and of what arrives.
 POINTERS = Pointers((8, 12, 16), 28, (32, 36, 40), 20)
+NAMES = ("anchor", "positive", "negative")
 
 Slot = Tensor | None
 
@@ -59,12 +60,12 @@ def _gradients(inputs: Sequence[Tensor], needed: Sequence[bool], shape: torch.Si
     return grads or [None, None, None]
 
 
-def _matrix(tensor: Slot, features: int) -> tuple[int, ...]:
+def _matrix(name: str, tensor: Slot, features: int) -> tuple[int, ...]:
     """Pointer, dtype and strides of the tensor as rows of features."""
     if tensor is None:
         return 0, 0, 0, 0
     rows = tensor if tensor.dim() == 2 else tensor.reshape(-1, features)
-    return rows.data_ptr(), DTYPES[rows.dtype], *rows.stride()
+    return address(TripletCall.loss, name, rows), DTYPES[rows.dtype], *rows.stride()
 
 
 def _launch(
@@ -92,14 +93,14 @@ def _launch(
         call.eps,
         denominator,
         1.0 / denominator if denominator else float("nan"),
-        *(n for t in flat for n in _matrix(t, features)),
-        *_matrix(arrived, 1),
-        *_matrix(None if losses is None else losses.reshape(rows, 1), 1),
-        *_matrix(None if total is None else total.reshape(1, 1), 1),
+        *(n for name, t in zip(NAMES, flat, strict=True) for n in _matrix(name, t, features)),
+        *_matrix("incoming", arrived, 1),
+        *_matrix("losses", None if losses is None else losses.reshape(rows, 1), 1),
+        *_matrix("loss", None if total is None else total.reshape(1, 1), 1),
         *(
             n
             for g in grads
-            for n in _matrix(None if g is None else g.reshape(rows, features), features)
+            for n in _matrix("gradient", None if g is None else g.reshape(rows, features), features)
         ),
     )
     run("fusedloss_triplet", call.loss, arguments, shape.numel())

@@ -17,12 +17,14 @@ from torch import Tensor
 from triton import knobs
 
 from ..calls import Call, RowsCall
+from ..plain import PLAIN, Like, Unreadable
 from . import Failed, flags, launch, rows
 from .layout import Slot
 
 _empty_like = torch.empty_like
 _data_ptr = Tensor.data_ptr
 ALIGNED = 15  # Triton compiles for pointers that are multiples of 16, or not
+LOWEST = 1 << 22  # below lies no memory: null, or an offset from it
 
 
 @dataclass(slots=True)
@@ -74,6 +76,23 @@ class Again:
     scratch: list[Tensor]  # like the memory that these need
     launches_backward: list[Launch]
     scratch_backward: list[Tensor]
+    like: tuple[Like, ...]  # what the tensors are like
+    dtypes: tuple[torch.dtype, ...]  # of the tensors
+    loss: str = ""
+    apply: Any = None  # of the autograd function that bears its name
+
+    def fits(self, tensors: Sequence[Tensor], incoming: Tensor) -> bool:
+        """Whether the tensors are what the plan says: `.data` and hooks of saved tensors may change them."""
+        for tensor, dtype, like in zip(tensors, self.dtypes, self.like, strict=True):
+            if not (
+                type(tensor) in PLAIN
+                and tensor.dtype is dtype
+                and like.fits(tensor)
+                and tensor.is_contiguous()
+                and not tensor.is_neg()
+            ):
+                return False
+        return incoming.dtype is self.scalar.dtype and not incoming.dim()
 
     def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Slot]]:
         """The loss, and what `family.forward` gives beside it."""
@@ -113,11 +132,13 @@ class Again:
 
     def launch(self, launches: list[Launch], sources: tuple[Tensor, ...]) -> bool:
         """Whether all could be launched as they are."""
+        pointers = list(map(_data_ptr, sources))
+        if min(pointers[: self.inputs + 1]) < LOWEST:  # and of what arrives, in backward
+            raise Unreadable
         if launches[0].compiled is None:
             for each in launches:
                 each.interpret(sources)
             return True
-        pointers = list(map(_data_ptr, sources))
         index = self.device.index
         bits = functools.reduce(operator.or_, pointers)
         if bits & ALIGNED or torch._C._cuda_getDevice() != index or hooked():
@@ -134,8 +155,8 @@ class Again:
         """With None for those that nothing needs."""
         return (*grads, *(None,) * (self.call.gradients - len(grads)))
 
-    def whole(self, tensors: Sequence[Tensor]) -> tuple[Slot, ...]:
-        """All tensors of the call."""
+    def whole(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
+        """With None for the tensors that the call lacks."""
         return (*tensors, *self.absent)
 
 
@@ -200,6 +221,8 @@ def prepare(
         scratch=tape.scratch,
         launches_backward=backward,
         scratch_backward=tape_backward.scratch,
+        like=tuple(Like(t.shape, t.device) for t in inputs),
+        dtypes=tuple(t.dtype for t in inputs),
     )
 
 

@@ -12,6 +12,7 @@ from .. import formula as m
 from ..calls import PointwiseCall
 from ..define import Loss, Pointwise, normal, plain, register, uniform
 from ..formula import OutsideDomain
+from ..plain import check as check_memory
 from ..reduce import resolve, result_dtype
 
 
@@ -173,7 +174,7 @@ def binary_cross_entropy(
         errors.not_floating(name, NotImplementedError, name, input=input, target=target)
     if weight is not None:
         errors.expands(name, input.shape, weight=weight)
-        weight = _floating(name, weight, input)
+        weight = _floating(name, input, weight=weight)
     call = PointwiseCall(BCE_EXACT if exact_grad else BCE, (), reduction, None, dtype)
     try:
         return route.dispatch(name, call, (input, target, weight), settings=settings)
@@ -261,22 +262,26 @@ def binary_cross_entropy_with_logits(
         strict.check(name, input, target)
     if weight is not None:
         errors.expands(name, input.shape, weight=weight)
-        weight = _floating(name, weight, input)
+        weight = _floating(name, input, weight=weight)
     dtype = result_dtype(target.dtype, target)
     if pos_weight is None:
         call = PointwiseCall(BCE_WITH_LOGITS, (), reduction, None, dtype)
         return route.dispatch(name, call, (input, target, weight), settings=settings)
     errors.expands(name, input.shape, pos_weight=pos_weight)
     call = PointwiseCall(BCE_WITH_LOGITS_POS, (), reduction, None, dtype)
-    pos_weight = _floating(name, pos_weight, input)
+    pos_weight = _floating(name, input, pos_weight=pos_weight)
     return route.dispatch(name, call, (input, target, pos_weight, weight))
 
 
-def _floating(name: str, weight: Tensor, input: Tensor) -> Tensor:
+def _floating(name: str, input: Tensor, **given: Tensor) -> Tensor:
     """Integer weights are as good as others."""
+    (weight,) = given.values()
     if weight.is_complex():
-        errors.not_floating(name, RuntimeError, name, weight=weight)
-    return weight if weight.is_floating_point() else weight.to(input.dtype)
+        errors.not_floating(name, RuntimeError, name, **given)
+    if weight.is_floating_point():
+        return weight
+    check_memory(name, **given)
+    return weight.to(input.dtype)
 
 
 def _weight(tensors, generator):

@@ -21,7 +21,7 @@ def kl_grad(x, t):
     return -t, m.where((t == 0.0) & (x == x), 0.0, m.log_or_zero(t) - x + 1.0)
 
 
-KL = Pointwise(kl, kl_grad)
+KL = Pointwise(kl, kl_grad, linear=True)
 
 
 def kl_log(x, t):
@@ -35,7 +35,7 @@ def kl_log_grad(x, t):
     return -p, m.where((t == -m.inf) & (x == x), 0.0, m.exp(finite) * (finite - x + 1.0))
 
 
-KL_LOG = Pointwise(kl_log, kl_log_grad)
+KL_LOG = Pointwise(kl_log, kl_log_grad, linear=True)
 
 
 def kl_div(

@@ -9,6 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import errors, route, strict, strictness
 from ..calls import PointwiseCall
 from ..define import Loss, Pointwise, normal, plain, register, uniform
+from ..plain import check as check_memory
 from ..reduce import resolve, result_dtype, wide
 
 
@@ -86,6 +87,8 @@ def mse_loss(
     if not dtype.is_floating_point:
         errors.not_floating(name, NotImplementedError, "mse_cpu", input=input, target=target)
     denominator = None
+    if weight is not None or input.dtype != target.dtype:
+        check_memory(name, input=input, target=target, weight=weight)
     if weight is not None:
         if weight.shape != input.shape:
             errors.fail(
