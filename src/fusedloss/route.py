@@ -38,6 +38,7 @@ _inference = torch.is_inference_mode_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
 _autocast = torch.is_autocast_enabled
 _strided = torch.strided
+_storage = torch._C._data_address
 _level = strictness.level
 
 
@@ -133,6 +134,9 @@ def repeat(
     try:
         call, again = _known[key]
     except (KeyError, TypeError):  # a setting without a hash is for the checks to refuse
+        return None
+    # What is packed is looked at here, and later by the kernel.
+    if (again is _untried or again is None) and not all(t is None or _storage(t) for t in tensors):
         return None
     if again is _untried:
         again = autograd.prepare(loss, call, tensors)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import errors, route
@@ -16,6 +17,14 @@ from ..define import Loss, Pointwise, normal, plain, register
 from ..reduce import promoted, resolve, result_dtype
 
 Distance = Callable[[Tensor, Tensor], Tensor]
+
+# As they are at import: what has been put in their place is called.
+PAIRWISE = torch.pairwise_distance
+OWN = {
+    name: getattr(torch.nn.PairwiseDistance, name)
+    for name in ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
+}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def triplet_hinge(near, far, *, margin):
@@ -152,10 +161,11 @@ def triplet_margin_with_distance_loss(
     name = "triplet_margin_with_distance_loss"
     reduction = resolve(name, reduction)
     _check(name, anchor, positive, negative, margin)
+    if distance_function is None:
+        distance_function = torch.pairwise_distance
     norm = _norm(distance_function)
     if norm is not None:
         return _triplet(name, anchor, positive, negative, margin, *norm, swap, reduction)
-    assert distance_function is not None
     near, far = distance_function(anchor, positive), distance_function(anchor, negative)
     if swap:
         far = torch.minimum(far, distance_function(positive, negative))
@@ -167,16 +177,29 @@ def triplet_margin_with_distance_loss(
     return route.dispatch(name, call, (near, far, None))
 
 
-def _norm(distance: Distance | None) -> tuple[float, float] | None:
+def _norm(distance: Distance) -> tuple[float, float] | None:
     """Degree and eps of a distance that the kernel knows, or None."""
-    if distance is None or distance in (
-        torch.pairwise_distance,
-        torch.nn.functional.pairwise_distance,
-    ):
+    if distance is PAIRWISE:
         return 2.0, 1e-6
-    if type(distance) is torch.nn.PairwiseDistance and not distance.keepdim and distance.norm > 0:
-        return distance.norm, distance.eps
+    if type(distance) is not torch.nn.PairwiseDistance or not _does_only_its_forward(distance):
+        return None
+    degree, eps, keepdim = distance.norm, distance.eps, distance.keepdim
+    if type(degree) in (int, float) and type(eps) in (int, float) and not keepdim and degree > 0:
+        return degree, eps
     return None
+
+
+def _does_only_its_forward(module: torch.nn.Module) -> bool:
+    """Whether to call this PairwiseDistance is to take torch's distance, with nothing before, after or instead."""
+    return (
+        not any(getattr(module, hooks) for hooks in HOOKS)
+        and not _has_any_global_hook()
+        and module._compiled_call_impl is None
+        and "_call_impl" not in module.__dict__
+        and getattr(module.forward, "__func__", None) is OWN["forward"]
+        and all(getattr(torch.nn.PairwiseDistance, name) is own for name, own in OWN.items())
+        and torch.nn.functional.pairwise_distance is PAIRWISE
+    )
 
 
 def _check(name: str, anchor: Tensor, positive: Tensor, negative: Tensor, margin: float) -> None:
