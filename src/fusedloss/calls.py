@@ -143,7 +143,7 @@ class RowsCall:
         losses = torch.where(counted, losses.masked_fill(outside, float("nan")), 0)
         denominator = None
         if self.reduction == "mean":
-            denominator = torch.where(counted, own_weight, 0).sum()
+            denominator = reduce.sum_of(torch.where(counted, own_weight, 0))
         return reduce.total(losses, self.reduction, denominator)
 
     def spread(self, incoming: Tensor) -> Tensor:

@@ -41,12 +41,18 @@ def resolve(
 
 
 def total(losses: Tensor, reduction: str, denominator: Tensor | float | None = None) -> Tensor:
-    """Reduces unreduced losses; 'mean' divides by `denominator`, or by their number."""
+    """Reduces unreduced losses; 'mean' divides by `denominator` (see `sum_of`), or by their number."""
     if reduction == "none":
         return losses
     if reduction == "sum":
         return losses.sum()
     return losses.mean() if denominator is None else losses.sum() / denominator
+
+
+def sum_of(weights: Tensor) -> Tensor:
+    """What 'mean' divides by: a count of rows, or a sum of weights of any type, in float64."""
+    exact = torch.float32 if weights.device.type == "mps" else torch.float64  # it has no other
+    return weights.sum(dtype=exact)
 
 
 def wide(*tensors: Tensor) -> torch.dtype:

@@ -10,7 +10,7 @@ from .. import errors, route, strict, strictness
 from ..calls import PointwiseCall
 from ..define import Loss, Pointwise, normal, plain, register, uniform
 from ..plain import check as check_memory
-from ..reduce import resolve, result_dtype, wide
+from ..reduce import resolve, result_dtype, sum_of
 
 
 def mse(x, t):
@@ -103,7 +103,7 @@ def mse_loss(
         if weight.dtype is torch.float64:  # the kernel computes in the widest type of its operands
             input = input.double()
         if reduction == "mean":
-            denominator = weight.sum(dtype=wide(weight))
+            denominator = sum_of(weight)
     if input.dtype != target.dtype:  # an integer tensor beside a floating one takes its type
         input, target = (t if t.is_floating_point() else t.to(dtype) for t in (input, target))
     call = PointwiseCall(MSE, (), reduction, denominator, result_dtype(dtype, input))
