@@ -166,7 +166,7 @@ def binary_cross_entropy(
     if target.device != input.device or weight is not None:
         errors.same_device(name, input=input, target=target, weight=weight)
     dtype = result_dtype(input.dtype, input)
-    if target.dtype != input.dtype and dtype is input.dtype:
+    if target.dtype != input.dtype and result_dtype(target.dtype, target) is not dtype:
         errors.fail(
             RuntimeError, name, f"Found dtype {target.dtype} but expected {input.dtype} for target"
         )

@@ -219,7 +219,10 @@ def _check_input(name: str, words: str, input: Tensor) -> None:
 def check_indices(
     name: str, input: Tensor, target: Tensor, weight: Tensor | None, dtype: torch.dtype
 ) -> None:
-    """Shapes and types of a call with class indices; the range is the kernel's to check."""
+    """Shapes and types of a call with class indices; the range is the kernel's to check.
+
+    `dtype` is that of the result, which the weight must have: under autocast every half type counts as it.
+    """
     shape, wanted = input.shape, target.shape
     if not shape:
         errors.fail(
@@ -250,7 +253,7 @@ def check_indices(
     if weight is None:
         return
     check_weight(name, input, weight)
-    if weight.dtype not in (dtype, input.dtype):
+    if input.is_floating_point() and result_dtype(weight.dtype, weight) is not dtype:
         errors.fail(
             RuntimeError,
             name,

@@ -39,7 +39,7 @@ def mse_loss(
     (https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.mse_loss.html).
 
     Args:
-        input: predictions, of any shape; floating point, unless `target` is.
+        input: predictions, of any shape; floating point, unless `target` or `weight` is.
         target: of the same shape. Other shapes broadcast, with a warning.
         size_average: deprecated, overrides `reduction`.
         reduce: deprecated, overrides `reduction`.
@@ -84,8 +84,6 @@ def mse_loss(
     dtype = input.dtype
     if target.dtype != dtype:
         dtype = torch.promote_types(dtype, target.dtype)  # of 0-dim tensors too
-    if not dtype.is_floating_point:
-        errors.not_floating(name, NotImplementedError, "mse_cpu", input=input, target=target)
     denominator = None
     if weight is not None or input.dtype != target.dtype:
         check_memory(name, input=input, target=target, weight=weight)
@@ -104,8 +102,13 @@ def mse_loss(
             input = input.double()
         if reduction == "mean":
             denominator = sum_of(weight)
-    if input.dtype != target.dtype:  # an integer tensor beside a floating one takes its type
-        input, target = (t if t.is_floating_point() else t.to(dtype) for t in (input, target))
+    if not dtype.is_floating_point:
+        errors.not_floating(name, NotImplementedError, "mse_cpu", input=input, target=target)
+    floating = input.is_floating_point(), target.is_floating_point()
+    if not all(floating):
+        # An integer tensor beside a floating one takes its type; the difference of two is exact.
+        kind = dtype if any(floating) else torch.float64
+        input, target = (t if t.is_floating_point() else t.to(kind) for t in (input, target))
     call = PointwiseCall(MSE, (), reduction, denominator, result_dtype(dtype, input))
     return route.dispatch(name, call, (input, target, weight), settings=settings)
 
