@@ -288,10 +288,23 @@ def test_settings_that_are_equal_but_of_other_types() -> None:
         with pytest.raises(TypeError, match="ignore_index"):
             function(x, target, ignore_index=-100.0)
     a = torch.zeros(2, 3)
-    for margin in (tensor(1.0), np.ones(())):
-        assert functional.triplet_margin_loss(a, a, a, margin=margin) == 1
-        margin += 1
-        assert functional.triplet_margin_loss(a, a, a, margin=margin) == 2
+    margin = tensor(1.0)
+    assert functional.triplet_margin_loss(a, a, a, margin=margin) == 1
+    margin += 1
+    assert functional.triplet_margin_loss(a, a, a, margin=margin) == 2
+    for swap in (False, True):
+        functional.triplet_margin_loss(a, a, a, swap=swap)
+        functional.kl_div(a, a, reduction="sum", log_target=swap)
+        for alike in (int(swap), float(swap), np.int64(swap), np.bool_(swap)):
+            with pytest.raises(TypeError, match="'swap' must be bool"):
+                functional.triplet_margin_loss(a, a, a, swap=alike)
+            with pytest.raises(TypeError, match="'log_target' must be bool"):
+                functional.kl_div(a, a, reduction="sum", log_target=alike)
+    for function in (functional.cross_entropy, functional.nll_loss):
+        expected = function(x, target, ignore_index=1)
+        assert function(x, target, ignore_index=np.int64(1)) == expected
+        with pytest.raises(TypeError, match="'ignore_index' must be int, not bool"):
+            function(x, target, ignore_index=True)
     with pytest.raises(ValueError, match="reduction"):
         functional.cross_entropy(x, target, reduction=[])
 

@@ -6,9 +6,11 @@ look for them.
 
 from __future__ import annotations
 
+import operator
+import sys
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -46,13 +48,68 @@ def tensors(function: str, kind: type[Exception], **arguments: object) -> None:
             not_tensors(function, kind, **arguments)
 
 
-def integer(function: str, **numbers: object) -> None:
-    """Each must be an integer of 64 bits."""
-    for name, value in numbers.items():
-        if not isinstance(value, (int, torch.SymInt)):
-            fail(TypeError, function, f"argument '{name}' must be int, not {type(value).__name__}")
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            fail(ValueError, function, f"{name} = {value} does not fit into 64 bits")
+def integer(function: str, argument: str, value: Any) -> int:
+    """An integer of 64 bits: all that Python takes for an index, numpy's and tensors too, but no bool."""
+    if isinstance(value, torch.SymInt):
+        return cast(int, value)
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype is torch.bool):
+        _not_of(int, function, argument, value)
+    try:
+        number = operator.index(value)
+    except TypeError:
+        _not_of(int, function, argument, value)
+    if not -(2**63) <= number < 2**63:
+        fail(ValueError, function, f"{argument} = {number} does not fit into 64 bits")
+    return number
+
+
+def number(function: str, argument: str, value: Any) -> float:
+    """A real number: Python's, numpy's, or a 0-dim tensor that no gradient flows to."""
+    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) or _is_of_numpy(value):
+        return float(value)
+    if not isinstance(value, Tensor) or value.is_complex():
+        _not_of(float, function, argument, value)
+    if value.requires_grad:
+        words = f"that requires a gradient, which {function} does not have by it"
+    elif value.dim():
+        words = f"of shape {list(value.shape)}"
+    else:
+        return float(value.item())
+    fail(
+        TypeError,
+        function,
+        f"argument '{argument}' must be float, not Tensor {words}: pass {argument}.item()",
+    )
+
+
+def boolean(function: str, argument: str, value: Any) -> bool:
+    """A bool and nothing else: a string such as "False" would count as true."""
+    if not isinstance(value, (bool, torch.SymBool)):
+        _not_of(bool, function, argument, value)
+    return cast(bool, value)
+
+
+def function(name: str, argument: str, value: object) -> None:
+    """It must be callable."""
+    if not callable(value):
+        words = f"'{type(value).__name__}' object is not callable"
+        fail(TypeError, name, f"argument '{argument}' must be a function or module: {words}")
+
+
+def _not_of(kind: type, function: str, argument: str, value: object) -> NoReturn:
+    got = type(value)
+    name = (
+        got.__name__
+        if got.__module__ in ("builtins", "torch")
+        else f"{got.__module__}.{got.__name__}"
+    )
+    fail(TypeError, function, f"argument '{argument}' must be {kind.__name__}, not {name}")
+
+
+def _is_of_numpy(value: object) -> bool:
+    """Whether it is a real number of numpy's, which need not be installed."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, (numpy.integer, numpy.floating, numpy.bool_))
 
 
 def not_floating(function: str, kind: type[Exception], words: str, **tensors: Tensor) -> NoReturn:

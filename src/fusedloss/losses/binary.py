@@ -145,7 +145,8 @@ def binary_cross_entropy(
             **({"exact_grad": True} if exact_grad else {}),  # PyTorch's own has none
         )
     name = "binary_cross_entropy"
-    settings = (reduction, exact_grad) if weight is size_average is reduce is None else None
+    plain = weight is size_average is reduce is None and (exact_grad is False or exact_grad is True)
+    settings = (reduction, exact_grad) if plain else None
     try:
         if settings and (known := route.repeat(name, (input, target, None), settings)) is not None:
             return known
@@ -155,6 +156,7 @@ def binary_cross_entropy(
         errors.not_tensors(name, AttributeError, input=input, target=target)
     if not (weight is None or isinstance(weight, Tensor)):
         errors.not_tensors(name, AttributeError, weight=weight)
+    errors.boolean(name, "exact_grad", exact_grad)
     reduction = resolve(name, reduction, size_average, reduce)
     if target.shape != input.shape:
         errors.fail(

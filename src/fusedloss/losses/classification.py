@@ -69,7 +69,8 @@ def cross_entropy(
             a target neither integer nor floating; `label_smoothing` out of range; `ignore_index` with
             probabilities; devices that differ.
         NotImplementedError: integer or complex input.
-        TypeError: an argument that is no tensor.
+        TypeError: an argument that is no tensor; an `ignore_index` that is no integer, a `label_smoothing`
+            that is no number.
     """
     if has_torch_function_variadic(input, target, weight):
         return handle_torch_function(
@@ -97,10 +98,12 @@ def cross_entropy(
     if not (weight is None or isinstance(weight, Tensor)):
         errors.not_tensors(name, TypeError, input=input, target=target, weight=weight)
     if not (type(ignore_index) is int and abs(ignore_index) < 2**63):
-        errors.integer(name, ignore_index=ignore_index)
+        ignore_index = errors.integer(name, "ignore_index", ignore_index)
     reduction = resolve(name, reduction, size_average, reduce)
     if target.device != input.device or weight is not None:
         errors.same_device(name, input=input, target=target, weight=weight)
+    if type(label_smoothing) is not float:
+        label_smoothing = errors.number(name, "label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         errors.fail(
             RuntimeError,
@@ -134,7 +137,7 @@ def cross_entropy(
     else:
         _check_input(name, "log_softmax_lastdim_kernel_impl", input)
         check_indices(name, input, target, weight, dtype)
-    call = RowsCall(name, probabilities, reduction, ignore_index, float(label_smoothing), dtype)
+    call = RowsCall(name, probabilities, reduction, ignore_index, label_smoothing, dtype)
     return _run(name, call, input, target, weight, settings)
 
 
@@ -173,7 +176,7 @@ def nll_loss(
         RuntimeError: other shapes that do not fit; a weight not of shape (C) or of another type; a
             target that is not integer; devices that differ.
         NotImplementedError: integer or complex input.
-        TypeError: an argument that is no tensor.
+        TypeError: an argument that is no tensor; an `ignore_index` that is no integer.
     """
     if has_torch_function_variadic(input, target, weight):
         return handle_torch_function(
@@ -200,7 +203,7 @@ def nll_loss(
     if not (weight is None or isinstance(weight, Tensor)):
         errors.not_tensors(name, TypeError, input=input, target=target, weight=weight)
     if not (type(ignore_index) is int and abs(ignore_index) < 2**63):
-        errors.integer(name, ignore_index=ignore_index)
+        ignore_index = errors.integer(name, "ignore_index", ignore_index)
     reduction = resolve(name, reduction, size_average, reduce)
     if target.device != input.device or weight is not None:
         errors.same_device(name, input=input, target=target, weight=weight)

@@ -69,7 +69,7 @@ def kl_div(
     Raises:
         ValueError: unknown `reduction`.
         RuntimeError: shapes that do not broadcast; devices that differ; integer or complex tensors.
-        TypeError: an argument that is no tensor.
+        TypeError: an argument that is no tensor; a `log_target` that is no bool.
     """
     if has_torch_function_variadic(input, target):
         return handle_torch_function(
@@ -83,11 +83,13 @@ def kl_div(
             log_target=log_target,
         )
     name = "kl_div"
-    settings = (reduction, log_target) if size_average is reduce is None else None
+    plain = size_average is reduce is None and (log_target is False or log_target is True)
+    settings = (reduction, log_target) if plain else None
     if settings and (known := route.repeat(name, (input, target, None), settings)) is not None:
         return known
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         errors.not_tensors(name, TypeError, input=input, target=target)
+    errors.boolean(name, "log_target", log_target)
     if reduction == "mean" and size_average is None and reduce is None:
         errors.warn(
             "kl_div: reduction: 'mean' divides the total loss by both the batch size and the support "

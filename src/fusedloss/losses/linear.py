@@ -112,6 +112,8 @@ def linear_cross_entropy(
         )
     reduction = _reduction(name, reduction, denominator)
     head = Head(name, input, linear_weight, linear_bias, softcap, logit_scale, memory_budget)
+    ignore_index = _index(name, ignore_index)
+    label_smoothing = errors.number(name, "label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         errors.fail(
             RuntimeError,
@@ -128,7 +130,7 @@ def linear_cross_entropy(
         probabilities=probabilities,
         reduction=reduction,
         ignore_index=-100 if ignore_index is None else ignore_index,
-        smoothing=float(label_smoothing),
+        smoothing=label_smoothing,
         z_loss=_finite(name, "z_loss", z_loss),
         chunk_rows=head.chunk_rows(options),
     )
@@ -201,6 +203,8 @@ def linear_log_prob(
     head = Head(name, input, linear_weight, linear_bias, softcap, 1 / temperature, memory_budget)
     head.softcap /= temperature
     head.dtype = torch.promote_types(head.dtype, torch.float32)
+    ignore_index = _index(name, ignore_index)
+    statistics = errors.boolean(name, "statistics", statistics)
     if head.check_target(target, None, ignore_index):
         errors.fail(
             RuntimeError, name, f"target holds probabilities of {target.dtype}, not indices"
@@ -320,6 +324,8 @@ def linear_kl_div(
     if divergence not in KINDS:
         expected = ", ".join(map(repr, KINDS))
         errors.fail(ValueError, name, f"divergence must be one of {expected}, got {divergence!r}")
+    beta, hard_weight = errors.number(name, "beta", beta), _finite(name, "hard_weight", hard_weight)
+    ignore_index = errors.integer(name, "ignore_index", ignore_index)
     if not 0 < beta < 1:
         errors.fail(ValueError, name, f"beta must be between 0 and 1, got {beta}")
     if hard_weight and target is None:
@@ -349,13 +355,13 @@ def linear_kl_div(
         smoothing=0.0,
         z_loss=0.0,
         divergence=divergence,
-        beta=float(beta),
+        beta=beta,
         temperature=_finite(name, "temperature", temperature, above=0.0),
         teacher_softcap=0.0
         if teacher_softcap is None
         else _finite(name, "teacher_softcap", teacher_softcap, above=0.0),
         soft_weight=_finite(name, "soft_weight", soft_weight),
-        hard_weight=_finite(name, "hard_weight", hard_weight),
+        hard_weight=hard_weight,
     )
     return result
 
@@ -410,7 +416,7 @@ class Head:
         self.softcap = 0.0 if softcap is None else _finite(name, "softcap", softcap, above=0.0)
         self.logit_scale = _finite(name, "logit_scale", logit_scale)
         if memory_budget is not None:
-            errors.integer(name, memory_budget=memory_budget)
+            memory_budget = errors.integer(name, "memory_budget", memory_budget)
             if memory_budget <= 0:
                 errors.fail(ValueError, name, f"memory_budget must be above 0, got {memory_budget}")
         self.memory_budget = memory_budget or 0
@@ -461,8 +467,6 @@ class Head:
         if weight is not None:
             errors.tensors(name, TypeError, weight=weight)
         errors.same_device(name, input=self.input, target=target, weight=weight)
-        if ignore_index is not None:
-            errors.integer(name, ignore_index=ignore_index)
         shape = (*self.batch, self.classes, *self.out)
         if target.shape != shape:
             self._check_index_target(target, weight)
@@ -629,11 +633,16 @@ class Head:
         return tuple(t.reshape((*self.batch, *self.out)) for t in results)
 
 
+def _index(name: str, ignore_index: int | None) -> int | None:
+    return None if ignore_index is None else errors.integer(name, "ignore_index", ignore_index)
+
+
 def _finite(name: str, argument: str, value: float, above: float = -math.inf) -> float:
+    value = errors.number(name, argument, value)
     if not (math.isfinite(value) and value > above):
         rule = "finite" if above == -math.inf else f"finite and greater than {above:g}"
         errors.fail(ValueError, name, f"{argument} must be {rule}, got {value}")
-    return float(value)
+    return value
 
 
 def _scalar(name: str, argument: str, value: Tensor | float | None) -> Tensor | None:
@@ -641,7 +650,7 @@ def _scalar(name: str, argument: str, value: Tensor | float | None) -> Tensor | 
     if value is None:
         return None
     if not isinstance(value, Tensor):
-        return torch.full((), float(value), dtype=torch.float64)
+        return torch.full((), errors.number(name, argument, value), dtype=torch.float64)
     if value.dim():
         errors.fail(
             ValueError,

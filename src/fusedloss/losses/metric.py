@@ -80,7 +80,8 @@ def triplet_margin_loss(
         ValueError: unknown `reduction`; `margin` or `p` not above 0.
         RuntimeError: numbers of dimensions that differ; shapes that do not broadcast; devices that
             differ; the inf norm of no coordinates.
-        TypeError: an argument that is no tensor.
+        TypeError: an argument that is no tensor; a `margin`, `p` or `eps` that is no number, a `swap` that is
+            no bool.
     """
     if has_torch_function_variadic(anchor, positive, negative):
         return handle_torch_function(
@@ -98,13 +99,17 @@ def triplet_margin_loss(
             reduction=reduction,
         )
     name = "triplet_margin_loss"
-    settings = (reduction, margin, p, eps, swap) if size_average is reduce is None else None
+    plain = size_average is reduce is None and (swap is False or swap is True)
+    settings = (reduction, margin, p, eps, swap) if plain else None
     if (
         settings
         and (known := route.repeat(name, (anchor, positive, negative), settings)) is not None
     ):
         return known
     reduction = resolve(name, reduction, size_average, reduce)
+    margin = errors.number(name, "margin", margin)
+    p, eps = errors.number(name, "p", p), errors.number(name, "eps", eps)
+    errors.boolean(name, "swap", swap)
     _check(name, anchor, positive, negative, margin)
     if not p > 0:
         errors.fail(ValueError, name, f"p must be greater than 0, got {p}")
@@ -117,7 +122,7 @@ def triplet_margin_with_distance_loss(
     negative: Tensor,
     *,
     distance_function: Distance | None = None,
-    margin: float = 1.0,
+    margin: Tensor | float = 1.0,
     swap: bool = False,
     reduction: str = "mean",
 ) -> Tensor:
@@ -132,7 +137,7 @@ def triplet_margin_with_distance_loss(
         negative: likewise.
         distance_function: a function of two tensors, or a module. The default is the pairwise
             Euclidean distance; it and any :class:`torch.nn.PairwiseDistance` run fused.
-        margin: above 0, in units of the distance.
+        margin: above 0, in units of the distance; a tensor is differentiated by.
         swap: whether to take the lesser of d(a, x-) and d(x+, x-).
         reduction: 'none', 'mean' (over the triplets) or 'sum'.
 
@@ -144,7 +149,7 @@ def triplet_margin_with_distance_loss(
         ValueError: unknown `reduction`; `margin` not above 0.
         RuntimeError: numbers of dimensions that differ; shapes that do not broadcast; devices that
             differ.
-        TypeError: an argument that is no tensor.
+        TypeError: an argument that is no tensor; a `margin` that is no number, a distance that is no function.
     """
     if has_torch_function_variadic(anchor, positive, negative):
         return handle_torch_function(
@@ -159,21 +164,30 @@ def triplet_margin_with_distance_loss(
             reduction=reduction,
         )
     name = "triplet_margin_with_distance_loss"
-    reduction = resolve(name, reduction)
+    reduction, swap = resolve(name, reduction), bool(swap)
+    if not isinstance(margin, Tensor) or margin.is_complex():
+        margin = errors.number(name, "margin", margin)
+    elif margin.numel() != 1:
+        words = f"margin must be one number, got shape {list(margin.shape)}: Boolean value of Tensor with more "
+        errors.fail(RuntimeError, name, words + "than one value is ambiguous")
+    distance = distance_function
+    if distance is None:
+        distance = torch.pairwise_distance
+    errors.function(name, "distance_function", distance)
     _check(name, anchor, positive, negative, margin)
-    if distance_function is None:
-        distance_function = torch.pairwise_distance
-    norm = _norm(distance_function)
-    if norm is not None:
+    norm = _norm(distance)
+    if not (isinstance(margin, Tensor) or norm is None):
         return _triplet(name, anchor, positive, negative, margin, *norm, swap, reduction)
-    near, far = distance_function(anchor, positive), distance_function(anchor, negative)
+    near, far = distance(anchor, positive), distance(anchor, negative)
     if swap:
-        far = torch.minimum(far, distance_function(positive, negative))
+        far = torch.minimum(far, distance(positive, negative))
+    if isinstance(margin, Tensor):  # which may learn: the hinge has numbers alone
+        near, margin = near + margin, 0.0
     errors.broadcast(name, positive_distance=near, negative_distance=far)
     dtype = promoted(near, far)
     if not dtype.is_floating_point:
         near, far = near.float(), far.float()
-    call = PointwiseCall(HINGE, (float(margin),), reduction, None, result_dtype(dtype, near))
+    call = PointwiseCall(HINGE, (margin,), reduction, None, result_dtype(dtype, near))
     return route.dispatch(name, call, (near, far, None))
 
 
@@ -202,7 +216,9 @@ def _does_only_its_forward(module: torch.nn.Module) -> bool:
     )
 
 
-def _check(name: str, anchor: Tensor, positive: Tensor, negative: Tensor, margin: float) -> None:
+def _check(
+    name: str, anchor: Tensor, positive: Tensor, negative: Tensor, margin: Tensor | float
+) -> None:
     for tensor in (anchor, positive, negative):
         if not isinstance(tensor, Tensor):
             errors.not_tensors(name, TypeError, anchor=anchor, positive=positive, negative=negative)
@@ -258,9 +274,8 @@ def _triplet(
     why = None if anchor.dim() else "the inputs are 0-dim"
     if anchor.dim() and not anchor.shape[-1] == positive.shape[-1] == negative.shape[-1]:
         why = "the features broadcast"  # each distance is taken over those of its own two tensors
-    call = TripletCall(
-        float(margin), float(p), float(eps), swap, reduction, result_dtype(dtype, anchor)
-    )
+    dtype = result_dtype(dtype, anchor)
+    call = TripletCall(margin, float(p), float(eps), swap, reduction, dtype)
     return route.dispatch(name, call, tensors, why, settings)
 
 

@@ -72,6 +72,8 @@ def mse_loss(
         return known
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         errors.not_tensors(name, AttributeError, input=input, target=target)
+    if not (weight is None or isinstance(weight, Tensor)):
+        errors.not_tensors(name, AttributeError, weight=weight)
     if strictness.strict():
         strict.check(name, input, target)
     if target.shape != input.shape:
