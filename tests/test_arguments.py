@@ -101,6 +101,19 @@ def test_takes_what_torch_takes(loss: str, argument: str, path: Callable[[], Any
             )
 
 
+@pytest.mark.parametrize("index", [np.int64(1), tensor(1)], ids=["numpy", "tensor"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "nll_loss"])
+def test_index_of_another_kind_in_a_graph(loss: str, index: Any) -> None:
+    torch._dynamo.reset()
+    x = LOG_P.clone().requires_grad_()
+    fast = torch.compile(getattr(ours, loss), backend="aot_eager", fullgraph=True)
+    value = fast(x, Y, ignore_index=index)
+    expected = getattr(theirs, loss)(LOG_P, Y, ignore_index=1)
+    assert_close(value, expected)
+    value.backward()
+    assert x.grad is not None and x.grad[1].eq(0).all() and x.grad.any()
+
+
 HEAD = {"input": X, "linear_weight": P, "target": Y}
 PAIR = {"input": X, "linear_weight": P, "teacher_input": X, "teacher_weight": P, "target": Y}
 OF_HEADS: list[tuple[str, dict[str, Any], type, tuple[str, ...]]] = [
