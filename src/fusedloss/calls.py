@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import formula, reduce
 from .define import Pointwise
+from .layout import empty_of_rows
 
 ARGUMENTS = {"x": "input", "t": "target", "w": "pos_weight"}  # by the operands of formulas
 
@@ -98,6 +99,10 @@ class RowsCall:
             return target.shape if input.dim() > 1 else input.shape[:0]
         return input.shape[: min(input.dim() - 1, 1)] + input.shape[2:]
 
+    def empty_gradient(self, tensor: Tensor) -> Tensor:
+        """Laid out as the kernels lay out the gradient by this tensor."""
+        return empty_of_rows(tensor)
+
     def by_formula(self, input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         compute = reduce.wide(input, target) if self.probabilities else reduce.wide(input)
         x, axis = input.to(compute), min(input.dim() - 1, 1)
@@ -178,6 +183,10 @@ class TripletCall:
     def shape(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> torch.Size:
         """Of the unreduced losses."""
         return torch.broadcast_shapes(anchor.shape, positive.shape, negative.shape)[:-1]
+
+    def empty_gradient(self, tensor: Tensor) -> Tensor:
+        """Laid out as the kernels lay out the gradient by this tensor."""
+        return tensor.new_empty(tensor.shape)
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         difference = a - b + self.eps

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 
 def coalesced(
     shape: Sequence[int], strides: Sequence[Sequence[int]]
@@ -22,3 +25,10 @@ def coalesced(
             for k, row in zip(kept, strides, strict=True):
                 k.append(row[d])
     return sizes, kept
+
+
+def empty_of_rows(tensor: Tensor) -> Tensor:
+    """Memory for the gradient of a tensor (N, C, d1, ...); its dimensions d1, ... are always collapsible."""
+    if tensor.dim() < 4:
+        return torch.empty_like(tensor, requires_grad=False)
+    return torch.empty_like(tensor.flatten(2), requires_grad=False).view(tensor.shape)

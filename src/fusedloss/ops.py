@@ -1,7 +1,8 @@
 """The kernels of the row losses as operators of torch, so that torch.compile keeps them whole.
 
 Each family has two, `fusedloss::<family>` and `fusedloss::<family>_backward`, whose arguments are
-the tensors of its call and then the settings, field by field.
+the tensors of its call and then the settings, field by field. The only overload of each is named by our
+version: a cached graph keeps the strides that it was compiled for.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import autograd, gpu
+from . import autograd, caches, gpu
 from .calls import Call, RowsCall, TripletCall
 
 KINDS = {"str": "str", "bool": "bool", "int": "SymInt", "float": "float", "torch.dtype": "ScalarType"}
@@ -24,15 +25,41 @@ TENSORS = {
 }
 T = TypeVar("T")
 LIBRARY = torch.library.Library("fusedloss", "DEF")
+OVERLOAD = f"v{caches.VERSION}"
 
 
 def settings(call: Any) -> tuple[Any, ...]:
     return tuple(getattr(call, field.name) for field in dataclasses.fields(call))
 
 
+def operator(name: str) -> Any:
+    return getattr(getattr(torch.ops.fusedloss, name), OVERLOAD)
+
+
+def define(
+    schema: str,
+    forward: Callable[..., Any],
+    fake: Callable[..., Any],
+    differentiate: Callable[..., Any] | None = None,
+    keep: Callable[..., Any] | None = None,
+) -> None:
+    """The operator of a schema, with its kernel for every device."""
+    name, arguments = schema.split("(", 1)
+    name = f"{name}.{OVERLOAD}"
+    LIBRARY.define(f"{name}({arguments}")
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, forward, key)
+    torch.library.register_fake(f"fusedloss::{name}", fake, lib=LIBRARY)
+    if differentiate:
+        torch.library.register_autograd(
+            f"fusedloss::{name}", differentiate, setup_context=keep, lib=LIBRARY
+        )
+
+
 def run(call: Call, tensors: tuple[Tensor | None, ...]) -> Tensor:
     """The loss by its operator: what `autograd.run` is to eager calls."""
-    return getattr(torch.ops.fusedloss, call.family)(*tensors, *settings(call))
+    found: Tensor = operator(call.family)(*tensors, *settings(call))
+    return found
 
 
 @contextlib.contextmanager
@@ -59,21 +86,21 @@ def _unless_triton_fails(
 
 
 def _gradients_by_formula(
-    call: Call, tensors: tuple[Any, ...], needed: list[bool], incoming: Tensor
+    call: RowsCall | TripletCall, tensors: tuple[Any, ...], needed: list[bool], incoming: Tensor
 ) -> list[Tensor | None]:
     with differentiating():
         pairs = zip(tensors, needed, strict=True)
         leaves = [t.detach().requires_grad_() if need else t for t, need in pairs]
         grads = autograd.redo(call, leaves, needed, incoming)
-    return [g if g is None else g.detach() for g in grads]
+    # Laid out as the graph that called expects it.
+    found = zip(grads, tensors, strict=False)
+    return [g if g is None else call.empty_gradient(t).copy_(g.detach()) for g, t in found]
 
 
 def _define(kind: type[RowsCall] | type[TripletCall]) -> None:
     name, count = kind.family, len(TENSORS[kind])
     fields = [f"{KINDS[str(field.type)]} {field.name}" for field in dataclasses.fields(kind)]
     arguments = ", ".join([*TENSORS[kind], *fields])
-    LIBRARY.define(f"{name}({arguments}) -> Tensor")
-    LIBRARY.define(f"{name}_backward(Tensor incoming, bool[] needed, {arguments}) -> Tensor[]")
 
     def forward(*arguments: Any) -> Tensor:
         from .route import count_kernel
@@ -84,7 +111,7 @@ def _define(kind: type[RowsCall] | type[TripletCall]) -> None:
             call.family,
             tensors[0],
             lambda: autograd.engine(call, tensors[0]).forward(call, tensors, ())[0],
-            lambda: call.by_formula(*tensors),
+            lambda: call.by_formula(*tensors).contiguous(),
         )
 
     def forward_fake(*arguments: Any) -> Tensor:
@@ -104,8 +131,9 @@ def _define(kind: type[RowsCall] | type[TripletCall]) -> None:
         return [g.sum_to_size(t.shape) for g, t in pairs if g is not None]
 
     def backward_fake(incoming: Tensor, needed: list[bool], *arguments: Any) -> list[Tensor]:
-        pairs = zip(arguments[:count], needed, strict=True)
-        return [t.new_empty(t.shape) for t, need in pairs if need]
+        call, tensors = kind(*arguments[count:]), arguments[:count]
+        pairs = zip(tensors, needed, strict=True)
+        return [call.empty_gradient(t) for t, need in pairs if need]
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.call = kind(*inputs[count:])
@@ -116,18 +144,16 @@ def _define(kind: type[RowsCall] | type[TripletCall]) -> None:
         if torch.is_grad_enabled():
             grads = autograd.redo(ctx.call, ctx.saved_tensors, needed, incoming)
         else:
-            operator = getattr(torch.ops.fusedloss, f"{name}_backward")
-            found = iter(operator(incoming, needed, *ctx.saved_tensors, *settings(ctx.call)))
+            given = (incoming, needed, *ctx.saved_tensors, *settings(ctx.call))
+            found = iter(operator(f"{name}_backward")(*given))
             grads = [next(found) if need else None for need in needed]
         return (*grads, *(None,) * len(fields))
 
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, forward, key)
-        LIBRARY.impl(f"{name}_backward", backward, key)
-    torch.library.register_fake(f"fusedloss::{name}", forward_fake, lib=LIBRARY)
-    torch.library.register_fake(f"fusedloss::{name}_backward", backward_fake, lib=LIBRARY)
-    torch.library.register_autograd(
-        f"fusedloss::{name}", differentiate, setup_context=keep, lib=LIBRARY
+    define(f"{name}({arguments}) -> Tensor", forward, forward_fake, differentiate, keep)
+    define(
+        f"{name}_backward(Tensor incoming, bool[] needed, {arguments}) -> Tensor[]",
+        backward,
+        backward_fake,
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from . import losses
+from . import caches, losses
 
 HOME = torch.nn.functional
 NAME = "_fusedloss"  # what the patched functions find us by, in the globals of HOME
@@ -41,6 +41,7 @@ def patch() -> None:
     names = SimpleNamespace(
         ours=ours, theirs=ORIGINALS, plain=plain, traced=traced, compiling=_compiling
     )
+    caches.mark()
     setattr(HOME, NAME, names)
     for name in ORIGINALS:
         function = getattr(HOME, name)
@@ -57,6 +58,7 @@ def unpatch() -> None:
         del function.__prepare_scriptable__
     if _codes:
         delattr(HOME, NAME)
+        caches.unmark()
     _codes.clear()
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .. import errors, reduce
 from ..calls import RowsCall
+from ..layout import empty_of_rows
 from .load import DTYPES, Pointers, Run, address, run
 
 Slot = Tensor | None
@@ -53,13 +53,11 @@ def backward(
 
 
 def _gradients(input: Tensor, target: Tensor, needed: Sequence[bool]) -> list[Slot]:
-    """Memory for the gradients that are needed; its dimensions d1, ... are always collapsible."""
+    """Memory for those that are needed."""
     grads: list[Slot] = [None, None]
     for k, need in enumerate(needed[:2]):
         if need:
-            tensor = target if k else input
-            grad = torch.empty_like(_flat(tensor, 2))
-            grads[k] = grad.view(tensor.shape) if tensor.dim() > 3 else grad
+            grads[k] = empty_of_rows(target if k else input)
     return grads
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import route
-from ..ops import KINDS, LIBRARY, settings
+from ..ops import KINDS, define, operator, settings
 from ..reduce import wide
 from .autograd import redo
 from .call import LinearCall, Slot, Slots
@@ -39,7 +39,7 @@ def run(call: LinearCall, tensors: Slots) -> tuple[Tensor, ...]:
         call.reduction != "none" and torch.is_grad_enabled() and t is not None and t.requires_grad
         for t in tensors[: call.gradients]
     ]
-    found = getattr(torch.ops.fusedloss, call.family)(*tensors, needed, *settings(call))
+    found = operator(call.family)(*tensors, needed, *settings(call))
     return tuple(found[: _count(call)])
 
 
@@ -77,7 +77,7 @@ def _define(kind: type[LinearCall], names: tuple[str, ...]) -> None:
             own = target.squeeze(1) if target.shape[1] == 1 else target
             route.check_range(call.loss, own, tensors[1].shape[0], call.ignore_index)
         results, grads = run_chunks(call, tensors, needed)
-        return [*results, *(g for g in grads if g is not None)]
+        return [*(t.contiguous() for t in results), *(g for g in grads if g is not None)]
 
     def forward_fake(*given: Any) -> list[Tensor]:
         tensors, needed, call = parts(given)
@@ -118,23 +118,18 @@ def _define(kind: type[LinearCall], names: tuple[str, ...]) -> None:
         else:
             here = [g is not None for g in arriving]
             given = [g for g in arriving if g is not None]
-            operator = getattr(torch.ops.fusedloss, f"{name}_backward")
-            each = iter(operator(given, here, needed, *tensors, *settings(call)))
+            each = iter(
+                operator(f"{name}_backward")(given, here, needed, *tensors, *settings(call))
+            )
             grads = [next(each) if need else None for need in needed]
         pairs = zip(grads, tensors, strict=False)
         return (*(g if g is None else g.to(t.dtype) for g, t in pairs), *none)
 
-    LIBRARY.define(f"{name}({needed_arguments}) -> Tensor[]")
-    LIBRARY.define(
-        f"{name}_backward(Tensor[] incoming, bool[] arrived, bool[] needed, {arguments}) -> Tensor[]"
-    )
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, forward, key)
-        LIBRARY.impl(f"{name}_backward", backward, key)
-    torch.library.register_fake(f"fusedloss::{name}", forward_fake, lib=LIBRARY)
-    torch.library.register_fake(f"fusedloss::{name}_backward", backward_fake, lib=LIBRARY)
-    torch.library.register_autograd(
-        f"fusedloss::{name}", differentiate, setup_context=keep, lib=LIBRARY
+    define(f"{name}({needed_arguments}) -> Tensor[]", forward, forward_fake, differentiate, keep)
+    define(
+        f"{name}_backward(Tensor[] incoming, bool[] arrived, bool[] needed, {arguments}) -> Tensor[]",
+        backward,
+        backward_fake,
     )
 
 
