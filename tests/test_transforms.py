@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -9,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
 from conftest import (
     CASES,
+    FLOATS,
+    HALVES,
     Case,
     Options,
     Tensors,
@@ -323,6 +327,48 @@ def test_compiled_call_refuses_bad_input() -> None:
         compiled(fusedloss.binary_cross_entropy)(x + 1, x)
     with pytest.raises(RuntimeError, match="should be between 0 and 1"):
         vmap(fusedloss.binary_cross_entropy)(x + 1, x)
+
+
+# torch's own: it looks at what is saved.
+@pytest.mark.filterwarnings("ignore:.*grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.slow
+def test_compiled_autograd(generator: Generator) -> None:
+    """One graph is the backward of all losses that were called, repeated calls among them."""
+    calls = []
+    for case in {case.loss.key: case for case in CASES}.values():  # the last option of each
+        # In float16 forward stores no gradient.
+        for reduction, dtype in zip(("none", "mean", "mean"), FLOATS[1:], strict=True):
+            tensors, options = case.example(SHAPE, dtype, generator)
+            calls.append((bound(case, options, reduction), tensors, case.loss.differentiable))
+    x, weight = (torch.randn(n, SHAPE[1], generator=generator) for n in (4, 7))
+    y, teacher = torch.tensor([0, 6, 2, 2]), torch.randn(4, 7, generator=generator)
+    for reduction in ("mean", "none"):
+        head = functools.partial(fusedloss.linear_cross_entropy, reduction=reduction)
+        calls.append((head, (x, weight, y), (0, 1)))
+        distilled = functools.partial(
+            fusedloss.linear_kl_div, teacher_logits=teacher, reduction=reduction
+        )
+        calls.append((distilled, (x, weight), (0, 1)))
+    calls.append((lambda *t: fusedloss.linear_log_prob(*t)[0], (x, weight, y), (0, 1)))
+    incoming: list[Tensor] = []
+
+    def gradients(backward: Any) -> list[Tensor]:
+        inputs = [leaves(tensors, wanted) for _, tensors, wanted in calls]
+        values = [f(*given) for (f, _, _), given in zip(calls, inputs, strict=True)]
+        incoming.extend(draw_incoming(v, generator) for v in values[len(incoming) :])
+        with backward:
+            torch.autograd.backward(values, incoming)
+        pairs = zip(inputs, calls, strict=True)
+        return [given[k].grad for given, (_, _, wanted) in pairs for k in wanted]  # type: ignore[misc]
+
+    torch._dynamo.reset()
+    compiler = torch.compile(backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        expected = gradients(contextlib.nullcontext())
+        found = gradients(torch._dynamo.compiled_autograd._enable(compiler))
+        for a, e in zip(found, expected, strict=True):
+            half = {"rtol": 1e-2, "atol": 2e-3} if a.dtype in HALVES else {}
+            assert_close(a, e, equal_nan=True, **half)
 
 
 class Wrapped(torch.nn.Module):

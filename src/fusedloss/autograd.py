@@ -114,6 +114,8 @@ def named(kind: type[torch.autograd.Function], loss: str) -> Callable[..., Any]:
     if issubclass(own, _Again):
         # As its own `apply` does it, but for choosing between `backward` and `vjp`: a microsecond.
         own._backward_cls.apply = own.backward  # type: ignore[attr-defined]
+        # That is what runs; compiled autograd looks for `backward`, to trace it.
+        own.backward = staticmethod(_again_traced)  # type: ignore[attr-defined]
     return super(torch.autograd.Function, own).apply  # type: ignore[misc]
 
 
@@ -158,6 +160,8 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.compiler.is_compiling():
+            return _traced().fused(ctx, incoming[0])
         needed, saved = ctx.needs_input_grad[1:], unpacked(ctx)
         tensors, stored = saved[: len(needed)], saved[len(needed) :]
         grads = _gradients(
@@ -368,6 +372,18 @@ def _by_all_means(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
     )
     lacking = (None,) * (again.inputs - len(grads))
     return (None, *grads[: again.inputs], *lacking)
+
+
+def _traced() -> ModuleType:
+    """What compiled autograd traces; it imports this module."""
+    from . import traced
+
+    return traced
+
+
+def _again_traced(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+    found: tuple[Tensor | None, ...] = _traced().again(ctx, incoming)
+    return found
 
 
 def _stores_gradients(call: Call, tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> bool:

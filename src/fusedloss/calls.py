@@ -62,6 +62,23 @@ class PointwiseCall:
             losses = losses * weight.to(compute)
         return reduce.total(losses, self.reduction, self.denominator).to(self.dtype)
 
+    def gradients_by_formula(
+        self, tensors: Sequence[Tensor | None], needed: Sequence[bool], incoming: Tensor
+    ) -> list[Tensor | None]:
+        """Those of the operands, by the formula's own gradient; of the shape that all broadcast to."""
+        *operands, weight = tensors
+        given = [t for t in operands if t is not None]
+        compute = reduce.wide(*given)
+        names = dict(zip(self.formula.params, self.params, strict=True))
+        wide = torch.broadcast_tensors(*(t.to(compute) for t in given))
+        scale = incoming.to(compute)
+        if self.reduction == "mean":
+            scale = scale / (wide[0].numel() if self.denominator is None else self.denominator)
+        if weight is not None:
+            scale = scale * weight.to(compute)
+        slopes = zip(self.formula.grad(*wide, **names), given, needed, strict=False)
+        return [(s * scale).to(t.dtype) if need else None for s, t, need in slopes]
+
     def spread(self, incoming: Tensor) -> Tensor:
         return incoming
 

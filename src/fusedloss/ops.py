@@ -18,7 +18,13 @@ from torch import Tensor
 from . import autograd, caches, gpu
 from .calls import Call, RowsCall, TripletCall
 
-KINDS = {"str": "str", "bool": "bool", "int": "SymInt", "float": "float", "torch.dtype": "ScalarType"}
+KINDS = {
+    "str": "str",
+    "bool": "bool",
+    "int": "SymInt",
+    "float": "float",
+    "torch.dtype": "ScalarType",
+}
 TENSORS = {
     RowsCall: ("Tensor input", "Tensor target", "Tensor? weight"),
     TripletCall: ("Tensor anchor", "Tensor positive", "Tensor negative"),

@@ -29,6 +29,8 @@ class Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *incoming: Slot) -> tuple[Slot, ...]:
+        if torch.compiler.is_compiling():
+            return _traced(ctx, incoming)
         call, needed = ctx.call, ctx.needs_input_grad[1:]
         saved = ctx.saved_tensors
         if gpu.serves(saved[0]) and gpu.problem(call.family) is None:
@@ -47,6 +49,17 @@ class Chunked(torch.autograd.Function):
         else:
             grads = redo(call, tensors, needed, incoming, create_graph=False)
         return (None, *grads, *(None,) * (len(needed) - len(grads)))
+
+
+def _traced(ctx: Any, incoming: Sequence[Slot]) -> tuple[Slot, ...]:
+    """What compiled autograd traces."""
+    from .op import gradients
+
+    call, needed = ctx.call, ctx.needs_input_grad[1:]
+    tensors, stored = ctx.saved_tensors[: len(needed)], ctx.saved_tensors[len(needed) :]
+    wanted, kept = needed[: call.gradients], stored if ctx.stored else None
+    grads = gradients(call, tensors, wanted, kept, incoming)
+    return (None, *grads, *(None,) * (len(needed) - len(grads)))
 
 
 def redo(

@@ -57,6 +57,27 @@ def _empty_gradients(tensors: Slots, needed: Sequence[bool]) -> list[Tensor]:
     ]
 
 
+def gradients(
+    call: LinearCall,
+    tensors: Slots,
+    needed: Sequence[bool],
+    stored: Sequence[Slot] | None,
+    incoming: Sequence[Slot],
+) -> list[Slot]:
+    """By the first tensors: those that forward stored, scaled, or those of the operator for backward."""
+    if stored is not None:
+        assert incoming[0] is not None
+        grads = [g if g is None else g * incoming[0] for g in stored]
+    else:
+        here = [g is not None for g in incoming]
+        given = [g for g in incoming if g is not None]
+        backward = operator(f"{call.family}_backward")
+        each = iter(backward(given, here, list(needed), *tensors, *settings(call)))
+        grads = [next(each) if need else None for need in needed]
+    pairs = zip(grads, tensors, strict=False)
+    return [g if g is None or t is None else g.to(t.dtype) for g, t in pairs]
+
+
 def _define(kind: type[LinearCall], names: tuple[str, ...]) -> None:
     count, name = len(names), kind.family
     tensor_arguments = ", ".join(
@@ -112,18 +133,9 @@ def _define(kind: type[LinearCall], names: tuple[str, ...]) -> None:
         if torch.is_grad_enabled():
             wanted = [*needed, *(False,) * (count - kind.gradients)]
             return (*redo(call, tensors, wanted, arriving, True)[: kind.gradients], *none)
-        if call.reduction != "none":
-            found = [next(stored) if s else None for s in ctx.stored]
-            grads = [g if g is None else g * arriving[0] for g in found]
-        else:
-            here = [g is not None for g in arriving]
-            given = [g for g in arriving if g is not None]
-            each = iter(
-                operator(f"{name}_backward")(given, here, needed, *tensors, *settings(call))
-            )
-            grads = [next(each) if need else None for need in needed]
-        pairs = zip(grads, tensors, strict=False)
-        return (*(g if g is None else g.to(t.dtype) for g, t in pairs), *none)
+        kept = [next(stored) if s else None for s in ctx.stored]
+        reduced = call.reduction != "none"
+        return (*gradients(call, tensors, needed, kept if reduced else None, arriving), *none)
 
     define(f"{name}({needed_arguments}) -> Tensor[]", forward, forward_fake, differentiate, keep)
     define(
