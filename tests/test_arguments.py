@@ -214,7 +214,11 @@ def manhattan(a: Tensor, b: Tensor) -> Tensor:
 @pytest.mark.parametrize("path", [nullcontext, formula_path], ids=["kernel", "formula"])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
-@pytest.mark.parametrize("distance", [None, manhattan, torch.nn.PairwiseDistance(p=1)], ids=repr)
+@pytest.mark.parametrize(
+    "distance",
+    [None, manhattan, torch.nn.PairwiseDistance(p=1)],
+    ids=["default", "function", "module"],
+)
 @pytest.mark.parametrize("swap", [False, True])
 def test_margin_that_learns(
     distance: Any, shape: tuple[int, ...], swap: bool, reduction: str, path: Callable[[], Any]

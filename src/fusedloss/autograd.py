@@ -115,7 +115,7 @@ def named(kind: type[torch.autograd.Function], loss: str) -> Callable[..., Any]:
         # As its own `apply` does it, but for choosing between `backward` and `vjp`: a microsecond.
         own._backward_cls.apply = own.backward  # type: ignore[attr-defined]
         # That is what runs; compiled autograd looks for `backward`, to trace it.
-        own.backward = staticmethod(_again_traced)  # type: ignore[attr-defined]
+        own.backward = staticmethod(_again_traced)  # type: ignore[method-assign]
     return super(torch.autograd.Function, own).apply  # type: ignore[misc]
 
 

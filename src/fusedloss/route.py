@@ -38,7 +38,7 @@ _inference = torch.is_inference_mode_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
 _autocast = torch.is_autocast_enabled
 _strided = torch.strided
-_storage = torch._C._data_address
+_storage = torch._C._data_address  # type: ignore[attr-defined]
 _level = strictness.level
 
 

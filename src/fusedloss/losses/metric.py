@@ -204,7 +204,7 @@ def _norm(distance: Distance) -> tuple[float, float] | None:
 
 
 def _does_only_its_forward(module: torch.nn.Module) -> bool:
-    """Whether to call this PairwiseDistance is to take torch's distance, with nothing before, after or instead."""
+    """Whether to call this PairwiseDistance is to take torch's distance, and nothing else."""
     return (
         not any(getattr(module, hooks) for hooks in HOOKS)
         and not _has_any_global_hook()
