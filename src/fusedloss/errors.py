@@ -14,6 +14,7 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def fail(kind: type[Exception], function: str, message: str) -> NoReturn:
@@ -69,7 +70,7 @@ def number(function: str, argument: str, value: Any) -> float:
         return float(value)
     if not isinstance(value, Tensor) or value.is_complex():
         _not_of(float, function, argument, value)
-    if value.requires_grad:
+    if learns(value):
         words = f"that requires a gradient, which {function} does not have by it"
     elif value.dim():
         words = f"of shape {list(value.shape)}"
@@ -80,6 +81,17 @@ def number(function: str, argument: str, value: Any) -> float:
         function,
         f"argument '{argument}' must be float, not Tensor {words}: pass {argument}.item()",
     )
+
+
+def learns(value: object) -> bool:
+    """Whether something is differentiated by a tensor that is given for a number, or mapped over it."""
+    if not isinstance(value, Tensor):
+        return False
+    if value.requires_grad or torch.compiler.is_compiling():
+        return value.requires_grad
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None
 
 
 def boolean(function: str, argument: str, value: Any) -> bool:

@@ -51,8 +51,7 @@ def total(losses: Tensor, reduction: str, denominator: Tensor | float | None = N
 
 def sum_of(weights: Tensor) -> Tensor:
     """What 'mean' divides by: a count of rows, or a sum of weights of any type, in float64."""
-    exact = torch.float32 if weights.device.type == "mps" else torch.float64  # it has no other
-    return weights.sum(dtype=exact)
+    return weights.sum(dtype=exact(weights))
 
 
 def wide(*tensors: Tensor) -> torch.dtype:
@@ -61,6 +60,11 @@ def wide(*tensors: Tensor) -> torch.dtype:
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+def exact(tensor: Tensor) -> torch.dtype:
+    """The type of counts, sums of weights and their quotients: float64, where the device has it."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def promoted(a: Tensor, b: Tensor) -> torch.dtype:
@@ -81,4 +85,9 @@ def result_dtype(dtype: torch.dtype, tensor: Tensor) -> torch.dtype:
     """`dtype`, or float32 under autocast, which runs every loss in it."""
     if dtype not in (torch.bfloat16, torch.float16) or not torch._C._is_any_autocast_enabled():
         return dtype
-    return torch.float32 if torch.is_autocast_enabled(tensor.device.type) else dtype
+    return torch.float32 if autocasts(tensor.device.type) else dtype
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device; torch knows none for meta tensors."""
+    return device != "meta" and torch.is_autocast_enabled(device)

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import autograd, gpu
+from .. import autograd, errors, gpu, plain
 from .call import LinearCall, Slot, Slots
 from .chunks import run
+
+_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+class Like(NamedTuple):
+    """What a saved tensor was in forward."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
 
 
 class Chunked(torch.autograd.Function):
@@ -22,6 +32,9 @@ class Chunked(torch.autograd.Function):
         ctx.call, ctx.stored = call, call.reduction != "none"
         results, grads = run(call, tensors, needed[:4] if ctx.stored else ())
         ctx.save_for_backward(*tensors, *grads)
+        ctx.like = [None if t is None else Like(t.shape, t.dtype, t.device) for t in tensors]
+        ctx.own = _hooks(True) is None  # what is stored is nobody else's
+        ctx.on_gpu = gpu.serves(tensors[0])
         ctx.set_materialize_grads(False)
         if call.statistics:
             ctx.mark_non_differentiable(results[-1])
@@ -32,22 +45,25 @@ class Chunked(torch.autograd.Function):
         if torch.compiler.is_compiling():
             return _traced(ctx, incoming)
         call, needed = ctx.call, ctx.needs_input_grad[1:]
-        saved = ctx.saved_tensors
-        if gpu.serves(saved[0]) and gpu.problem(call.family) is None:
-            gpu.family("flags").raise_pending(saved[0].device)
-        tensors, stored = saved[: len(needed)], saved[len(needed) :]
+        if ctx.on_gpu and gpu.problem(call.family) is None:
+            gpu.family("flags").raise_pending(ctx.like[0].device)
+        for g in incoming:
+            plain.check(call.loss, incoming=g)
+        saved = _unpacked(ctx)
+        create_graph = torch.is_grad_enabled()
         if all(g is None for g in incoming):
             grads: Sequence[Slot] = [None] * len(needed)
-        elif torch.is_grad_enabled():
-            grads = redo(call, tensors, needed, incoming, create_graph=True)
-        elif ctx.stored:
+        elif ctx.stored and not create_graph:
             assert incoming[0] is not None
-            plain = autograd.is_plain(incoming[0])
-            grads = autograd.scaled(stored, incoming[0], plain)
-        elif all(g is None or autograd.is_plain(g) for g in incoming):
-            grads = run(call, tensors, needed[:4], incoming)[1]
+            stored = [_unchanged(each) for each in saved[len(needed) :]]
+            grads = autograd.scaled(stored, incoming[0], ctx.own and autograd.is_plain(incoming[0]))
         else:
-            grads = redo(call, tensors, needed, incoming, create_graph=False)
+            tensors = _settled(ctx, saved[: len(needed)])
+            arrived = [g for g in incoming if g is not None]
+            if create_graph or unreadable(tensors) or not all(map(autograd.is_plain, arrived)):
+                grads = redo(call, tensors, needed, incoming, create_graph)
+            else:
+                grads = run(call, tensors, needed[:4], incoming)[1]
         return (None, *grads, *(None,) * (len(needed) - len(grads)))
 
 
@@ -60,6 +76,72 @@ def _traced(ctx: Any, incoming: Sequence[Slot]) -> tuple[Slot, ...]:
     wanted, kept = needed[: call.gradients], stored if ctx.stored else None
     grads = gradients(call, tensors, wanted, kept, incoming)
     return (None, *grads, *(None,) * (len(needed) - len(grads)))
+
+
+def unreadable(tensors: Sequence[Slot]) -> str | None:
+    """Why the loop over chunks cannot take the tensors, or None. Elsewhere it is made of torch operations."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        ours = tensor.is_cpu or tensor.is_cuda or tensor.is_meta
+        if (ours or type(tensor) not in plain.PLAIN) and (why := plain.gap(tensor)):
+            return why
+    return None
+
+
+class _Changed(NamedTuple):
+    """In place of a saved tensor that was changed in place."""
+
+    error: RuntimeError
+
+
+def _unpacked(ctx: Any) -> Sequence[Any]:
+    """The saved tensors, with a `_Changed` for each that autograd refuses to give."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError:
+        if not hasattr(torch._C._autograd.SavedTensor, "unpack"):
+            raise
+    found: list[Any] = []
+    for saved in ctx._raw_saved_tensors:  # raises where the graph was freed
+        try:
+            found.append(saved.unpack())
+        except RuntimeError as error:
+            found.append(_Changed(error))
+    return found
+
+
+def _unchanged(saved: Any) -> Slot:
+    if type(saved) is _Changed:
+        raise saved.error
+    return saved
+
+
+def _settled(ctx: Any, saved: Sequence[Any]) -> Slots:
+    """The tensors that forward was given.
+
+    Raises:
+        RuntimeError: one was changed in place, has another shape or device, or no memory any more.
+    """
+    call, found = ctx.call, []
+    for name, tensor, like in zip(call.arguments, saved, ctx.like, strict=True):
+        if type(tensor) is _Changed:
+            why = (
+                "the gradient was kept, but with create_graph=True it is computed anew, from what it was"
+                if ctx.stored
+                else "without a reduction no gradient is kept, and backward takes the inputs once more"
+            )
+            words = f"{name} was changed after the loss was taken: {tensor.error} {why}: change a clone()"
+            raise RuntimeError(f"{call.loss}: {words}") from tensor.error
+        if like is not None:
+            if (tensor.shape, tensor.device) != (like.shape, like.device):
+                got = f"{list(tensor.shape)} on {tensor.device}"
+                words = f"{name} was saved for backward as {list(like.shape)} on {like.device}"
+                errors.fail(RuntimeError, call.loss, f"{words}, and came back as {got}")
+            plain.check(call.loss, **{name: tensor})
+            tensor = tensor.to(like.dtype)
+        found.append(tensor)
+    return tuple(found)
 
 
 def redo(

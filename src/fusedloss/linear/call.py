@@ -53,6 +53,22 @@ class LinearCall:
     logits: ClassVar[int] = 1  # of each row and class, in a chunk
     gradients: ClassVar[int] = 4  # by the first four tensors, unless the target is of indices
 
+    learned: ClassVar[tuple[str, ...]] = ("softcap", "logit_scale")  # what may be a tensor
+    arguments: ClassVar[tuple[str, ...]] = (
+        "input",
+        "linear_weight",
+        "linear_bias",
+        "target",
+        "weight",
+        "sample_weight",
+        "denominator",
+    )
+
+    @property
+    def learns(self) -> bool:
+        """Whether a setting is a tensor that is differentiated by: the formula serves it."""
+        return any(isinstance(getattr(self, name), Tensor) for name in self.learned)
+
     def by_formula(self, *tensors: Slot) -> tuple[Tensor, ...]:
         input, linear_weight, linear_bias, target, weight, *_ = tensors
         assert input is not None and linear_weight is not None and target is not None
@@ -63,8 +79,7 @@ class LinearCall:
 
     def rows(self, x: Tensor, target: Tensor, weight: Slot) -> Rows:
         """From the logits (N, C, K), in the type to compute in."""
-        x = x * self.logit_scale if self.logit_scale != 1 else x
-        x = self.softcap * torch.tanh(x / self.softcap) if self.softcap else x
+        x = capped(scaled(x, self.logit_scale), self.softcap)
         rows = RowsCall(
             "cross_entropy", self.probabilities, "none", self.ignore_index, self.smoothing, x.dtype
         )
@@ -86,41 +101,61 @@ class LinearCall:
 
     def counted(self, target: Slot) -> Slot:
         """Which rows are not ignored; None where all count."""
-        return None if self.probabilities or target is None else target != self.ignore_index
+        if self.probabilities or target is None:
+            return None
+        # A smaller type would wrap `ignore_index` around, into a class.
+        return target.to(torch.int64) != self.ignore_index
 
     def scale(self, tensors: Slots, incoming: Slot = None) -> Slot:
         """What each row's loss counts in the result, (N, K) or (); None where that is 1."""
-        sample_weight = tensors[5]
-        scale = sample_weight if incoming is None else incoming
-        if incoming is not None and sample_weight is not None:
-            scale = incoming * sample_weight
+        scale: Slot = None
+        for factor in (incoming, tensors[5]):
+            if factor is not None:
+                factor = factor.to(reduce.exact(factor))
+                scale = factor if scale is None else scale * factor
         if self.reduction == "mean":
             return (1 if scale is None else scale) / self.divisor(tensors)
         return scale
 
-    def divisor(self, tensors: Slots) -> Tensor:
+    def divisor(self, tensors: Slots, add: Callable[..., Tensor] = torch.sum) -> Tensor:
         """What 'mean' divides by."""
         input, linear_weight, _, target, weight, _, denominator = tensors[:7]
         assert input is not None and linear_weight is not None
         if denominator is not None:
-            return denominator
-        counted = self.counted(target)
+            return denominator.to(reduce.exact(denominator))
+        exact, counted = reduce.exact(input), self.counted(target)
         if counted is None:
             rows = input.shape[0] * linear_weight.shape[1]
-            return torch.full((), rows, device=input.device)
+            return torch.full((), rows, dtype=exact, device=input.device)
         if weight is None or target is None:
-            return counted.sum()
+            return counted.sum().to(exact)
         index = target.to(torch.int64).clamp(0, max(weight.shape[0] - 1, 0))
-        return torch.where(counted, weight[index], 0).sum()
+        return add(torch.where(counted, weight[index], 0), dtype=exact)
 
-    def results(self, rows: Rows, tensors: Slots) -> tuple[Tensor, ...]:
+    def results(
+        self, rows: Rows, tensors: Slots, add: Callable[..., Tensor] = torch.sum
+    ) -> tuple[Tensor, ...]:
         """What the call returns: the loss, or with statistics those of each row."""
         if self.statistics:
-            return tuple(t.to(self.dtype) for t in rows if t is not None)
+            return tuple(t.to(self.dtype).contiguous() for t in rows if t is not None)
         sample_weight = tensors[5]
         losses = rows.loss if sample_weight is None else rows.loss * sample_weight
-        divisor = self.divisor(tensors) if self.reduction == "mean" else None
-        return (reduce.total(losses, self.reduction, divisor).to(self.dtype),)
+        if self.reduction == "none":
+            return (losses.to(self.dtype).contiguous(),)
+        total = add(losses)
+        if self.reduction == "mean":
+            total = total / self.divisor(tensors, add)
+        return (total.to(self.dtype),)
+
+
+def scaled(x: Tensor, scale: Tensor | float) -> Tensor:
+    return x * scale if isinstance(scale, Tensor) or scale != 1 else x
+
+
+def capped(x: Tensor, softcap: Tensor | float) -> Tensor:
+    if isinstance(softcap, Tensor) or softcap:
+        return softcap * torch.tanh(x / softcap)
+    return x
 
 
 def _where(counted: Slot, values: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ BUDGET = 64 << 20
 LEAST_ON_GPU, MOST_ON_GPU = 256 << 20, 1 << 30  # smaller products leave a GPU idle
 FORWARD_BUDGET = 10 << 20  # with what a matrix product takes itself, 16 MiB
 FORWARD_ROWS = 512
+SUM_BLOCK = 1 << 14
 ALIGNED = 16  # rows; odd numbers slow the products down
 
 
@@ -88,7 +89,17 @@ def run(
     loop = LOOPS[call.family](call, tensors, needed, incoming)
     for head in range(loop.heads):
         loop.head(head)
-    return call.results(loop.results, tensors), loop.grads
+    return call.results(loop.results, tensors, _in_blocks), loop.grads
+
+
+def _in_blocks(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Their sum in an order that does not depend on threads, among whom torch shares longer ones."""
+    flat = values.reshape(-1)
+    whole = flat.shape[0] // SUM_BLOCK * SUM_BLOCK
+    if not whole or not flat.is_cpu:
+        return flat.sum(dtype=dtype)
+    blocks = flat[:whole].view(-1, SUM_BLOCK).sum(1, dtype=dtype)
+    return blocks.sum() + flat[whole:].sum(dtype=dtype)
 
 
 def on_host(input: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from .. import reduce
-from .call import LinearCall, Rows, Slot
+from .call import LinearCall, Rows, Slot, capped
 
 KINDS = ("forward", "reverse", "js")
 
@@ -33,6 +33,15 @@ class DistillCall(LinearCall):
     gradients: ClassVar[int] = 3
     logits: ClassVar[int] = 2
 
+    learned: ClassVar[tuple[str, ...]] = (*LinearCall.learned, "temperature")
+    arguments: ClassVar[tuple[str, ...]] = (
+        *LinearCall.arguments,
+        "teacher_input",
+        "teacher_weight",
+        "teacher_bias",
+        "teacher_logits",
+    )
+
     def by_formula(self, *tensors: Slot) -> tuple[Tensor, ...]:
         input, linear_weight, linear_bias, target = tensors[:4]
         assert input is not None and linear_weight is not None
@@ -48,7 +57,7 @@ class DistillCall(LinearCall):
 
     def divergences(self, x: Tensor, teacher: Tensor, target: Slot) -> Tensor:
         """Of each row, from the logits (N, C) of both."""
-        x, t = _cap(x, self.softcap), _cap(teacher.to(x.dtype), self.teacher_softcap)
+        x, t = capped(x, self.softcap), capped(teacher.to(x.dtype), self.teacher_softcap)
         counted = self.counted(target)
         if counted is not None:
             x, t = (torch.where(counted.unsqueeze(1), each, 0) for each in (x, t))
@@ -73,10 +82,6 @@ class DistillCall(LinearCall):
 
 def _linear(input: Tensor, weight: Tensor, bias: Slot) -> Tensor:
     return F.linear(input, weight[:, 0], None if bias is None else bias[:, 0])
-
-
-def _cap(x: Tensor, softcap: float) -> Tensor:
-    return softcap * torch.tanh(x / softcap) if softcap else x
 
 
 def _relative_entropy(p: Tensor, q: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ class Widened(Direct):
         self.chunk_dtype = torch.float32
         classes, features = weight.shape
         fit = TILE_BYTES // (4 * max(features, 1))
-        self.buffer = torch.empty(min(classes, max(NARROWEST_TILE, fit)), features)
+        rows = min(classes, max(NARROWEST_TILE, fit))
+        self.buffer = torch.empty(rows, features, dtype=self.chunk_dtype)
 
     def rows(self, input: Tensor) -> Tensor:
         return input.float()

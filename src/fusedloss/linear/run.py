@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import gpu, route
 from . import op
-from .autograd import Chunked
+from .autograd import Chunked, unreadable
 from .call import LinearCall, Slot, Slots
 from .chunks import run as run_chunks
 
@@ -35,9 +35,10 @@ def dispatch(call: LinearCall, tensors: Slots, given: Slot) -> tuple[Tensor, ...
 
 
 def _formula_reason(call: LinearCall, tensors: Slots) -> str | None:
-    elsewhere = [t for t in tensors if t is not None and not t.is_cpu]
-    if any(type(t) not in route.PLAIN or t.is_meta for t in elsewhere):
-        return "a tensor is no plain one"
+    if call.learns:
+        return "a setting requires a gradient"
+    if why := unreadable(tensors):
+        return why
     if any(t is not None and t.requires_grad for t in tensors[call.gradients :]):
         return "a weight requires a gradient"
     floats = (t if t is None or (t.is_cpu and t.is_floating_point()) else None for t in tensors)
@@ -46,7 +47,7 @@ def _formula_reason(call: LinearCall, tensors: Slots) -> str | None:
 
 def _operator_serves(call: LinearCall, tensors: Slots) -> bool:
     return (
-        not route.is_exporting()
+        not (call.learns or route.is_exporting())
         and not torch._C._are_functorch_transforms_active()
         and all(t is None or t.device.type in ("cpu", "cuda") for t in tensors)
         and not any(t is not None and t.requires_grad for t in tensors[call.gradients :])

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .. import errors
+from .. import errors, plain
 from ..linear.call import LinearCall, Slots
 from ..linear.distill import KINDS, DistillCall
 from ..linear.run import dispatch
-from ..reduce import resolve, result_dtype
+from ..plain import PLAIN
+from ..reduce import autocasts, resolve, result_dtype
 from .classification import check_indices, check_weight
 
 
@@ -110,6 +112,18 @@ def linear_cross_entropy(
             denominator=denominator,
             memory_budget=memory_budget,
         )
+    _check_tensors(
+        name,
+        input=input,
+        linear_weight=linear_weight,
+        target=target,
+        linear_bias=linear_bias,
+        weight=weight,
+        sample_weight=sample_weight,
+        denominator=denominator,
+        logit_scale=logit_scale,
+        softcap=softcap,
+    )
     reduction = _reduction(name, reduction, denominator)
     head = Head(name, input, linear_weight, linear_bias, softcap, logit_scale, memory_budget)
     ignore_index = _index(name, ignore_index)
@@ -199,9 +213,19 @@ def linear_log_prob(
             statistics=statistics,
             memory_budget=memory_budget,
         )
-    temperature = _finite(name, "temperature", temperature, above=0.0)
+    _check_tensors(
+        name,
+        input=input,
+        linear_weight=linear_weight,
+        target=target,
+        linear_bias=linear_bias,
+        temperature=temperature,
+        softcap=softcap,
+    )
+    temperature = _setting(name, "temperature", temperature, above=0.0)
     head = Head(name, input, linear_weight, linear_bias, softcap, 1 / temperature, memory_budget)
-    head.softcap /= temperature
+    if softcap is not None:
+        head.softcap = head.softcap / temperature
     head.dtype = torch.promote_types(head.dtype, torch.float32)
     ignore_index = _index(name, ignore_index)
     statistics = errors.boolean(name, "statistics", statistics)
@@ -223,7 +247,7 @@ def linear_log_prob(
     if not statistics:
         return -loss
     lse, entropy, correct = rest
-    return LogProb(-loss, lse, entropy, correct.bool(), (target != ignored).sum())
+    return LogProb(-loss, lse, entropy, correct.bool(), (target.to(torch.int64) != ignored).sum())
 
 
 def linear_kl_div(
@@ -321,6 +345,21 @@ def linear_kl_div(
             denominator=denominator,
             memory_budget=memory_budget,
         )
+    _check_tensors(
+        name,
+        input=input,
+        linear_weight=linear_weight,
+        linear_bias=linear_bias,
+        target=target,
+        sample_weight=sample_weight,
+        denominator=denominator,
+        teacher_input=teacher_input,
+        teacher_weight=teacher_weight,
+        teacher_bias=teacher_bias,
+        teacher_logits=teacher_logits,
+        temperature=temperature,
+        softcap=softcap,
+    )
     if divergence not in KINDS:
         expected = ", ".join(map(repr, KINDS))
         errors.fail(ValueError, name, f"divergence must be one of {expected}, got {divergence!r}")
@@ -356,7 +395,7 @@ def linear_kl_div(
         z_loss=0.0,
         divergence=divergence,
         beta=beta,
-        temperature=_finite(name, "temperature", temperature, above=0.0),
+        temperature=_setting(name, "temperature", temperature, above=0.0),
         teacher_softcap=0.0
         if teacher_softcap is None
         else _finite(name, "teacher_softcap", teacher_softcap, above=0.0),
@@ -382,8 +421,8 @@ class Head:
         input: Tensor,
         linear_weight: Tensor,
         linear_bias: Tensor | None,
-        softcap: float | None,
-        logit_scale: float,
+        softcap: Tensor | float | None,
+        logit_scale: Tensor | float,
         memory_budget: int | None,
         prefix: str = "",  # of a teacher's arguments
     ) -> None:
@@ -396,10 +435,15 @@ class Head:
         self._check_shapes(names, input, linear_weight, linear_bias)
         if not input.is_floating_point():
             errors.not_floating(name, NotImplementedError, "addmm_impl_cpu_", **{names[0]: input})
+        scale = _setting(name, "logit_scale", logit_scale)
+        if isinstance(scale, Tensor):
+            # It learns, as a factor of what is multiplied: s (h W^T + b) = (s h) W^T + s b.
+            given = {key: t if key == names[1] else t * scale for key, t in given.items()}
+            scale = 1.0
+        self.logit_scale = scale
         self.dtype = result_dtype(input.dtype, input)
-        kind = input.device.type
-        if torch.is_autocast_enabled(kind):
-            given = {key: t.to(torch.get_autocast_dtype(kind)) for key, t in given.items()}
+        if autocasts(input.device.type):
+            given = {key: _as_autocast(t) for key, t in given.items()}
             self.dtype = torch.promote_types(self.dtype, torch.float32)
         for key, tensor in given.items():
             if tensor.dtype != given[names[0]].dtype:
@@ -413,8 +457,7 @@ class Head:
         self.linear_bias = given.get(names[2])
         self.batch, self.out = input.shape[:-1], linear_weight.shape[1:-1]
         self.classes, self.features = linear_weight.shape[0], input.shape[-1]
-        self.softcap = 0.0 if softcap is None else _finite(name, "softcap", softcap, above=0.0)
-        self.logit_scale = _finite(name, "logit_scale", logit_scale)
+        self.softcap = 0.0 if softcap is None else _setting(name, "softcap", softcap, above=0.0)
         if memory_budget is not None:
             memory_budget = errors.integer(name, "memory_budget", memory_budget)
             if memory_budget <= 0:
@@ -586,7 +629,7 @@ class Head:
             t if t is None else t.detach() for t in found
         )
         return (
-            None if teacher_input is None else teacher_input.reshape(n, -1),
+            None if teacher_input is None else teacher_input.reshape(n, teacher_input.shape[-1]),
             None if teacher_weight is None else teacher_weight.unsqueeze(1),
             None if teacher_bias is None else teacher_bias.unsqueeze(1),
             None if logits is None else logits.detach().reshape(n, self.classes),
@@ -627,6 +670,11 @@ class Head:
             denominator,
             *teacher,
         )
+        if not torch.compiler.is_compiling():
+            # Zeros without memory, which autograd makes, get some.
+            tensors = tuple(
+                t.clone() if t is not None and t._is_zerotensor() else t for t in tensors
+            )
         results = dispatch(call, tensors, target)
         if call.reduction != "none":
             return results
@@ -637,11 +685,56 @@ def _index(name: str, ignore_index: int | None) -> int | None:
     return None if ignore_index is None else errors.integer(name, "ignore_index", ignore_index)
 
 
+def _check_tensors(name: str, **arguments: Any) -> None:
+    """Refuses tensors without memory, sparse ones, and distributed ones beside plain ones."""
+    plain.check(name, **arguments)
+    if torch.compiler.is_compiling():
+        return
+    distributed = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+    given = {key: t for key, t in arguments.items() if isinstance(t, Tensor)}
+    for key, tensor in given.items():
+        if type(tensor) in PLAIN and tensor.layout is not torch.strided:
+            words = f"{key} has layout {tensor.layout}, which no linear loss takes: to_dense()"
+            errors.fail(RuntimeError, name, words)
+    spread = [key for key, t in given.items() if isinstance(t, distributed)]
+    local = [key for key, t in given.items() if key not in spread and t.numel() != 1]
+    if spread and local:
+        errors.fail(
+            RuntimeError,
+            name,
+            f"{spread[0]} is a DTensor, {local[0]} is not: got mixed torch.Tensor and DTensor. The weight of a "
+            "head that fully_shard divided is whole after head.unshard(), or inside of its forward: "
+            "full_tensor() alone gives a gradient that is not reduced over the processes. Other tensors "
+            "become DTensors by distribute_tensor()",
+        )
+
+
+def _as_autocast(tensor: Tensor) -> Tensor:
+    """In the type that autocast multiplies in; it leaves float64 alone, and integers."""
+    if tensor.dtype is torch.float64 or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
 def _finite(name: str, argument: str, value: float, above: float = -math.inf) -> float:
     value = errors.number(name, argument, value)
     if not (math.isfinite(value) and value > above):
         rule = "finite" if above == -math.inf else f"finite and greater than {above:g}"
         errors.fail(ValueError, name, f"{argument} must be {rule}, got {value}")
+    return value
+
+
+def _setting(name: str, argument: str, value: Any, above: float = -math.inf) -> Any:
+    """A finite number, or the 0-dim tensor of one that learns."""
+    if not errors.learns(value):
+        return _finite(name, argument, value, above)
+    if value.dim() or value.is_complex():
+        got = f"{value.dtype} of shape {list(value.shape)}"
+        words = f"argument '{argument}' must be float or a real 0-dim tensor, not {got}"
+        errors.fail(TypeError, name, words)
+    # Where it can be looked at, and no queue stops for it.
+    if not torch.compiler.is_compiling() and value.is_cpu and plain.is_plain(value.detach()):
+        _finite(name, argument, value.item(), above)
     return value
 
 
@@ -657,4 +750,6 @@ def _scalar(name: str, argument: str, value: Tensor | float | None) -> Tensor | 
             name,
             f"{argument} must be a number or a 0-dim tensor, got {list(value.shape)}",
         )
+    if value.is_complex():
+        errors.fail(TypeError, name, f"{argument} must be real, got {value.dtype}")
     return value
