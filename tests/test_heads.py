@@ -721,6 +721,50 @@ def test_saved_tensors_in_other_forms(reduction: str, generator: Generator) -> N
         assert kept and all(same_bits(t.detach(), copy.detach()) for t, copy in kept)
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_tensors_of_inference_mode(reduction: str, generator: Generator) -> None:
+    """A teacher's, and labels; and what is made within it is not differentiable."""
+    problem = Distillation(generator)
+    settings = {"reduction": reduction, "hard_weight": 0.5}
+    expected = backward(problem, linear_kl_div, {**settings, "teacher_logits": problem.logits()})
+    with torch.inference_mode():
+        logits, target = problem.logits(), problem.tensors["target"].clone()
+    inputs = {k: t.requires_grad_(k in problem.learned) for k, t in problem.tensors.items()}
+    inputs |= {"target": target, "teacher_logits": logits}
+    learned = [inputs[k] for k in problem.learned]
+    loss = linear_kl_div(**inputs, **settings)
+    ones = torch.ones_like(loss)
+    if reduction == "mean":
+        with pytest.raises(RuntimeError, match="target is of inference mode, and not kept"):
+            torch.autograd.grad(loss, learned, ones, create_graph=True, retain_graph=True)
+    with torch.inference_mode():
+        logits.zero_()
+    close([loss.detach(), *torch.autograd.grad(loss, learned, ones)], expected)
+    with torch.inference_mode(), torch.enable_grad():
+        assert not linear_kl_div(**inputs, **settings).requires_grad
+
+
+def test_nodes_and_events_bear_the_name_of_the_loss(generator: Generator) -> None:
+    problem = Distillation(generator)
+    inputs = {k: t.requires_grad_(k in problem.learned) for k, t in problem.tensors.items()}
+    calls: dict[str, Callable[..., Any]] = {
+        "linear_cross_entropy": linear_cross_entropy,
+        "linear_kl_div": lambda **t: linear_kl_div(**t, **problem.teacher),
+        "linear_log_prob": lambda **t: linear_log_prob(**t, statistics=True).lse.sum(),
+    }
+    for name, call in calls.items():
+        with torch.profiler.profile() as seen:
+            loss = call(**inputs)
+            loss.backward()
+            with torch.no_grad():
+                call(**inputs)
+            with formula_path():
+                call(**inputs)
+        events = [e.key for e in seen.key_averages() for _ in range(e.count)]
+        assert events.count(f"fusedloss::{name}") == 3
+        assert any(f"fusedloss::{name}Backward" in e for e in events)
+
+
 # Autocast, devices, shapes
 
 

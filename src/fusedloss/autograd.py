@@ -18,6 +18,7 @@ from .cpu.again import Again
 from .plain import Like, is_plain
 
 T = TypeVar("T", Tensor, "Tensor | None")
+R = TypeVar("R")
 
 # Asked at every call or backward: bound here once.
 _grad_enabled = torch.is_grad_enabled
@@ -76,7 +77,7 @@ def _savable(tensors: Sequence[T]) -> Sequence[T]:
     return tuple(t.clone() if t is not None and t.is_inference() else t for t in tensors)
 
 
-def spanned(loss: str, compute: Callable[[], Tensor]) -> Tensor:
+def spanned(loss: str, compute: Callable[[], R]) -> R:
     """What `compute` gives; a profiler sees it as one event that bears the name of the loss."""
     if not _profiling():
         return compute()

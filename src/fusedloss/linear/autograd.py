@@ -22,6 +22,10 @@ class Like(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> Like:
+        return cls(tensor.shape, tensor.dtype, tensor.device)
+
 
 class Chunked(torch.autograd.Function):
     """A reduced loss computes its gradients in forward, and they wait; others in backward."""
@@ -31,8 +35,15 @@ class Chunked(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:]
         ctx.call, ctx.stored = call, call.reduction != "none"
         results, grads = run(call, tensors, needed[:4] if ctx.stored else ())
-        ctx.save_for_backward(*tensors, *grads)
-        ctx.like = [None if t is None else Like(t.shape, t.dtype, t.device) for t in tensors]
+        ctx.like = [None if t is None else Like.of(t) for t in tensors]
+        # Autograd saves no tensor of inference mode, whose changes it could not see.
+        kept = [t if t is None or not t.is_inference() else None for t in tensors]
+        if not ctx.stored:
+            kept = [
+                t if k is not None or t is None else t.clone()
+                for t, k in zip(tensors, kept, strict=True)
+            ]
+        ctx.save_for_backward(*kept, *grads)
         ctx.own = _hooks(True) is None  # what is stored is nobody else's
         ctx.on_gpu = gpu.serves(tensors[0])
         ctx.set_materialize_grads(False)
@@ -49,7 +60,7 @@ class Chunked(torch.autograd.Function):
             gpu.family("flags").raise_pending(ctx.like[0].device)
         for g in incoming:
             plain.check(call.loss, incoming=g)
-        saved = _unpacked(ctx)
+        saved = autograd.unpacked(ctx)
         create_graph = torch.is_grad_enabled()
         if all(g is None for g in incoming):
             grads: Sequence[Slot] = [None] * len(needed)
@@ -89,30 +100,8 @@ def unreadable(tensors: Sequence[Slot]) -> str | None:
     return None
 
 
-class _Changed(NamedTuple):
-    """In place of a saved tensor that was changed in place."""
-
-    error: RuntimeError
-
-
-def _unpacked(ctx: Any) -> Sequence[Any]:
-    """The saved tensors, with a `_Changed` for each that autograd refuses to give."""
-    try:
-        return ctx.saved_tensors
-    except RuntimeError:
-        if not hasattr(torch._C._autograd.SavedTensor, "unpack"):
-            raise
-    found: list[Any] = []
-    for saved in ctx._raw_saved_tensors:  # raises where the graph was freed
-        try:
-            found.append(saved.unpack())
-        except RuntimeError as error:
-            found.append(_Changed(error))
-    return found
-
-
 def _unchanged(saved: Any) -> Slot:
-    if type(saved) is _Changed:
+    if type(saved) is autograd.Changed:
         raise saved.error
     return saved
 
@@ -121,11 +110,12 @@ def _settled(ctx: Any, saved: Sequence[Any]) -> Slots:
     """The tensors that forward was given.
 
     Raises:
-        RuntimeError: one was changed in place, has another shape or device, or no memory any more.
+        RuntimeError: one was changed in place, has another shape or device, or no memory any more; or it was
+            not kept.
     """
     call, found = ctx.call, []
     for name, tensor, like in zip(call.arguments, saved, ctx.like, strict=True):
-        if type(tensor) is _Changed:
+        if type(tensor) is autograd.Changed:
             why = (
                 "the gradient was kept, but with create_graph=True it is computed anew, from what it was"
                 if ctx.stored
@@ -134,6 +124,9 @@ def _settled(ctx: Any, saved: Sequence[Any]) -> Slots:
             words = f"{name} was changed after the loss was taken: {tensor.error} {why}: change a clone()"
             raise RuntimeError(f"{call.loss}: {words}") from tensor.error
         if like is not None:
+            if tensor is None:
+                words = f"{name} is of inference mode, and not kept: create_graph=True needs a clone() of it"
+                errors.fail(RuntimeError, call.loss, words)
             if (tensor.shape, tensor.device) != (like.shape, like.device):
                 got = f"{list(tensor.shape)} on {tensor.device}"
                 words = f"{name} was saved for backward as {list(like.shape)} on {like.device}"

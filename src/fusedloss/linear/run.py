@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import gpu, route
+from ..autograd import learns, named, spanned
 from . import op
 from .autograd import Chunked, unreadable
 from .call import LinearCall, Slot, Slots
@@ -27,11 +28,11 @@ def dispatch(call: LinearCall, tensors: Slots, given: Slot) -> tuple[Tensor, ...
         assert linear_weight is not None
         route.check_range(call.loss, given, linear_weight.shape[0], call.ignore_index)
     if why:
-        return call.by_formula(*tensors)
+        return spanned(call.loss, lambda: call.by_formula(*tensors))
     differentiable = tensors[: call.gradients]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
-        return Chunked.apply(call, *tensors)
-    return run_chunks(call, tensors)[0]
+    if learns() and any(t is not None and t.requires_grad for t in differentiable):
+        return named(Chunked, call.loss)(call, *tensors)
+    return spanned(call.loss, lambda: run_chunks(call, tensors)[0])
 
 
 def _formula_reason(call: LinearCall, tensors: Slots) -> str | None:
