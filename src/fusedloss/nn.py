@@ -133,8 +133,8 @@ if hasattr(modules, "LinearCrossEntropyLoss"):  # since torch 2.13
             num_classes: int,
             *,
             z_loss: float = 0.0,
-            softcap: float | None = None,
-            logit_scale: float = 1.0,
+            softcap: Tensor | float | None = None,
+            logit_scale: Tensor | float = 1.0,
             memory_budget: int | None = None,
             **settings: Any,
         ) -> None:

@@ -32,8 +32,8 @@ def linear_cross_entropy(
     options: Any = None,
     sample_weight: Tensor | None = None,
     z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
+    softcap: Tensor | float | None = None,
+    logit_scale: Tensor | float = 1.0,
     denominator: Tensor | float | None = None,
     memory_budget: int | None = None,
 ) -> Tensor:
@@ -69,8 +69,8 @@ def linear_cross_entropy(
         sample_weight: v, of each row, in the shape of the losses. Rows of weight 0 are left out before the
             products. It does not enter the denominator of 'mean'.
         z_loss: z, the weight of the squared log-sum-exp.
-        softcap: k > 0.
-        logit_scale: s.
+        softcap: k > 0. Where it is a tensor that requires a gradient, the logits exist in full.
+        logit_scale: s; it may be a 0-dim tensor that requires a gradient, and is then multiplied into h and b.
         denominator: what 'mean' divides by, a number or a 0-dim tensor: the count of all devices and all
             steps of an accumulation, say. A batch without a row that counts is then 0 and not NaN.
         memory_budget: bytes of scratch beside the gradients; None: 64 MiB, on a GPU half of what the weight's
@@ -86,9 +86,9 @@ def linear_cross_entropy(
         ValueError: unknown `reduction`; batch sizes that differ; `softcap` not above 0; a `memory_budget` that
             does not hold one row.
         RuntimeError: other shapes that do not fit; dtypes or devices that differ; `label_smoothing` out of
-            range; `ignore_index` with probabilities.
+            range; `ignore_index` with probabilities; a tensor whose storage was freed; DTensors beside others.
         NotImplementedError: integer or complex input.
-        TypeError: an argument that is no tensor.
+        TypeError: an argument that is no tensor; `z_loss` or `label_smoothing` that requires a gradient.
     """
     name = "linear_cross_entropy"
     tensors = (input, linear_weight, target, linear_bias, weight, sample_weight, denominator)
@@ -168,8 +168,8 @@ def linear_log_prob(
     *,
     linear_bias: Tensor | None = None,
     ignore_index: int | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: Tensor | float | None = None,
     statistics: bool = False,
     memory_budget: int | None = None,
 ) -> Tensor | LogProb:
@@ -184,7 +184,8 @@ def linear_log_prob(
         target: class indices, (...) or (..., d1, ...).
         linear_bias: (C) or (C, d1, ...).
         ignore_index: rows with this target get 0 in everything; -100 where None.
-        temperature: T > 0.
+        temperature: T > 0; it may be a 0-dim tensor that requires a gradient. Beside a `softcap` the logits
+            exist in full then.
         softcap: as in :func:`linear_cross_entropy`.
         statistics: also give each row's log-sum-exp, entropy and whether no class is above the target's, and
             the number of rows that count: from the same pass, and without a stop of a GPU's queue.
@@ -259,7 +260,7 @@ def linear_kl_div(
     linear_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     teacher_logits: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: Tensor | float = 1.0,
     divergence: str = "forward",
     beta: float = 0.5,
     target: Tensor | None = None,
@@ -268,7 +269,7 @@ def linear_kl_div(
     ignore_index: int = -100,
     reduction: str = "mean",
     sample_weight: Tensor | None = None,
-    softcap: float | None = None,
+    softcap: Tensor | float | None = None,
     teacher_softcap: float | None = None,
     denominator: Tensor | float | None = None,
     memory_budget: int | None = None,
@@ -296,7 +297,7 @@ def linear_kl_div(
         linear_bias: (C).
         teacher_bias: (C).
         teacher_logits: (..., C), in place of the teacher's head.
-        temperature: greater than 0.
+        temperature: greater than 0. Where it is a tensor that requires a gradient, the logits exist in full.
         divergence: 'forward', 'reverse' or 'js'.
         beta: of 'js', between 0 and 1.
         target: class indices (...): of the hard term, and rows that are ignored do not count in either.
@@ -315,7 +316,8 @@ def linear_kl_div(
 
     Raises:
         As :func:`linear_cross_entropy`; ValueError for an unknown `divergence`, a `temperature` or `beta`
-        out of range, a teacher given twice or not at all, and `hard_weight` without `target`.
+        out of range, a teacher given twice or not at all, and `hard_weight` without `target`; TypeError for
+        `beta`, `soft_weight`, `hard_weight` or `teacher_softcap` that requires a gradient.
     """
     name = "linear_kl_div"
     teacher = (teacher_input, teacher_weight, teacher_bias, teacher_logits)
