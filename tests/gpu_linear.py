@@ -112,6 +112,43 @@ def test_step_of_a_chunk(
     torch.testing.assert_close(x.double(), slope.squeeze(2), rtol=rounding + 2e-6, atol=3e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32], ids=name_of)
+def test_labels_of_every_integer_type(dtype: torch.dtype, generator: Generator) -> None:
+    x, w = (torch.randn(n, 3, generator=generator).to(DEVICE) for n in (6, 256))
+    target = torch.tensor([0, 3, 100, 127, 156, 255], device=DEVICE)
+    for ignored in (-1, -100, 255, 300):
+        found, expected = (
+            [
+                linear_cross_entropy(x, w, labels, ignore_index=ignored),
+                *linear_log_prob(x, w, labels, ignore_index=ignored, statistics=True),
+            ]
+            for labels in (target.to(dtype), target)
+        )
+        assert all(map(same_bits, found, expected))
+
+
+@pytest.mark.parametrize("kind", ["count", "weight", "sample_weight", "float16", "int64"])
+def test_mean_is_sum_over_a_float64_divisor(kind: str, generator: Generator) -> None:
+    problem = Problem(generator, shape=(11, 5, 53))
+    settings: dict[str, Any] = {
+        "weight": {"weight": problem.normal(53).abs()},
+        "sample_weight": {"sample_weight": problem.rewards().bfloat16()},
+        "float16": {"denominator": torch.tensor(7.3, dtype=torch.float16)},
+        "int64": {"denominator": torch.tensor(7)},
+    }.get(kind, {})
+    settings = on_device(problem, settings)
+    mean = problem.run(linear_cross_entropy, **settings)
+    n: Any = settings.pop("denominator", None)
+    total = problem.run(linear_cross_entropy, **settings, reduction="sum")
+    if n is None:
+        target = problem.tensors["target"]
+        weight = settings.get("weight", torch.ones(53, dtype=torch.float64, device=DEVICE))
+        n = weight[target[target != -100]].sum()
+    for a, b in zip(mean, total, strict=True):
+        exact = b / n.double()
+        assert (a - exact).abs().max() <= 1e-14 * exact.abs().max()
+
+
 @pytest.mark.parametrize("settings", [{}, {"softcap": 2.0**7}, {"z_loss": 0.25}], ids=str)
 def test_digits_near_certainty(settings: dict[str, float], block: int) -> None:
     call = dataclasses.replace(CALL, **settings)
