@@ -19,6 +19,7 @@ from conftest import (
     Options,
     Tensors,
     draw_incoming,
+    formula_path,
     leaves,
     parameters,
     parameters_reduced,
@@ -157,6 +158,35 @@ def test_second_derivatives_are_those_of_torch(
         second = torch.autograd.grad(mixed, [*wanted, arrives], materialize_grads=True)
         found.append((first, second))
     assert_close(found[0], found[1])
+
+
+@parameters()
+def test_gradients_have_a_graph_where_those_of_torch_have(case: Case, generator: Generator) -> None:
+    """That of NLL too, which depends on its input by nothing: a penalty on gradients is 0, not an error."""
+    tensors, options = float64(case, generator)
+    for wanted in mapped_subsets(len(tensors)):
+        if not set(wanted) <= set(case.loss.differentiable):
+            continue
+        found = []
+        for function, path in (
+            (case.loss.torch_function, contextlib.nullcontext),
+            (case.loss.function, contextlib.nullcontext),
+            (case.loss.function, formula_path),
+        ):
+            inputs = leaves(tensors, wanted)
+            learned = [inputs[k] for k in wanted]
+            with path():
+                value = function(*inputs, **options)
+            grads = torch.autograd.grad(value.sum(), learned, create_graph=True)
+            rest = {"retain_graph": True, "allow_unused": True}
+            found.append(
+                [
+                    torch.autograd.grad(g.sum(), learned, **rest) if g.requires_grad else None
+                    for g in grads
+                ]
+            )
+        for other in found[1:]:
+            assert_close(other, found[0])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

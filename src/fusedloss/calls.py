@@ -22,6 +22,18 @@ from .layout import empty_of_rows
 ARGUMENTS = {"x": "input", "t": "target", "w": "pos_weight"}  # by the operands of formulas
 
 
+def _lifted(tensor: Tensor, alone: bool) -> Tensor:
+    """A sample that stands alone as a batch of one.
+
+    To torch.func a number times a 0-dim tensor is of float64, and an index of 0 dimensions is a number.
+    """
+    return tensor.unsqueeze(0) if alone else tensor
+
+
+def _lowered(result: Tensor, alone: bool) -> Tensor:
+    return result.squeeze(0) if alone and result.dim() else result
+
+
 @dataclass(slots=True)
 class PointwiseCall:
     """Tensors: the formula's operands, then a weight or None. They broadcast."""
@@ -55,12 +67,15 @@ class PointwiseCall:
 
     def by_formula(self, *tensors: Tensor) -> Tensor:
         *operands, weight = tensors
+        alone = not any(o.dim() for o in operands)
         compute = reduce.wide(*operands)
         names = dict(zip(self.formula.params, self.params, strict=True))
-        losses = formula.apply(self.formula, tuple(o.to(compute) for o in operands), names)
+        lifted = tuple(_lifted(o.to(compute), alone) for o in operands)
+        losses = formula.apply(self.formula, lifted, names)
         if weight is not None:
             losses = losses * weight.to(compute)
-        return reduce.total(losses, self.reduction, self.denominator).to(self.dtype)
+        result = reduce.total(losses, self.reduction, self.denominator)
+        return _lowered(result, alone).to(self.dtype)
 
     def gradients_by_formula(
         self, tensors: Sequence[Tensor | None], needed: Sequence[bool], incoming: Tensor
@@ -122,45 +137,50 @@ class RowsCall:
 
     def by_formula(self, input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         compute = reduce.wide(input, target) if self.probabilities else reduce.wide(input)
-        x, axis = input.to(compute), min(input.dim() - 1, 1)
+        alone = input.dim() == 1
+        x = _lifted(input.to(compute), alone)
         if weight is not None:
             weight = weight.to(compute)
         if self.probabilities:
-            result = self._soft(formula.log_softmax(x, axis), target.to(compute), weight)
+            q = _lifted(target.to(compute), alone)
+            result = self._soft(formula.log_softmax(x, 1), q, weight)
         else:
-            result = self._hard(x, target.reshape(self.shape(input, target)), weight)
-        return result.to(self.dtype)
+            result = self._hard(x, target.reshape(x.shape[:1] + x.shape[2:]), weight)
+        return _lowered(result, alone).to(self.dtype)
 
     def _soft(self, log_p: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-        axis = 0 if log_p.dim() == 1 else 1
-        part = (1 - self.smoothing) * target + self.smoothing / max(log_p.shape[axis], 1)
+        part = (1 - self.smoothing) * target + self.smoothing / max(log_p.shape[1], 1)
         if weight is not None:
-            part = part * weight.reshape(-1, *(1,) * (log_p.dim() - axis - 1))
+            part = part * weight.reshape(-1, *(1,) * (log_p.dim() - 2))
         # A class without probability does not count, not even where its log-probability is -inf.
         absent = (part == 0) & (log_p == -formula.inf)
-        losses = -(part * log_p.masked_fill(absent, 0)).sum(axis)
+        losses = -(part * log_p.masked_fill(absent, 0)).sum(1)
         # Without classes there are no rows either: PyTorch's mean over none is NaN.
-        return reduce.total(losses, self.reduction, None if log_p.shape[axis] else math.nan)
+        return reduce.total(losses, self.reduction, None if log_p.shape[1] else math.nan)
 
     def _hard(self, x: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-        axis = min(x.dim() - 1, 1)
         index = target.to(torch.int64)
         counted = index != self.ignore_index
-        outside = counted & ((index < 0) | (index >= x.shape[axis]))
-        index = index.where(counted & ~outside, 0).unsqueeze(axis)
+        outside = counted & ((index < 0) | (index >= x.shape[1]))
+        index = index.where(counted & ~outside, 0).unsqueeze(1)
         # What an ignored row holds reaches neither the loss nor, as 0 * inf, a gradient.
-        log_p = torch.where(counted.unsqueeze(axis), x, 0)
+        log_p = torch.where(counted.unsqueeze(1), x, 0)
         if self.loss == "cross_entropy":
-            log_p = formula.log_softmax(log_p, axis)
-        own = log_p.gather(axis, index).squeeze(axis)
-        own_weight = torch.ones_like(own) if weight is None else weight[index.squeeze(axis)]
-        losses = -own_weight * own
+            log_p = formula.log_softmax(log_p, 1)
+        own = log_p.gather(1, index).squeeze(1)
+        own_weight = torch.ones_like(own) if weight is None else weight[index.squeeze(1)]
+        slope = own_weight
+        if (
+            self.loss == "nll_loss"
+        ):  # a gradient with a graph, as PyTorch's: its own derivative is 0
+            slope = torch.where(torch.zeros_like(counted), own, own_weight)
+        losses = -slope * own
         if self.smoothing > 0:
             spread = log_p
             if weight is not None:
-                spread = log_p * weight.reshape(-1, *(1,) * (log_p.dim() - axis - 1))
-            flat = self.smoothing / max(log_p.shape[axis], 1)
-            losses = (1 - self.smoothing) * losses - flat * spread.sum(axis)
+                spread = log_p * weight.reshape(-1, *(1,) * (log_p.dim() - 2))
+            flat = self.smoothing / max(log_p.shape[1], 1)
+            losses = (1 - self.smoothing) * losses - flat * spread.sum(1)
         # On the CPU the index was checked; elsewhere NaN says so, and no device-side assertion.
         losses = torch.where(counted, losses.masked_fill(outside, float("nan")), 0)
         denominator = None
@@ -218,11 +238,15 @@ class TripletCall:
         if not anchor.is_complex():
             compute = reduce.wide(anchor, positive, negative)
             anchor, positive, negative = (t.to(compute) for t in (anchor, positive, negative))
+        alone = anchor.dim() < 2
+        anchor, positive, negative = (
+            _lifted(_lifted(t, not t.dim()), alone) for t in (anchor, positive, negative)
+        )
         near, far = self.distance(anchor, positive), self.distance(anchor, negative)
         if self.swap:
             far = torch.minimum(far, self.distance(positive, negative))
         losses = torch.clamp_min(self.margin + near - far, 0)
-        return reduce.total(losses, self.reduction).to(self.dtype)
+        return _lowered(reduce.total(losses, self.reduction), alone).to(self.dtype)
 
     def spread(self, incoming: Tensor) -> Tensor:
         return incoming.unsqueeze(-1)
