@@ -167,7 +167,7 @@ class RowsCall:
         log_p = torch.where(counted.unsqueeze(1), x, 0)
         if self.loss == "cross_entropy":
             log_p = formula.log_softmax(log_p, 1)
-        own = log_p.gather(1, index).squeeze(1)
+        own = formula.gather(log_p, index).squeeze(1)
         own_weight = torch.ones_like(own) if weight is None else weight[index.squeeze(1)]
         slope = own_weight
         if (

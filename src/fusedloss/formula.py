@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid as log_sigmoid
 
+from . import sharded
 from .define import Pointwise
 
 __all__ = [
@@ -50,9 +51,18 @@ def maximum(a: Tensor, b: float) -> Tensor:
     return torch.clamp_min(a, b)
 
 
+def log_probabilities(x: Tensor, axis: int) -> Tensor:
+    return sharded.log_softmax(x, axis) if sharded.is_sharded(x) else x.log_softmax(axis)
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """Of each row, the classes of `index`; both have the classes in dimension 1."""
+    return sharded.chosen(x, index) if sharded.is_sharded(x) else x.gather(1, index)
+
+
 def log_softmax(x: Tensor, axis: int) -> Tensor:
     """As torch's, but of a class near certainty from the others' share: torch gives 0 there."""
-    log_p = x.log_softmax(axis)
+    log_p = log_probabilities(x, axis)
     certain = log_p > -0.5  # one class of a row at most
     own = torch.where(certain, x, 0).sum(axis, keepdim=True)
     others = certain.any(axis, keepdim=True) & ~certain
@@ -127,6 +137,8 @@ def check_domain(
     if formula.domain is None or operands[0].device.type == "cuda":
         return  # a failed assertion on the GPU would take the CUDA context with it
     inside = formula.domain(*operands, **params)
+    if sharded.is_sharded(inside):
+        inside = sharded.whole(inside.all())
     transformed = torch._C._are_functorch_transforms_active()
     if torch.compiler.is_compiling():
         if transformed:

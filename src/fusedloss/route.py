@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import autograd, cpu, errors, gpu, ops, plain, strictness
+from . import autograd, cpu, errors, gpu, ops, plain, sharded, strictness
 from .calls import Call, RowsCall
 from .cpu.again import Again
 from .cpu.load import FLOATS
@@ -213,7 +213,10 @@ def _operator_serves(call: Call, tensors: tuple[Tensor | None, ...]) -> bool:
         call.family != "pointwise"
         and not is_exporting()
         and not _transforms_active()
-        and all(t is None or t.device.type in ("cpu", "cuda") for t in tensors)
+        and all(
+            t is None or (t.device.type in ("cpu", "cuda") and not sharded.is_sharded(t))
+            for t in tensors
+        )
         and not (tensors[0] is not None and tensors[0].is_cuda and gpu.problem(call.family))
         and _kernel_gap(call, tensors, gpu.serves(tensors[0])) is None
     )
@@ -233,7 +236,7 @@ def dispatch(
     if torch.compiler.is_compiling():
         if why is None and _operator_serves(call, tensors):
             return ops.run(call, tensors)
-        return call.by_formula(*tensors)
+        return call.by_formula(*_on_one_mesh(call, tensors))
     plain.check(loss, **dict(zip(call.arguments, tensors, strict=True)))
     why = why or formula_reason(call, tensors)
     if why is None:
@@ -255,7 +258,17 @@ def dispatch(
         input, target, _ = tensors
         classes = input.shape[min(input.dim() - 1, 1)]
         check_range(loss, target, classes, call.ignore_index)
-    return autograd.spanned(loss, lambda: call.by_formula(*tensors))
+    on_mesh = _on_one_mesh(call, tensors)
+    return autograd.spanned(loss, lambda: call.by_formula(*on_mesh))
+
+
+def _on_one_mesh(call: Call, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Plain class indices and weights, such as a criterion's buffers, are replicated beside DTensors."""
+    if call.family == "triplet":
+        return tensors
+    return sharded.beside(
+        tensors, 1 if isinstance(call, RowsCall) and not call.probabilities else 2
+    )
 
 
 def _made_dense(loss: str, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -270,6 +283,8 @@ def _made_dense(loss: str, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def check_range(loss: str, target: Tensor, classes: int, ignore_index: int) -> None:
     """IndexError for the first class index out of range, where it can be read without a sync."""
+    if target.is_cpu and not _dispatch_modes():
+        target = sharded.whole(target)
     if not (target.is_cpu and plain.is_plain(target)) or _is_tracing():
         return
     index = target.to(torch.int64)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from .. import reduce
+from .. import formula, reduce
 from ..calls import RowsCall
 
 Slot = Tensor | None
@@ -96,7 +96,7 @@ class LinearCall:
             return Rows(losses)
         entropy = lse - (x.softmax(1) * x).sum(1)
         index = target.to(torch.int64).clamp(0, x.shape[1] - 1).unsqueeze(1)
-        correct = (x.gather(1, index).squeeze(1) == x.amax(1)).to(x.dtype)
+        correct = (formula.gather(x, index).squeeze(1) == x.amax(1)).to(x.dtype)
         return Rows(losses, *(_where(counted, t) for t in (lse, entropy, correct)))
 
     def counted(self, target: Slot) -> Slot:

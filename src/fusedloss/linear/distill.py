@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from .. import reduce
+from .. import formula, reduce
 from .call import LinearCall, Rows, Slot, capped
 
 KINDS = ("forward", "reverse", "js")
@@ -61,8 +61,8 @@ class DistillCall(LinearCall):
         counted = self.counted(target)
         if counted is not None:
             x, t = (torch.where(counted.unsqueeze(1), each, 0) for each in (x, t))
-        s = (x / self.temperature).log_softmax(1)
-        t = (t / self.temperature).log_softmax(1)
+        s = formula.log_probabilities(x / self.temperature, 1)
+        t = formula.log_probabilities(t / self.temperature, 1)
         match self.divergence:
             case "forward":
                 losses = _relative_entropy(t, s)
@@ -75,7 +75,7 @@ class DistillCall(LinearCall):
         losses = self.soft_weight * losses
         if target is not None:
             index = target.to(torch.int64).clamp(0, x.shape[1] - 1).unsqueeze(1)
-            own = x.log_softmax(1).gather(1, index).squeeze(1)
+            own = formula.gather(formula.log_probabilities(x, 1), index).squeeze(1)
             losses = losses - self.hard_weight * own
         return losses if counted is None else torch.where(counted, losses, 0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import gpu, route
+from .. import gpu, route, sharded
 from ..autograd import learns, named, spanned
 from . import op
 from .autograd import Chunked, unreadable
@@ -16,9 +16,8 @@ from .chunks import run as run_chunks
 def dispatch(call: LinearCall, tensors: Slots, given: Slot) -> tuple[Tensor, ...]:
     """The results of the call; `given` is the target as the caller shaped it."""
     if torch.compiler.is_compiling():
-        return (
-            op.run(call, tensors) if _operator_serves(call, tensors) else call.by_formula(*tensors)
-        )
+        serves = _operator_serves(call, tensors)
+        return op.run(call, tensors) if serves else _by_formula(call, tensors)
     why = _formula_reason(call, tensors)
     device = "GPU" if gpu.serves(tensors[0]) else "CPU"
     kernel, because = None if why else call.family, why or "no transform needs the formula"
@@ -28,11 +27,16 @@ def dispatch(call: LinearCall, tensors: Slots, given: Slot) -> tuple[Tensor, ...
         assert linear_weight is not None
         route.check_range(call.loss, given, linear_weight.shape[0], call.ignore_index)
     if why:
-        return spanned(call.loss, lambda: call.by_formula(*tensors))
+        return spanned(call.loss, lambda: _by_formula(call, tensors))
     differentiable = tensors[: call.gradients]
     if learns() and any(t is not None and t.requires_grad for t in differentiable):
         return named(Chunked, call.loss)(call, *tensors)
     return spanned(call.loss, lambda: run_chunks(call, tensors)[0])
+
+
+def _by_formula(call: LinearCall, tensors: Slots) -> tuple[Tensor, ...]:
+    """Plain class indices and weights count as replicated beside DTensors, but no teacher's tensors."""
+    return call.by_formula(*sharded.beside(tensors[:7], 3), *tensors[7:])
 
 
 def _formula_reason(call: LinearCall, tensors: Slots) -> str | None:
@@ -50,6 +54,9 @@ def _operator_serves(call: LinearCall, tensors: Slots) -> bool:
     return (
         not (call.learns or route.is_exporting())
         and not torch._C._are_functorch_transforms_active()
-        and all(t is None or t.device.type in ("cpu", "cuda") for t in tensors)
+        and all(
+            t is None or (t.device.type in ("cpu", "cuda") and not sharded.is_sharded(t))
+            for t in tensors
+        )
         and not any(t is not None and t.requires_grad for t in tensors[call.gradients :])
     )

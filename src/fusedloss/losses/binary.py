@@ -7,7 +7,7 @@ from typing import NoReturn
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .. import errors, route, strict, strictness
+from .. import errors, route, sharded, strict, strictness
 from .. import formula as m
 from ..calls import PointwiseCall
 from ..define import Loss, Pointwise, normal, plain, register, uniform
@@ -185,6 +185,7 @@ def binary_cross_entropy(
 
 
 def _refuse_first(input: Tensor, target: Tensor) -> NoReturn:
+    input, target = sharded.whole(input), sharded.whole(target)
     first = int((~bce_domain(input, target)).flatten().nonzero()[0])
     x, t = (tensor.flatten()[first].item() for tensor in (input, target))
     _refuse(errors.position(first, input.shape), x, t)
