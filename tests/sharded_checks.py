@@ -160,6 +160,11 @@ def checks() -> Checks:
     found["compile"] = functools.partial(agree, compiled, (X, Y, W), (CLASSES, None, None))
     for where in (ROWS, CLASSES, ALL):
         found[f"range: {where}"] = functools.partial(out_of_range, where)
+        found[f"inference: {where}"] = functools.partial(in_inference_mode, where)
+    found["alone"] = functools.partial(agree, F.cross_entropy, (X[0], Y[1], W), (ROWS, None, None))
+    found["alone: 0-dim"] = functools.partial(agree, F.mse_loss, (X[0, 0], X[0, 1]), (ALL, ALL))
+    nothing = (F.nll_loss, (X[:0], Y[:0]), (ROWS, ROWS))
+    found["nothing"] = functools.partial(agree, *nothing, reduction="sum")
     return found
 
 
@@ -201,6 +206,17 @@ def out_of_range(where: Any) -> None:
     words = "between 0 and 1, but input[4, 2] = 1.5"
     pair = (on_mesh(above, where), on_mesh(Q, where))
     refused(RuntimeError, words, lambda: F.binary_cross_entropy(*pair))
+
+
+def in_inference_mode(where: Any) -> None:
+    """Where torch's `&` of DTensors gives its first operand."""
+    calls = ((F.cross_entropy, (X, Y)), (F.kl_div, (X, P)), (F.binary_cross_entropy, (P, Q)))
+    for function, (x, t) in calls:
+        expected = function(x, t, reduction="sum")
+        placed = ALL if t is Y and where == CLASSES else where
+        with torch.inference_mode():
+            value = whole(function(on_mesh(x, where), on_mesh(t, placed), reduction="sum"))
+        torch.testing.assert_close(value, expected)
 
 
 def refused(kind: type[Exception], words: str, call: Callable[[], Any]) -> None:

@@ -145,7 +145,7 @@ class RowsCall:
             q = _lifted(target.to(compute), alone)
             result = self._soft(formula.log_softmax(x, 1), q, weight)
         else:
-            result = self._hard(x, target.reshape(x.shape[:1] + x.shape[2:]), weight)
+            result = self._hard(x, target.reshape(1) if alone else target, weight)
         return _lowered(result, alone).to(self.dtype)
 
     def _soft(self, log_p: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:

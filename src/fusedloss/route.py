@@ -236,7 +236,7 @@ def dispatch(
     if torch.compiler.is_compiling():
         if why is None and _operator_serves(call, tensors):
             return ops.run(call, tensors)
-        return call.by_formula(*_on_one_mesh(call, tensors))
+        return _formula(call, tensors)
     plain.check(loss, **dict(zip(call.arguments, tensors, strict=True)))
     why = why or formula_reason(call, tensors)
     if why is None:
@@ -258,17 +258,13 @@ def dispatch(
         input, target, _ = tensors
         classes = input.shape[min(input.dim() - 1, 1)]
         check_range(loss, target, classes, call.ignore_index)
-    on_mesh = _on_one_mesh(call, tensors)
-    return autograd.spanned(loss, lambda: call.by_formula(*on_mesh))
+    return autograd.spanned(loss, lambda: _formula(call, tensors))
 
 
-def _on_one_mesh(call: Call, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Plain class indices and weights, such as a criterion's buffers, are replicated beside DTensors."""
-    if call.family == "triplet":
-        return tensors
-    return sharded.beside(
-        tensors, 1 if isinstance(call, RowsCall) and not call.probabilities else 2
-    )
+def _formula(call: Call, tensors: tuple[Any, ...]) -> Tensor:
+    """Plain class indices and weights, such as a criterion's buffers, count as replicated beside DTensors."""
+    first = 1 if isinstance(call, RowsCall) and not call.probabilities else call.gradients
+    return sharded.run(call.by_formula, tensors, first, len(tensors))
 
 
 def _made_dense(loss: str, tensors: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -25,15 +28,22 @@ def replicated(tensor: Tensor, like: Any) -> Tensor:
     return DTensor.from_local(tensor, like.device_mesh, placements, run_check=False)
 
 
-def beside(tensors: tuple[Any, ...], first: int) -> tuple[Any, ...]:
-    """Beside a DTensor, the plain tensors from `first` on (class indices, weights) replicated on its mesh."""
+def run(formula: Callable[..., T], tensors: tuple[Any, ...], first: int, last: int) -> T:
+    """The formula of the tensors. Beside DTensors, plain ones from `first` to `last` are replicated."""
     like = next((t for t in tensors if t is not None and is_sharded(t)), None)
     if like is None:
-        return tensors
-    return tuple(
-        t if k < first or t is None or is_sharded(t) else replicated(t, like)
+        return formula(*tensors)
+    tensors = tuple(
+        t if t is None or is_sharded(t) or not first <= k < last else replicated(t, like)
         for k, t in enumerate(tensors)
     )
+    if torch.compiler.is_compiling() or not (
+        torch.is_inference_mode_enabled() or like.is_inference()
+    ):
+        return formula(*tensors)
+    # DTensors take aten.__and__ for an operation in place, by its name: a & b is a in inference mode.
+    with torch.inference_mode(False), torch.no_grad():
+        return formula(*(t if t is None else t.clone() for t in tensors))
 
 
 def log_softmax(x: Tensor, axis: int) -> Tensor:

@@ -36,7 +36,7 @@ def dispatch(call: LinearCall, tensors: Slots, given: Slot) -> tuple[Tensor, ...
 
 def _by_formula(call: LinearCall, tensors: Slots) -> tuple[Tensor, ...]:
     """Plain class indices and weights count as replicated beside DTensors, but no teacher's tensors."""
-    return call.by_formula(*sharded.beside(tensors[:7], 3), *tensors[7:])
+    return sharded.run(call.by_formula, tensors, 3, 7)
 
 
 def _formula_reason(call: LinearCall, tensors: Slots) -> str | None:
