@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import dis
+import functools
+import importlib
 import inspect
+import itertools
 import os
 import pickle
 import re
+import sys
+import threading
+import unittest.mock
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from conftest import Case, parameters, run
+from elsewhere import run_python
 from records import LOSSES, module_errors, op_errors
 from torch import Generator, Tensor
 
@@ -25,6 +33,8 @@ from torch.testing._internal.common_modules import ModuleErrorEnum
 
 import fusedloss
 from fusedloss import route
+
+module = sys.modules["fusedloss.patch"]  # whose name is the function's, too
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -225,6 +235,287 @@ def test_what_was_compiled_before_is_compiled_again(generator: Generator) -> Non
         assert not counted(lambda: fast(x, target))[1]
         with fusedloss.patched():
             assert counted(lambda: fast(x, target))[1] == {("cross_entropy", "kernel"): 1}
+
+
+# Others who replace functions of torch.nn.functional
+
+
+def liger_cross_entropy(input: Tensor, target: Tensor, *args: Any, **options: Any) -> Tensor:
+    return input.sum()
+
+
+def wrapper_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **options: Any) -> Any:
+        return function(*args, **options)
+
+    return wrapper
+
+
+STAND_INS = {
+    "function": (lambda _: liger_cross_entropy, "test_patch.liger_cross_entropy"),
+    "wrapper": (wrapper_of, "test_patch.wrapper_of.<locals>.wrapper"),
+    "partial": (
+        lambda f: functools.partial(f, label_smoothing=0.1),
+        "a partial of torch.nn.functional.cross_entropy",
+    ),
+    "mock": (lambda _: unittest.mock.MagicMock(), "unittest.mock.MagicMock"),
+    "class": (lambda _: CrossEntropyLoss, "torch.nn.modules.loss.CrossEntropyLoss"),
+}
+
+
+ORDERS = list(itertools.permutations(["patch", "assign", "unpatch", "put back"]))
+
+
+def in_place() -> set[bool]:
+    """Of each function, and of the name that patched code looks up: whether it is patched."""
+    codes = {f.__code__ is not module.ORIGINALS[n].__code__ for n, f in module.FUNCTIONS.items()}
+    doors = {"__prepare_scriptable__" in vars(f) for f in module.FUNCTIONS.values()}
+    return {*codes, *doors, hasattr(F, module.NAME)}
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=",".join)
+@pytest.mark.parametrize("kind", STAND_INS)
+def test_what_another_library_assigns_stays(
+    kind: str, order: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, generator: Generator
+) -> None:
+    x, target = example(generator)
+    make, holder = STAND_INS[kind]
+    stand_in = make(cross_entropy)
+    code = getattr(stand_in, "__code__", None)
+    patched = assigned = False
+    for step in order:
+        if step == "assign":
+            monkeypatch.setattr(F, "cross_entropy", stand_in)
+            assigned = True
+        elif step == "put back":
+            monkeypatch.undo()
+            assigned = False
+        elif step == "unpatch":
+            fusedloss.unpatch()
+            patched = False
+        elif assigned:
+            named = re.escape(f" cross_entropy ({holder})")
+            with pytest.warns(UserWarning, match=f"{named}$") as told:
+                fusedloss.patch()
+            assert len(told) == 1 and told[0].filename == __file__
+            patched = True
+        else:
+            fusedloss.patch()
+            patched = True
+        assert F.cross_entropy is (stand_in if assigned else cross_entropy)
+        assert getattr(stand_in, "__code__", None) is code
+        assert in_place() == {patched}
+        calls = counted(lambda: cross_entropy(x, target))[1]
+        assert calls == ({("cross_entropy", "kernel"): 1} if patched else {})
+    assert "__prepare_scriptable__" not in vars(stand_in) or kind == "mock"
+
+
+ASSIGNED_BEFORE_IMPORT = """
+import functools, unittest.mock, warnings
+import torch
+import torch.nn.functional as F
+def liger(input, target): return "liger"
+def wrapper_of(f):
+    @functools.wraps(f)
+    def wrapper(*args, **options): return "apex", f(*args, **options)
+    return wrapper
+own = {name: getattr(F, name) for name in ("cross_entropy", "nll_loss", "mse_loss", "kl_div")}
+code = {name: f.__code__ for name, f in own.items()}
+F.cross_entropy = liger
+F.nll_loss = wrapper_of(F.nll_loss)
+F.mse_loss = functools.partial(F.mse_loss, reduction="sum")
+F.kl_div = unittest.mock.MagicMock(return_value="mock")
+torch.nn.CrossEntropyLoss = functools.partial(torch.nn.CrossEntropyLoss, label_smoothing=0.1)
+foreign = {name: getattr(F, name) for name in own}
+codes = {name: getattr(f, "__code__", None) for name, f in foreign.items()}
+
+import fusedloss
+x, y = torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)
+assert issubclass(fusedloss.nn.CrossEntropyLoss, torch.nn.modules.loss.CrossEntropyLoss)
+assert fusedloss.nn.CrossEntropyLoss()(x, y) > 1
+for _ in range(2):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fusedloss.patch()
+    (told,) = caught
+    assert told.filename == "<string>", told
+    for words in ("cross_entropy (__main__.liger)", "nll_loss (__main__.wrapper_of.<locals>.wrapper)",
+                  "mse_loss (a partial of torch.nn.functional.mse_loss)",
+                  "kl_div (unittest.mock.MagicMock)"):
+        assert words in str(told.message), told
+    before = fusedloss.route.calls()
+    assert F.cross_entropy(x, y) == F.cross_entropy(input=x, target=y) == "liger"
+    assert F.nll_loss(x, y) == ("apex", -1)
+    assert F.mse_loss(x, x + 1) == 6
+    assert F.kl_div(x, x) == "mock"
+    assert torch.nn.modules.loss.CrossEntropyLoss.forward.__globals__["F"] is F
+    assert F.binary_cross_entropy(x, x) == 0
+    assert fusedloss.route.calls() - before == {("binary_cross_entropy", "kernel"): 1}
+    fusedloss.unpatch()
+    assert all(getattr(F, name) is f for name, f in foreign.items())
+    assert all(getattr(f, "__code__", None) is codes[name] for name, f in foreign.items() if name != "kl_div")
+    assert all(f.__code__ is code[name] and not vars(f) for name, f in own.items())
+"""
+
+
+def test_what_another_library_assigned_before_the_import_stays() -> None:
+    done = run_python(ASSIGNED_BEFORE_IMPORT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_is_patched_where_the_warning_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(F, "mse_loss", liger_cross_entropy)
+    for door in (fusedloss.patch, lambda: fusedloss.patched().__enter__()):
+        with pytest.raises(UserWarning, match="mse_loss"):  # the suite's filter raises it
+            door()
+        assert in_place() == {False}
+
+
+def test_code_that_another_puts_into_a_function_stays(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, target = example(generator)
+    code = cross_entropy.__code__
+    foreign = (lambda logits, target, *args, **options: "foreign").__code__
+    fusedloss.patch()
+    ours = cross_entropy.__code__
+    cross_entropy.__code__ = foreign
+    fusedloss.unpatch()
+    assert cross_entropy(x, target) == "foreign"
+    with pytest.warns(UserWarning, match=r"cross_entropy \(with code from .*test_patch.py\)"):
+        fusedloss.patch()
+    assert cross_entropy(x, target) == "foreign"
+    fusedloss.unpatch()
+    cross_entropy.__code__ = ours  # as they found it, whereas nothing is patched any more
+    value, calls = counted(lambda: cross_entropy(x, target))
+    assert not calls
+    fusedloss.unpatch()
+    assert cross_entropy.__code__ is code
+    assert_close(value, cross_entropy(x, target))
+
+
+# Interrupts and threads
+
+
+def interrupted(function: Callable[[], None], step: int) -> bool:
+    """Runs with a KeyboardInterrupt at the step-th place in patch.py where Python looks for signals.
+
+    Whether there was such a place.
+    """
+    count, previous = 0, {}
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal count
+        code = frame.f_code
+        if code.co_filename != module.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            done = previous.get(frame, "RESUME")
+            previous[frame] = dis.opname[code.co_code[frame.f_lasti]]
+            # After a call, a jump back and at the start: between others a lock could be taken for good.
+            count += done.startswith(("CALL", "JUMP_BACKWARD", "RESUME"))
+            if count >= step:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def a_block() -> None:
+    with fusedloss.patched():
+        pass
+
+
+@pytest.mark.parametrize("function", [fusedloss.patch, fusedloss.unpatch, a_block])
+def test_an_interrupt_leaves_what_unpatch_mends(function: Callable[[], None]) -> None:
+    before = {n: (f.__code__, dict(vars(f))) for n, f in module.FUNCTIONS.items()}
+    fusedloss.patch()  # the redirections are made
+    step = 0
+    came = True
+    while came:
+        (fusedloss.patch if function is fusedloss.unpatch else fusedloss.unpatch)()
+        step += 1
+        came = interrupted(function, step)
+        assert not module._lock._is_owned(), step
+        if function is fusedloss.patch:
+            assert len(in_place()) == 1, step  # all or nothing
+        fusedloss.unpatch()
+        assert in_place() == {False}, step
+        assert {n: (f.__code__, dict(vars(f))) for n, f in module.FUNCTIONS.items()} == before
+        with fusedloss.patched():
+            assert in_place() == {True}, step
+        assert in_place() == {False}, step
+    assert step > 30
+
+
+def test_a_block_ends_with_the_last_that_overlaps() -> None:
+    """As two threads' do."""
+    blocks = [fusedloss.patched() for _ in range(2)]
+    for block in blocks:
+        block.__enter__()
+    assert in_place() == {True}
+    for block, after in zip(blocks, (True, False), strict=True):
+        block.__exit__(None, None, None)
+        assert in_place() == {after}
+    with fusedloss.patched():
+        fusedloss.patch()
+    assert in_place() == {True}
+
+
+def test_threads_patch_and_call_at_once(generator: Generator) -> None:
+    x, target = example(generator)
+    expected = cross_entropy(x, target).item()
+    failures: list[str] = []
+    before = sys.getswitchinterval()
+
+    def work(which: int) -> None:
+        try:
+            for _ in range(100):
+                if which == 0:
+                    fusedloss.patch()
+                    fusedloss.unpatch()
+                elif which == 1:
+                    with fusedloss.patched():
+                        pass
+                assert abs(cross_entropy(x, target).item() - expected) < 1e-5
+        except BaseException as error:
+            failures.append(repr(error))
+
+    threads = [threading.Thread(target=work, args=(which,)) for which in range(4)]
+    sys.setswitchinterval(1e-4)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not failures
+    fusedloss.unpatch()
+    assert in_place() == {False}
+
+
+def test_a_reload_keeps_the_patch(generator: Generator) -> None:
+    x, target = example(generator)
+    code = cross_entropy.__code__
+    for patched in (True, False):
+        if patched:
+            fusedloss.patch()
+        importlib.reload(module)
+        assert in_place() == {patched}
+        assert bool(counted(lambda: cross_entropy(x, target))[1]) is patched
+        fusedloss.unpatch()
+        assert cross_entropy.__code__ is code
 
 
 # Other people's libraries, as they are

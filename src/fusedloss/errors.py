@@ -1,7 +1,7 @@
 """Checks of arguments. Every message names the function, the argument, the rule and the value.
 
 The exception types are PyTorch's, and the messages contain PyTorch's own words where its test suites
-look for them.
+look for them. Warnings begin with PyTorch's own words, which filters match from their start.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import operator
 import sys
 import warnings
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any, NoReturn, cast
 
 import torch
@@ -26,10 +27,27 @@ def scalar_type(dtype: torch.dtype) -> str:
     return torch.empty(0, dtype=dtype).type().split(".")[-1].removesuffix("Tensor")
 
 
-def warn(message: str, stacklevel: int = 3) -> None:
-    """Warns the caller of the caller, but not under torch.compile, which cannot trace a warning."""
+def warn(message: str) -> None:
+    """Warns at the place of the user's call, but not under torch.compile, which cannot trace a warning."""
     if not torch.compiler.is_compiling():
-        warnings.warn(message, stacklevel=stacklevel)
+        warnings.warn(message, stacklevel=_user_level())
+
+
+def _user_level() -> int:
+    """The `stacklevel` of the first frame that is neither ours nor PyTorch's, seen from our caller."""
+    frame, level = sys._getframe(1), 1
+    while _between(frame) and frame.f_back:
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _between(frame: FrameType) -> bool:
+    """Whether the frame is ours, PyTorch's, or of a `with` on the way to us."""
+    return str(frame.f_globals.get("__name__")).split(".")[0] in (
+        "fusedloss",
+        "torch",
+        "contextlib",
+    )
 
 
 def not_tensors(function: str, kind: type[Exception], **arguments: object) -> NoReturn:
@@ -176,15 +194,14 @@ def broadcast(function: str, **tensors: Tensor) -> torch.Size:
 
 
 def warn_broadcast(function: str, input: Tensor, target: Tensor) -> None:
-    """PyTorch's warning, with both shapes and the fix."""
+    """PyTorch's warning, and after it what is computed and the fix."""
     common = list(torch.broadcast_shapes(input.shape, target.shape))
     same = input.numel() == target.numel()
     fix = "target.reshape(input.shape)" if same else "expand the smaller one yourself"
     warn(
-        f"{function}: Using a target size ({target.size()}) that is different to the input size "
-        f"({input.size()}). This will likely lead to incorrect results due to broadcasting: the loss "
-        f"is taken over {common}. Please ensure they have the same size ({fix}).",
-        stacklevel=4,
+        f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
+        "This will likely lead to incorrect results due to broadcasting. Please ensure they have the "
+        f"same size. {function}: the loss is taken over {common}; {fix}"
     )
 
 

@@ -2,16 +2,17 @@
 
 A function of PyTorch stays the object that it was; its code alone is replaced. So whoever imported
 it earlier, by whatever name, gets ours too, and whatever knows it by identity still does: pickle,
-torch.fx, tensor subclasses.
+torch.fx, tensor subclasses. What another library has put in a function's place is never touched.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import CodeType, FunctionType, SimpleNamespace
+from types import BuiltinFunctionType, CodeType, FunctionType, SimpleNamespace
 from typing import Any
 
 import torch.nn.functional
@@ -19,59 +20,121 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from . import caches, losses
+from . import caches, errors, losses
 
 HOME = torch.nn.functional
 NAME = "_fusedloss"  # what the patched functions find us by, in the globals of HOME
 
-_codes: dict[str, CodeType] = {}  # PyTorch's own, while ours are in place
+_FOR_GOOD = object()
+_asking: set[object] = set()  # ours are in place while anybody asks: `patch()`, or a block
+_lock = threading.RLock()
 
 
 def patch() -> None:
     """Makes the losses of `torch.nn` and `torch.nn.functional` run ours, for unedited code.
 
     Only plain tensors take our path; tensor subclasses, proxies and TorchScript get PyTorch's own
-    functions as before. To patch again changes nothing.
+    functions as before. To patch again changes nothing. A name that another library has given to
+    something of its own stays so, and a warning says whose that is.
     """
-    if _codes:
-        return
-    plain = (Tensor, torch.nn.Parameter)
-    traced = (*plain, FakeTensor, FunctionalTensor)
-    ours = {name: getattr(losses, name) for name in ORIGINALS}
-    names = SimpleNamespace(
-        ours=ours, theirs=ORIGINALS, plain=plain, traced=traced, compiling=_compiling
-    )
-    caches.mark()
-    setattr(HOME, NAME, names)
-    for name in ORIGINALS:
-        function = getattr(HOME, name)
-        _codes[name] = function.__code__
-        function.__code__ = _redirect(function)
-        function.__prepare_scriptable__ = ours[name].__prepare_scriptable__
+    _ask(_FOR_GOOD)
 
 
 def unpatch() -> None:
     """Puts PyTorch's own losses back. Without a patch it does nothing."""
-    for name, code in _codes.items():
-        function = getattr(HOME, name)
-        function.__code__ = code
-        del function.__prepare_scriptable__
-    if _codes:
-        delattr(HOME, NAME)
-        caches.unmark()
-    _codes.clear()
+    with _lock:
+        _asking.clear()
+        _settle()
 
 
 @contextmanager
 def patched() -> Iterator[None]:
     """`patch()` for the length of a block; within an outer patch it changes nothing."""
-    outer = bool(_codes)
-    patch()
+    block = object()
     try:
+        _ask(block)
         yield
     finally:
-        if not outer:
-            unpatch()
+        _leave(block)
+
+
+def _ask(who: object) -> None:
+    """All or nothing: what ends it halfway, a KeyboardInterrupt too, takes it back."""
+    _tell_of_others()
+    with _lock:
+        try:
+            _asking.add(who)
+            _settle()
+        except BaseException:
+            _leave(who)
+            raise
+
+
+def _leave(who: object) -> None:
+    with _lock:
+        _asking.discard(who)
+        _settle()
+
+
+def _settle() -> None:
+    """Makes PyTorch as `_asking` says, from whatever state: also what an interrupt left."""
+    # What else of the process goes with the patch is set before the codes, and taken back after them.
+    if _asking:
+        caches.mark()
+        vars(HOME)[NAME] = _names
+        for name, function in FUNCTIONS.items():
+            if function.__code__ is ORIGINALS[name].__code__:
+                function.__prepare_scriptable__ = _names.ours[name].__prepare_scriptable__
+                function.__code__ = _redirect(name)
+    else:
+        for name, function in FUNCTIONS.items():
+            if _is_redirect(function.__code__):
+                function.__code__ = ORIGINALS[name].__code__
+            vars(function).pop("__prepare_scriptable__", None)
+        vars(HOME).pop(NAME, None)
+        caches.unmark()
+
+
+def _tell_of_others() -> None:
+    """Warns of the names that are not PyTorch's own functions any more, or were not from the start."""
+    foreign = []
+    for name in FOUND:
+        found = vars(HOME).get(name)
+        if found is not FUNCTIONS.get(name, FOUND):
+            foreign.append(f"{name} ({_holder(found)})")
+        elif found.__code__ is not ORIGINALS[name].__code__ and not _is_redirect(found.__code__):
+            foreign.append(f"{name} (with code from {found.__code__.co_filename})")
+    if foreign:
+        errors.warn(
+            "fusedloss.patch: names of torch.nn.functional that hold no function of PyTorch's stay as "
+            f"they are: {', '.join(foreign)}"
+        )
+
+
+def _holder(found: Any) -> str:
+    """Where it comes from: of a wrapper too, which may bear the name of what it wraps."""
+    if isinstance(found, functools.partial):
+        return f"a partial of {_holder(found.func)}"
+    if isinstance(found, FunctionType):
+        code = found.__code__
+        return f"{found.__globals__.get('__name__')}.{getattr(code, 'co_qualname', code.co_name)}"
+    named = found if isinstance(found, (type, BuiltinFunctionType)) else type(found)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _is_own(name: str, found: Any) -> bool:
+    """Whether it is PyTorch's own function with PyTorch's own code."""
+    return (
+        type(found) is FunctionType
+        and found.__globals__ is vars(HOME)
+        and found.__code__.co_name == name
+        and not hasattr(found, "__wrapped__")
+        and not _is_redirect(found.__code__)
+    )
+
+
+def _is_redirect(code: CodeType) -> bool:
+    return NAME in code.co_names
 
 
 def _compiling() -> bool:
@@ -90,9 +153,10 @@ def _copy(function: FunctionType) -> FunctionType:
     return copy
 
 
-def _redirect(function: FunctionType) -> CodeType:
+@functools.cache
+def _redirect(name: str) -> CodeType:
     """Code with the function's signature: calls ours for plain tensors, else PyTorch's."""
-    name, signature = function.__name__, inspect.signature(function)
+    signature = inspect.signature(ORIGINALS[name])
     empty = inspect.Signature.empty
     parameters = signature.parameters.values()
     bare = signature.replace(
@@ -103,25 +167,48 @@ def _redirect(function: FunctionType) -> CodeType:
 
     def all_in(types: str) -> str:
         return " and ".join(
-            f"type({p.name}) in {NAME}.{types}"
+            f"type({p.name}) in found.{types}"
             if p.annotation is Tensor
-            else f"({p.name} is None or type({p.name}) in {NAME}.{types})"
+            else f"({p.name} is None or type({p.name}) in found.{types})"
             for p in parameters
             if p.annotation in (Tensor, Tensor | None)
         )
 
     source = (
         f"def {name}{bare}:\n"
-        f"    if {all_in('plain')} or {NAME}.compiling() and {all_in('traced')}:\n"
-        f"        return {NAME}.ours[{name!r}]({passed})\n"
-        f"    return {NAME}.theirs[{name!r}]({passed})\n"
+        f"    try:\n"
+        f"        found = {NAME}\n"
+        f"    except NameError:\n"  # another thread has unpatched since this call began
+        f"        from {__name__} import ORIGINALS\n"
+        f"        return ORIGINALS[{name!r}]({passed})\n"
+        f"    if {all_in('plain')} or found.compiling() and {all_in('traced')}:\n"
+        f"        return found.ours[{name!r}]({passed})\n"
+        f"    return found.theirs[{name!r}]({passed})\n"
     )
     namespace: dict[str, Any] = {}
     exec(compile(source, __file__, "exec"), namespace)
     return namespace[name].__code__
 
 
+_earlier = vars(HOME).get(NAME)  # of this module, which is being imported anew
+if _earlier:
+    _earlier.unpatch()
+
+FOUND = {name: getattr(HOME, name) for name in losses.__all__ if hasattr(HOME, name)}
+FUNCTIONS = {name: found for name, found in FOUND.items() if _is_own(name, found)}
 # TorchScript compiles these in place of ours, patched or not.
-ORIGINALS = {name: _copy(getattr(HOME, name)) for name in losses.__all__ if hasattr(HOME, name)}
-for _name, _original in ORIGINALS.items():
-    getattr(losses, _name).__prepare_scriptable__ = functools.partial(dict.get, ORIGINALS, _name)
+ORIGINALS = {name: _copy(function) for name, function in FUNCTIONS.items()}
+for _name, _found in {**FOUND, **ORIGINALS}.items():
+    getattr(losses, _name).__prepare_scriptable__ = functools.partial(lambda found: found, _found)
+
+_plain = (Tensor, torch.nn.Parameter)
+_names = SimpleNamespace(
+    ours={name: getattr(losses, name) for name in FUNCTIONS},
+    theirs=ORIGINALS,
+    plain=_plain,
+    traced=(*_plain, FakeTensor, FunctionalTensor),
+    compiling=_compiling,
+    unpatch=unpatch,
+)
+if _earlier:
+    patch()

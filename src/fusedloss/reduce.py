@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 from torch.nn import _reduction
 
-from .errors import fail
+from .errors import fail, warn
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -25,12 +24,16 @@ def resolve(
         ValueError: `reduction` is none of `allowed`.
     """
     if size_average is not None or reduce is not None:
-        return _reduction.legacy_get_string(size_average, reduce, emit_warning=not is_compiling())
+        legacy = _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
+        warn(
+            "size_average and reduce args will be deprecated, please use "
+            f"reduction='{legacy}' instead."
+        )
+        return legacy
     if reduction in allowed:
         return reduction
     if reduction == "elementwise_mean":
-        if not is_compiling():
-            _reduction.get_enum(reduction)  # warns that the name is deprecated
+        warn("reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead.")
         return "mean"
     expected = ", ".join(repr(name) for name in allowed)
     fail(

@@ -58,7 +58,7 @@ def turn_off(failed: Failed, family: str) -> None:
     """From now on the formula runs on the GPU, for the losses of a family."""
     _failures[family] = f"Triton failed: {failed}"
     words = f"Losses on the GPU of this kind ({family}) take the formula from now on."
-    errors.warn(f"fusedloss: {_failures[family]}. {words}", 4)
+    errors.warn(f"fusedloss: {_failures[family]}. {words}")
 
 
 def synchronize() -> None:

@@ -92,9 +92,10 @@ def kl_div(
     errors.boolean(name, "log_target", log_target)
     if reduction == "mean" and size_average is None and reduce is None:
         errors.warn(
-            "kl_div: reduction: 'mean' divides the total loss by both the batch size and the support "
-            "size. 'batchmean' divides only by the batch size, and aligns with the KL div math "
-            "definition.",
+            "reduction: 'mean' divides the total loss by both the batch size and the support size."
+            "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
+            "'mean' will be changed to behave the same as 'batchmean' in the next major release. "
+            "kl_div: use reduction='batchmean', or divide a 'sum' yourself"
         )
         settings = None  # to warn again
     if reduction == "batchmean" and not (size_average is None and reduce is None):
