@@ -368,7 +368,7 @@ def _() -> None:
 
 @deviation
 def _() -> None:
-    """Messages of errors and warnings begin with the function's name, and say more"""
+    """Messages of errors begin with the function's name, and say more"""
     x = torch.randn(2, 3)
     with pytest.raises(IndexError, match=r"^Target 5 is out of bounds"):
         theirs.cross_entropy(x, tensor([0, 5]))
@@ -376,6 +376,19 @@ def _() -> None:
         IndexError, match=r"^cross_entropy: target\[1\] = 5 .*Target 5 is out of bounds"
     ):
         ours.cross_entropy(x, tensor([0, 5]))
+
+
+@deviation
+def _() -> None:
+    """Warnings begin with PyTorch's words, and are given at the user's line, beyond the frames of
+    PyTorch's modules"""
+    x = torch.randn(2, 3)
+    with pytest.warns(UserWarning) as told:
+        torch.nn.MSELoss()(x, x[0])
+        ours.nn.MSELoss()(x, x[0])
+    their, our = told
+    assert str(our.message).startswith(str(their.message))
+    assert their.filename != __file__ == our.filename
 
 
 @pytest.mark.parametrize("title", deviations)
