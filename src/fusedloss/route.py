@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import autograd, cpu, errors, gpu, ops, plain, sharded, strictness
 from .calls import Call, RowsCall
@@ -165,15 +166,22 @@ def _remember(loss: str, call: Call, tensors: tuple[Any, ...], settings: tuple[A
     repeat(loss, tensors, settings, keep=call)
 
 
-def formula_reason(call: Call | LinearCall, tensors: tuple[Tensor | None, ...]) -> str | None:
-    """Why this call needs the formula, or None where a kernel serves."""
+def dispatch_modes() -> int:
+    """How many dispatch modes are active, which see every operation of torch."""
+    return _dispatch_modes()
+
+
+def formula_reason(
+    call: Call | LinearCall, tensors: tuple[Tensor | None, ...], by_operator: bool = False
+) -> str | None:
+    """Why this call needs the formula, or None where a kernel serves: `by_operator` under a dispatch mode."""
     if _forced:
         return _forced
     if _transforms_active():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    if _dispatch_modes():
+    if _dispatch_modes() and not by_operator:
         return "a TorchDispatchMode is active"
     if _is_tracing():
         return "torch.jit.trace is tracing"
@@ -281,13 +289,15 @@ def check_range(loss: str, target: Tensor, classes: int, ignore_index: int) -> N
     """IndexError for the first class index out of range, where it can be read without a sync."""
     if target.is_cpu and not _dispatch_modes():
         target = sharded.whole(target)
-    if not (target.is_cpu and plain.is_plain(target)) or _is_tracing():
+    if not target.is_cpu or plain.gap(target) or _is_tracing():
         return
-    index = target.to(torch.int64)
-    outside = (index != ignore_index) & ((index < 0) | (index >= classes))
-    if outside.any():
-        position = int(outside.flatten().nonzero()[0])
-        errors.out_of_range(loss, target, position, classes, ignore_index)
+    # Who watches operations sees those of the loss alone.
+    with _disable_current_modes() if _dispatch_modes() else contextlib.nullcontext():
+        index = target.to(torch.int64)
+        outside = (index != ignore_index) & ((index < 0) | (index >= classes))
+        if outside.any():
+            position = int(outside.flatten().nonzero()[0])
+            errors.out_of_range(loss, target, position, classes, ignore_index)
 
 
 def _kernel_gap(
@@ -309,9 +319,12 @@ def _kernel_gap(
     return None
 
 
-def note(loss: str, kernel: str | None, why: str, device: str = "CPU") -> None:
-    """Counts a call that another module dispatches, and tells `explain` of it."""
-    (_by_kernel if kernel else _by_formula)[loss] += 1
+def note(
+    loss: str, kernel: str | None, why: str, device: str = "CPU", counted: bool = False
+) -> None:
+    """Counts a call that another module dispatches, unless its operator does, and tells `explain` of it."""
+    if not counted:
+        (_by_kernel if kernel else _by_formula)[loss] += 1
     if _trace is not None:
         _trace.append(Route(loss, kernel, why, device))
 

@@ -40,8 +40,8 @@ def gradients(
 
 def fused(ctx: Any, incoming: Tensor) -> tuple[Slot, ...]:
     """The backward of `autograd._Fused`."""
-    needed = ctx.needs_input_grad[1:]
-    tensors, stored = ctx.saved_tensors[: len(needed)], ctx.saved_tensors[len(needed) :]
+    needed, saved = ctx.needs_input_grad[1:], ctx.saved_tensors
+    tensors, stored = saved[: len(needed)], saved[len(needed) :]
     kept = stored[: ctx.call.gradients] if ctx.stored else None
     grads = gradients(ctx.call, tensors, needed, kept, incoming)
     return (None, *grads, *(None,) * (len(tensors) - len(grads)))

@@ -83,7 +83,8 @@ def _traced(ctx: Any, incoming: Sequence[Slot]) -> tuple[Slot, ...]:
     from .op import gradients
 
     call, needed = ctx.call, ctx.needs_input_grad[1:]
-    tensors, stored = ctx.saved_tensors[: len(needed)], ctx.saved_tensors[len(needed) :]
+    saved = ctx.saved_tensors
+    tensors, stored = saved[: len(needed)], saved[len(needed) :]
     wanted, kept = needed[: call.gradients], stored if ctx.stored else None
     grads = gradients(call, tensors, wanted, kept, incoming)
     return (None, *grads, *(None,) * (len(needed) - len(grads)))

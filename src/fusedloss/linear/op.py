@@ -127,7 +127,8 @@ def _define(kind: type[LinearCall], names: tuple[str, ...]) -> None:
 
     def differentiate(ctx: Any, incoming: list[Slot]) -> tuple[Any, ...]:
         call, needed = ctx.call, list(ctx.needs_input_grad[: kind.gradients])
-        tensors, stored = ctx.saved_tensors[:count], iter(ctx.saved_tensors[count:])
+        saved = ctx.saved_tensors  # a checkpoint gives them once
+        tensors, stored = saved[:count], iter(saved[count:])
         arriving = incoming[: _count(call)]
         none = (None,) * (count - kind.gradients + 1 + len(dataclasses.fields(kind)))
         if torch.is_grad_enabled():

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import gpu, route, sharded
 from ..autograd import learns, named, spanned
-from . import op
+from . import modes, op
 from .autograd import Chunked, unreadable
 from .call import LinearCall, Slot, Slots
 from .chunks import run as run_chunks
@@ -20,14 +20,19 @@ def dispatch(call: LinearCall, tensors: Slots, given: Slot) -> tuple[Tensor, ...
         return op.run(call, tensors) if serves else _by_formula(call, tensors)
     why = _formula_reason(call, tensors)
     device = "GPU" if gpu.serves(tensors[0]) else "CPU"
-    kernel, because = None if why else call.family, why or "no transform needs the formula"
-    route.note(call.loss, kernel, because, device)
+    seen = not why and route.dispatch_modes()
+    because = why or (
+        "a TorchDispatchMode sees it as one operator" if seen else "no transform needs the formula"
+    )
+    route.note(call.loss, None if why else call.family, because, device, counted=bool(seen))
     if given is not None and not call.probabilities:
         linear_weight = tensors[1]
         assert linear_weight is not None
         route.check_range(call.loss, given, linear_weight.shape[0], call.ignore_index)
     if why:
         return spanned(call.loss, lambda: _by_formula(call, tensors))
+    if seen:
+        return op.run(call, tensors)
     differentiable = tensors[: call.gradients]
     if learns() and any(t is not None and t.requires_grad for t in differentiable):
         return named(Chunked, call.loss)(call, *tensors)
@@ -47,7 +52,8 @@ def _formula_reason(call: LinearCall, tensors: Slots) -> str | None:
     if any(t is not None and t.requires_grad for t in tensors[call.gradients :]):
         return "a weight requires a gradient"
     floats = (t if t is None or (t.is_cpu and t.is_floating_point()) else None for t in tensors)
-    return route.formula_reason(call, tuple(floats))
+    by_operator = modes.gap() is None and _operator_serves(call, tensors)
+    return route.formula_reason(call, tuple(floats), by_operator)
 
 
 def _operator_serves(call: LinearCall, tensors: Slots) -> bool:
