@@ -18,6 +18,17 @@ from ..plain import PLAIN
 from ..reduce import autocasts, resolve, result_dtype
 from .classification import check_indices, check_weight
 
+# Of these one beside DTensors is refused; class indices, weights and numbers count as replicated.
+OPERANDS = (
+    "input",
+    "linear_weight",
+    "linear_bias",
+    "teacher_input",
+    "teacher_weight",
+    "teacher_bias",
+    "teacher_logits",
+)
+
 
 def linear_cross_entropy(
     input: Tensor,
@@ -699,7 +710,7 @@ def _check_tensors(name: str, **arguments: Any) -> None:
             words = f"{key} has layout {tensor.layout}, which no linear loss takes: to_dense()"
             errors.fail(RuntimeError, name, words)
     spread = [key for key, t in given.items() if isinstance(t, distributed)]
-    local = [key for key, t in given.items() if key not in spread and t.numel() != 1]
+    local = [key for key in OPERANDS if key in given and key not in spread]
     if spread and local:
         errors.fail(
             RuntimeError,
