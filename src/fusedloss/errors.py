@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import advice
+
 
 def fail(kind: type[Exception], function: str, message: str) -> NoReturn:
     raise kind(f"{function}: {message}")
@@ -52,11 +54,10 @@ def _between(frame: FrameType) -> bool:
 
 def not_tensors(function: str, kind: type[Exception], **arguments: object) -> NoReturn:
     """Refuses the first argument that is no tensor."""
-    for position, (name, value) in enumerate(arguments.items(), 1):
+    for name, value in arguments.items():
         if not isinstance(value, Tensor):
-            got = type(value).__name__
-            words = f"argument '{name}' (position {position}) must be Tensor, not {got}"
-            fail(kind, function, words)
+            words = f"argument '{name}' must be Tensor, not {type(value).__name__}"
+            fail(kind, function, words + advice.not_a_tensor(name, value))
     raise AssertionError("all arguments are tensors")
 
 
@@ -142,17 +143,43 @@ def _is_of_numpy(value: object) -> bool:
     return numpy is not None and isinstance(value, (numpy.integer, numpy.floating, numpy.bool_))
 
 
-def not_floating(function: str, kind: type[Exception], words: str, **tensors: Tensor) -> NoReturn:
-    """Refuses the tensor that is not real floating point."""
+def not_floating(
+    function: str, kind: type[Exception], words: str, hint: str = "", /, **tensors: Tensor
+) -> NoReturn:
+    """Refuses the tensor that is not real floating point, with the cast or the `hint` that mends it."""
     name, tensor = next(
         ((n, t) for n, t in tensors.items() if t.is_complex()), next(iter(tensors.items()))
     )
+    if not tensor.is_complex():
+        hint = hint or f": pass {name}.float()"
     fail(
         kind,
         function,
         f'{name} must be real floating point, got {tensor.dtype} ("{words}" not implemented for '
-        f"'{scalar_type(tensor.dtype)}')",
+        f"'{scalar_type(tensor.dtype)}'){hint}",
     )
+
+
+def not_narrow(
+    function: str, words: str, mixed: type[Exception] = RuntimeError, /, **tensors: Tensor
+) -> None:
+    """No floating point type of 8 bits or fewer: they are for storage, torch has no arithmetic for them."""
+    floating = {name: t for name, t in tensors.items() if t.is_floating_point()}
+    for name, tensor in floating.items():
+        if tensor.dtype.itemsize == 1:
+            kind = scalar_type(tensor.dtype)
+            alike = all(t.dtype is tensor.dtype for t in floating.values())
+            fail(
+                NotImplementedError if alike else mixed,
+                function,
+                f"{name} is of {tensor.dtype}, in which nothing is computed"
+                + (
+                    f" (\"{words}\" not implemented for '{kind}')"
+                    if alike or mixed is NotImplementedError
+                    else " (Promotion for Float8 Types is not supported)"
+                )
+                + f": pass {name}.float()",
+            )
 
 
 def same_device(function: str, **tensors: Tensor | None) -> None:
@@ -232,7 +259,8 @@ def index_out_of_range(
         IndexError,
         function,
         f"target{position(linear, shape)} = {value} is out of range for {classes} classes "
-        f"(ignore_index = {ignore_index}): Target {value} is out of bounds.",
+        f"(ignore_index = {ignore_index}): Target {value} is out of bounds."
+        + advice.class_index(value, classes),
     )
 
 
@@ -249,5 +277,5 @@ def expands(function: str, shape: torch.Size, **tensors: Tensor) -> None:
                 RuntimeError,
                 function,
                 f"{name} of shape {list(own)} does not broadcast to the input's shape "
-                f"{list(shape)}",
+                f"{list(shape)}" + advice.weight_of(name, own, shape),
             )

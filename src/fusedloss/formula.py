@@ -150,4 +150,4 @@ def check_domain(
         if not inside.all():
             raise OutsideDomain
         return
-    torch._assert_async(inside.all(), f"{formula.name}: {formula.domain.__doc__}")
+    torch._assert_async(inside.all(), formula.domain.__doc__ or "")

@@ -74,6 +74,19 @@ def no_mean_of_kl(seen: Seen) -> str | None:
     )
 
 
+def batch_is_all_rows(seen: Seen) -> str | None:
+    """`reduction='batchmean'` of `kl_div` where more than one dimension follows the batch, such as
+    (B, T, V), which divides by B alone"""
+    shape = errors.broadcast(seen.loss, input=seen.input, target=seen.target)
+    if seen.reduction != "batchmean" or 0 in shape or sum(n > 1 for n in shape[1:]) < 2:
+        return None
+    return (
+        f"reduction='batchmean' divides by {shape[0]}, dimension 0 of {list(shape)}, alone: the loss grows "
+        "with the number of rows in the others. Make them one, input.flatten(0, -2) and target.flatten(0, -2) "
+        "where the classes are last, or divide reduction='sum' by the number of rows"
+    )
+
+
 def target_is_number(seen: Seen) -> str | None:
     """NaN in the target"""
     if seen.holds_indices:
@@ -183,6 +196,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "kl_div": (
         same_shape,
         no_mean_of_kl,
+        batch_is_all_rows,
         target_is_number,
         target_is_distribution,
         input_is_log_probability,

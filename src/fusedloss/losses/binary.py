@@ -7,7 +7,7 @@ from typing import NoReturn
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .. import errors, route, sharded, strict, strictness
+from .. import advice, errors, route, sharded, strict, strictness
 from .. import formula as m
 from ..calls import PointwiseCall
 from ..define import Loss, Pointwise, normal, plain, register, uniform
@@ -27,17 +27,20 @@ def bce_grad(x, t):
 
 
 def bce_domain(x, t):
-    """all elements of input and target should be between 0 and 1"""
+    """binary_cross_entropy: all elements of input and target should be between 0 and 1"""
     return (x >= 0.0) & (x <= 1.0) & (t >= 0.0) & (t <= 1.0)
 
 
 def _refuse(at: str, x: float, t: float) -> NoReturn:
     argument, value = ("target", t) if 0 <= x <= 1 else ("input", x)
+    if value != value:
+        hint = ": what was computed before has no value there"
+    else:
+        hint = " (for logits: binary_cross_entropy_with_logits)" if argument == "input" else ""
     errors.fail(
         RuntimeError,
         "binary_cross_entropy",
-        f"all elements of {argument} should be between 0 and 1, but {argument}{at} = {value:g}"
-        + (" (for logits: binary_cross_entropy_with_logits)" if argument == "input" else ""),
+        f"all elements of {argument} should be between 0 and 1, but {argument}{at} = {value:g}{hint}",
     )
 
 
@@ -163,14 +166,19 @@ def binary_cross_entropy(
             ValueError,
             name,
             f"Using a target size ({target.size()}) that is different to the input size "
-            f"({input.size()}) is deprecated. Please ensure they have the same size.",
+            f"({input.size()}) is deprecated. Please ensure they have the same size."
+            + advice.like_input(input, target),
         )
     if target.device != input.device or weight is not None:
         errors.same_device(name, input=input, target=target, weight=weight)
+    errors.not_narrow(name, name, input=input, target=target)
     dtype = result_dtype(input.dtype, input)
     if target.dtype != input.dtype and result_dtype(target.dtype, target) is not dtype:
+        hint = advice.swapped(input, target) or f": pass {advice.cast('target', input.dtype)}"
         errors.fail(
-            RuntimeError, name, f"Found dtype {target.dtype} but expected {input.dtype} for target"
+            RuntimeError,
+            name,
+            f"Found dtype {target.dtype} but expected {input.dtype} for target{hint}",
         )
     if not (input.is_floating_point() and target.is_floating_point()):
         errors.not_floating(name, NotImplementedError, name, input=input, target=target)
@@ -253,12 +261,15 @@ def binary_cross_entropy_with_logits(
         errors.fail(
             ValueError,
             name,
-            f"Target size ({target.size()}) must be the same as input size ({input.size()})",
+            f"Target size ({target.size()}) must be the same as input size ({input.size()})"
+            + advice.like_input(input, target),
         )
     if not (target.device == input.device and weight is None and pos_weight is None):
         errors.same_device(name, input=input, target=target, weight=weight, pos_weight=pos_weight)
     if not input.is_floating_point():
-        errors.not_floating(name, NotImplementedError, "log_sigmoid_cpu", input=input)
+        hint = advice.swapped(input, target)
+        errors.not_floating(name, NotImplementedError, "log_sigmoid_cpu", hint, input=input)
+    errors.not_narrow(name, "log_sigmoid_cpu", NotImplementedError, input=input, target=target)
     if not target.is_floating_point():
         errors.not_floating(name, RuntimeError, name, target=target)
     if strictness.strict():

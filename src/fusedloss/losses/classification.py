@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .. import errors, route, strict, strictness
+from .. import advice, errors, route, strict, strictness
 from ..calls import RowsCall
 from ..define import Bounds, Loss, normal, plain, register, uniform
 from ..reduce import resolve, result_dtype
@@ -119,7 +119,7 @@ def cross_entropy(
                 name,
                 "Expected floating point type for target with class probabilities, got "
                 f"{target.dtype}: a target of the input's shape {list(input.shape)} holds "
-                "probabilities, class indices lack the class dimension",
+                "probabilities, class indices lack the class dimension" + _meant(input),
             )
         if ignore_index >= 0:
             errors.fail(
@@ -128,14 +128,14 @@ def cross_entropy(
                 "ignore_index is not supported for floating point target, got ignore_index = "
                 f"{ignore_index}",
             )
-        _check_input(name, "log_softmax_lastdim_kernel_impl", input)
+        _check_input(name, "log_softmax_lastdim_kernel_impl", input, target)
         if weight is not None:
             check_weight(name, input, weight)
         for other in (target, weight):
             if other is not None:
                 dtype = torch.promote_types(dtype, other.dtype)
     else:
-        _check_input(name, "log_softmax_lastdim_kernel_impl", input)
+        _check_input(name, "log_softmax_lastdim_kernel_impl", input, target)
         check_indices(name, input, target, weight, dtype)
     call = RowsCall(name, probabilities, reduction, ignore_index, label_smoothing, dtype)
     return _run(name, call, input, target, weight, settings)
@@ -209,14 +209,26 @@ def nll_loss(
         errors.same_device(name, input=input, target=target, weight=weight)
     dtype = result_dtype(input.dtype, input)
     check_indices(name, input, target, weight, dtype)
-    _check_input(name, "nll_loss_out_frame", input)
+    _check_input(name, "nll_loss_out_frame", input, target)
     call = RowsCall(name, False, reduction, ignore_index, 0.0, dtype)
     return _run(name, call, input, target, weight, settings)
 
 
-def _check_input(name: str, words: str, input: Tensor) -> None:
+def _meant(input: Tensor) -> str:
+    """Of an integer target in the input's shape."""
+    if input.dim() == 1:
+        return (
+            ". One logit a row is for binary_cross_entropy_with_logits, with target.float(); of one row, "
+            "pass input.unsqueeze(0)"
+        )
+    return ": of a one-hot one pass target.argmax(1), or target.float()" if input.dim() else ""
+
+
+def _check_input(name: str, words: str, input: Tensor, target: Tensor) -> None:
     if not input.is_floating_point():
-        errors.not_floating(name, NotImplementedError, words, input=input)
+        hint = advice.swapped(input, target)
+        errors.not_floating(name, NotImplementedError, words, hint, input=input)
+    errors.not_narrow(name, words, input=input, target=target)
 
 
 def check_indices(
@@ -237,16 +249,16 @@ def check_indices(
                 ValueError if len(wanted) == 1 else RuntimeError,
                 name,
                 "For 1D input, 1D target must have size 1, but got target size: "
-                f"{wanted[0] if len(wanted) == 1 else list(wanted)}",
+                f"{wanted[0] if len(wanted) == 1 else list(wanted)}{advice.swapped(input, target)}",
             )
     elif wanted != (shape[:1] if len(shape) == 2 else shape[:1] + shape[2:]):
-        _bad_shape(name, shape, wanted)
+        _bad_shape(name, shape, target)
     if target.dtype not in INDICES:
         errors.fail(
             RuntimeError,
             name,
             f"expected target dtype to be Long or Byte (any integer type serves), but got "
-            f"{target.dtype}: class indices are integers"
+            f"{target.dtype}: class indices are integers (target.long())"
             + (
                 f", class probabilities have the input's shape {list(shape)}"
                 if name == "cross_entropy"
@@ -261,31 +273,32 @@ def check_indices(
             RuntimeError,
             name,
             f"expected scalar type {errors.scalar_type(dtype)} but found "
-            f"{errors.scalar_type(weight.dtype)} for weight",
+            f"{errors.scalar_type(weight.dtype)} for weight: pass weight.to(input.dtype)",
         )
 
 
-def _bad_shape(name: str, shape: torch.Size, wanted: torch.Size) -> None:
-    fits = list(shape[:1] + shape[2:])
+def _bad_shape(name: str, shape: torch.Size, target: Tensor) -> None:
+    fits, wanted = list(shape[:1] + shape[2:]), target.shape
+    hint = advice.class_target(shape, target, name == "cross_entropy")
     if not wanted or wanted[0] != shape[0]:
         errors.fail(
             ValueError if wanted or shape[0] else IndexError if len(shape) == 2 else RuntimeError,
             name,
             f"Expected input batch_size ({shape[0]}) to match target batch_size "
-            f"({wanted[0] if wanted else 'none'}): input {list(shape)}, target {list(wanted)}",
+            f"({wanted[0] if wanted else 'none'}): input {list(shape)}, target {list(wanted)}{hint}",
         )
     if len(shape) == 2 and len(wanted) > 1:
         errors.fail(
             RuntimeError,
             name,
             f"0D or 1D target tensor expected, multi-target not supported: input {list(shape)} needs "
-            f"a target {fits}, got {list(wanted)}",
+            f"a target {fits}, got {list(wanted)}{hint}",
         )
     errors.fail(
         RuntimeError,
         name,
         f"size mismatch (got input: {list(shape)}, target: {list(wanted)}). Expected target size "
-        f"{fits}, got {list(wanted)}",
+        f"{fits}, got {list(wanted)}{hint}",
     )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .. import errors, route, strict, strictness
+from .. import advice, errors, route, strict, strictness
 from .. import formula as m
 from ..calls import PointwiseCall
 from ..define import Loss, Pointwise, normal, register
@@ -109,7 +109,12 @@ def kl_div(
     if not (input.is_floating_point() and target.is_floating_point()):
         argument, wrong = ("target", target) if input.is_floating_point() else ("input", input)
         kind = "Complex" if wrong.is_complex() else "Integral"
-        errors.fail(RuntimeError, name, f"{kind} inputs not supported: {argument} is {wrong.dtype}")
+        hint = advice.swapped(input, target)
+        if not (hint or wrong.is_complex()):
+            hint = f": pass {argument}.float(), or class indices to nll_loss"
+        words = f"{kind} inputs not supported: {argument} is {wrong.dtype}{hint}"
+        errors.fail(RuntimeError, name, words)
+    errors.not_narrow(name, "xlogy_cpu", input=input, target=target)
     if target.shape != input.shape:
         errors.broadcast(name, input=input, target=target)
     if strictness.strict():

@@ -249,6 +249,7 @@ def _triplet(
     settings: tuple[object, ...] | None = None,
 ) -> Tensor:
     tensors = (anchor, positive, negative)
+    errors.not_narrow(name, "add_stub", anchor=anchor, positive=positive, negative=negative)
     dtype = anchor.dtype
     if not anchor.shape == positive.shape == negative.shape:
         errors.broadcast(name, anchor=anchor, positive=positive, negative=negative)

@@ -83,6 +83,8 @@ def mse_loss(
     reduction = resolve(name, reduction, size_average, reduce)
     if target.device != input.device or weight is not None:
         errors.same_device(name, input=input, target=target, weight=weight)
+    weights = {} if weight is None else {"weight": weight}
+    errors.not_narrow(name, "mse_cpu", input=input, target=target, **weights)
     dtype = input.dtype
     if target.dtype != dtype:
         dtype = torch.promote_types(dtype, target.dtype)  # of 0-dim tensors too
