@@ -131,11 +131,14 @@ def cross_entropy(
         _check_input(name, "log_softmax_lastdim_kernel_impl", input, target)
         if weight is not None:
             check_weight(name, input, weight)
+            if weight.is_complex():
+                errors.not_floating(name, RuntimeError, "mul", weight=weight)
         for other in (target, weight):
             if other is not None:
                 dtype = torch.promote_types(dtype, other.dtype)
     else:
         _check_input(name, "log_softmax_lastdim_kernel_impl", input, target)
+        weight = _flat(input, weight)
         check_indices(name, input, target, weight, dtype)
     call = RowsCall(name, probabilities, reduction, ignore_index, label_smoothing, dtype)
     return _run(name, call, input, target, weight, settings)
@@ -208,10 +211,16 @@ def nll_loss(
     if target.device != input.device or weight is not None:
         errors.same_device(name, input=input, target=target, weight=weight)
     dtype = result_dtype(input.dtype, input)
+    weight = _flat(input, weight)
     check_indices(name, input, target, weight, dtype)
     _check_input(name, "nll_loss_out_frame", input, target)
     call = RowsCall(name, False, reduction, ignore_index, 0.0, dtype)
     return _run(name, call, input, target, weight, settings)
+
+
+def _flat(input: Tensor, weight: Tensor | None) -> Tensor | None:
+    """Of images and the like PyTorch takes a class weight of any shape."""
+    return weight.flatten() if weight is not None and input.dim() > 2 else weight
 
 
 def _meant(input: Tensor) -> str:

@@ -14,7 +14,7 @@ from .. import errors, route
 from .. import formula as m
 from ..calls import PointwiseCall, TripletCall
 from ..define import Loss, Pointwise, normal, plain, register
-from ..reduce import promoted, resolve, result_dtype
+from ..reduce import promoted, resolve, result_dtype, total
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
@@ -165,6 +165,7 @@ def triplet_margin_with_distance_loss(
         )
     name = "triplet_margin_with_distance_loss"
     reduction, swap = resolve(name, reduction), bool(swap)
+    given = margin
     if not isinstance(margin, Tensor) or margin.is_complex():
         margin = errors.number(name, "margin", margin)
     elif margin.numel() != 1:
@@ -181,14 +182,24 @@ def triplet_margin_with_distance_loss(
     near, far = distance(anchor, positive), distance(anchor, negative)
     if swap:
         far = torch.minimum(far, distance(positive, negative))
-    if isinstance(margin, Tensor):  # which may learn: the hinge has numbers alone
-        near, margin = near + margin, 0.0
+    if isinstance(margin, Tensor) or not near.is_floating_point():
+        # It may learn, and the hinge has numbers alone; or it makes the type of the sum.
+        near, margin = near + given, 0.0
     errors.broadcast(name, positive_distance=near, negative_distance=far)
     dtype = promoted(near, far)
     if not dtype.is_floating_point:
-        near, far = near.float(), far.float()
+        return _of_integers(name, near, far, reduction)
     call = PointwiseCall(HINGE, (margin,), reduction, None, result_dtype(dtype, near))
     return route.dispatch(name, call, (near, far, None))
+
+
+def _of_integers(name: str, near: Tensor, far: Tensor, reduction: str) -> Tensor:
+    """Losses of integer distances and an integer margin, which no kernel holds."""
+    if reduction == "mean":
+        words = "mean(): could not infer output dtype of integer distances: pass a float margin"
+        errors.fail(RuntimeError, name, words)
+    route.note(name, None, f"the distances are of {near.dtype}")
+    return total(torch.clamp_min(near - far, 0), reduction)
 
 
 def _norm(distance: Distance) -> tuple[float, float] | None:

@@ -88,6 +88,8 @@ def mse_loss(
     dtype = input.dtype
     if target.dtype != dtype:
         dtype = torch.promote_types(dtype, target.dtype)  # of 0-dim tensors too
+    if dtype.is_complex:
+        errors.not_floating(name, NotImplementedError, "mse_cpu", input=input, target=target)
     denominator = None
     if weight is not None or input.dtype != target.dtype:
         check_memory(name, input=input, target=target, weight=weight)
@@ -101,7 +103,9 @@ def mse_loss(
             )
         if weight.is_complex():
             errors.not_floating(name, NotImplementedError, "mse_cpu", weight=weight)
-        dtype = torch.promote_types(dtype, weight.dtype)
+        # A 0-dim one yields to the losses' type, but not to that of their sum.
+        if reduction == "mean" or weight.dim() or not (target.dim() and dtype.is_floating_point):
+            dtype = torch.promote_types(dtype, weight.dtype)
         if weight.dtype is torch.float64:  # the kernel computes in the widest type of its operands
             input = input.double()
         if reduction == "mean":
