@@ -15,7 +15,7 @@ from torch import Tensor
 from . import cpu, errors, gpu, plain
 from .calls import Call
 from .cpu.again import Again
-from .plain import Like, is_plain
+from .plain import is_plain
 
 T = TypeVar("T", Tensor, "Tensor | None")
 R = TypeVar("R")
@@ -44,7 +44,7 @@ def run(loss: str, call: Call, tensors: tuple[Tensor | None, ...]) -> Tensor:
     if learns():
         for tensor in tensors[: call.gradients]:
             if tensor is not None and tensor.requires_grad:
-                return named(_Fused, loss)(call, *_savable(tensors))
+                return _recorded(named(_Fused, loss), call, tensors)
     return spanned(loss, lambda: engine(call, tensors[0]).forward(call, tensors, ())[0])
 
 
@@ -62,19 +62,18 @@ def repeat(again: Again, tensors: tuple[Any, ...]) -> Tensor:
         return again.forward(given)[0]
     if _hooks(True) is not None:  # what is saved may come back as anything
         return run(again.loss, again.call, tensors)
+    return _recorded(again.apply, again, given)
+
+
+def _recorded(apply: Callable[..., Any], first: Any, tensors: tuple[Any, ...]) -> Tensor:
+    """What an autograd function gives; of inference tensors, which autograd does not save, with copies."""
     try:
-        return again.apply(again, *given)
+        return apply(first, *tensors)
     except RuntimeError:
-        if not any(t.is_inference() for t in given):
+        if not any(t is not None and t.is_inference() for t in tensors):
             raise
-    return again.apply(again, *_savable(given))
-
-
-def _savable(tensors: Sequence[T]) -> Sequence[T]:
-    """Autograd saves no tensor of inference mode, whose changes it could not see: a copy."""
-    if not any(t is not None and t.is_inference() for t in tensors):
-        return tensors
-    return tuple(t.clone() if t is not None and t.is_inference() else t for t in tensors)
+    copies = (t.clone() if t is not None and t.is_inference() else t for t in tensors)
+    return apply(first, *copies)
 
 
 def spanned(loss: str, compute: Callable[[], R]) -> R:
@@ -155,8 +154,8 @@ class _Fused(torch.autograd.Function):
             call, tensors, needed if ctx.stored else ()
         )
         ctx.save_for_backward(*tensors, *grads)
-        ctx.like, ctx.shape = tuple(map(Like.of, tensors)), result.shape
-        ctx.own = _hooks(True) is None
+        ctx.shapes = result.shape, [t if t is None else t.shape for t in tensors]
+        ctx.device, ctx.own = result.get_device(), _hooks(True) is None
         return result
 
     @staticmethod
@@ -164,20 +163,11 @@ class _Fused(torch.autograd.Function):
         if torch.compiler.is_compiling():
             return _traced().fused(ctx, incoming[0])
         needed, saved = ctx.needs_input_grad[1:], unpacked(ctx)
-        tensors, stored = saved[: len(needed)], saved[len(needed) :]
-        grads = _gradients(
-            _Saved(
-                _loss_of(ctx),
-                ctx.call,
-                tensors,
-                needed,
-                stored if ctx.stored else None,
-                ctx.like,
-                ctx.shape,
-                ctx.own,
-            ),
-            incoming[0],
-        )
+        tensors = saved[: len(needed)]
+        stored = saved[len(needed) :] if ctx.stored else None
+        shape, shapes = ctx.shapes
+        found = _Saved(ctx, ctx.call, tensors, needed, stored, shape, shapes, ctx.device, ctx.own)
+        grads = _gradients(found, incoming[0])
         return (None, *grads, *(None,) * (len(tensors) - len(grads)))
 
 
@@ -185,17 +175,31 @@ class _Fused(torch.autograd.Function):
 class _Saved:
     """What backward finds."""
 
-    loss: str
+    node: Any
     call: Call
     tensors: Sequence[Any]  # with a `Changed` for those that are no longer what they were
     needed: Sequence[bool]
     stored: Sequence[Any] | None  # the gradients that forward computed, and more
-    like: Sequence[Like | None]  # what the tensors were like in forward
     shape: torch.Size  # of the loss
+    shapes: Sequence[torch.Size | None]  # of the tensors in forward
+    device: int  # where they were
     own: bool  # the memory of what is stored is that of forward, and nobody else's
 
-    def changed(self) -> bool:
-        return any(type(t) is Changed for t in self.tensors)
+    @property
+    def loss(self) -> str:
+        name: str = self.node.name()
+        return name.removeprefix("fusedloss::").removesuffix("Backward")
+
+    def intact(self) -> bool:
+        """Whether a kernel can read the tensors, and they are like those of forward."""
+        for tensor, shape in zip(self.tensors, self.shapes, strict=True):
+            if tensor is None:
+                continue
+            if type(tensor) is Changed or plain.gap(tensor):
+                return False
+            if tensor.shape != shape or tensor.get_device() != self.device:
+                return False
+        return True
 
     def settled(self, create_graph: bool) -> list[Tensor | None]:
         """The tensors, if they are still what forward was given, or none of it matters.
@@ -205,15 +209,17 @@ class _Saved:
         """
         found: list[Tensor | None] = []
         names = self.call.arguments
-        for k, (name, tensor, like) in enumerate(zip(names, self.tensors, self.like, strict=True)):
+        for k, (name, tensor, shape) in enumerate(
+            zip(names, self.tensors, self.shapes, strict=True)
+        ):
             if type(tensor) is Changed:
                 if create_graph or self.call.reads(k, self.needed):
                     self.refuse(name, tensor)
                 tensor = tensor.now
-            if like is not None and not like.fits(tensor):
+            if tensor is not None and (tensor.shape != shape or tensor.get_device() != self.device):
                 got = f"{list(tensor.shape)} on {tensor.device}"
-                words = f"{name} was saved for backward as {list(like.shape)} on {like.device}"
-                errors.fail(RuntimeError, self.loss, f"{words}, and came back as {got}")
+                was = f"as {list(shape or ())}, and came back as {got}"
+                errors.fail(RuntimeError, self.loss, f"{name} was saved for backward {was}")
             found.append(tensor)
         plain.check(self.loss, **dict(zip(names, found, strict=True)))
         return found
@@ -233,13 +239,11 @@ class _Saved:
         raise RuntimeError(message) from changed.error
 
 
-def _loss_of(ctx: Any) -> str:
-    return type(ctx)._forward_cls.__name__.removeprefix("fusedloss::")
-
-
 def _gradients(saved: _Saved, arrived: Tensor) -> Sequence[Tensor | None]:
     """The gradients by the first tensors."""
-    plain.check(saved.loss, incoming=arrived)
+    readable = is_plain(arrived)
+    if not readable:
+        plain.check(saved.loss, incoming=arrived)
     if arrived.shape != saved.shape:
         words = (
             f"a gradient of shape {list(arrived.shape)} arrived for a loss of {list(saved.shape)}"
@@ -250,51 +254,56 @@ def _gradients(saved: _Saved, arrived: Tensor) -> Sequence[Tensor | None]:
             raise each.error
     if torch.is_grad_enabled():
         return redo(saved.call, saved.settled(create_graph=True), saved.needed, arrived)
+    intact = saved.intact()
+    grads: list[Tensor | None] | None = None
     try:
-        grads = _from_stored(saved, arrived)
+        if saved.stored is not None:
+            grads = _from_stored(saved, saved.stored, arrived, readable, intact)
         if grads is None:
-            tensors = saved.settled(create_graph=False)
-            if all(t is None or plain.gap(t) is None for t in tensors):
-                grads = _by_kernel(saved.call, tensors, saved.needed, arrived)
+            grads = _by_kernel(saved, arrived, readable, intact)
     except gpu.Failed as failed:
         gpu.turn_off(failed, saved.call.family)
-        grads = None
     if grads is None:
+        tensors = saved.settled(create_graph=True)
         with torch.enable_grad():
-            tensors = saved.settled(create_graph=saved.stored is not None)
             found = redo(saved.call, tensors, saved.needed, arrived)
         grads = [g if g is None else g.detach() for g in found]
     for k, grad in enumerate(grads):
-        like = saved.like[k]
-        if grad is not None and like is not None and grad.shape != like.shape:
-            grads[k] = grad.sum_to_size(like.shape)
+        shape = saved.shapes[k]
+        if grad is not None and shape is not None and grad.shape != shape:
+            grads[k] = grad.sum_to_size(shape)
     return grads
 
 
-def _from_stored(saved: _Saved, arrived: Tensor) -> list[Tensor | None] | None:
+def _from_stored(
+    saved: _Saved, stored: Sequence[Any], arrived: Tensor, readable: bool, intact: bool
+) -> list[Tensor | None] | None:
     """The gradients that forward computed, scaled; None where they are better computed anew."""
-    if saved.stored is None:
-        return None
-    stored, call = saved.stored, saved.call
-    readable, on_gpu = is_plain(arrived), gpu.serves(arrived)
-    if readable and not saved.changed():
+    on_gpu, call = gpu.serves(arrived), saved.call
+    if readable and intact:
         if on_gpu:
-            return rescaled(call, saved.settled(False), stored, arrived, saved.own)
+            return rescaled(call, saved.tensors, stored, arrived, saved.own)
         if not _scales_exactly(stored, arrived):
             return None
     return list(scaled(stored[: call.gradients], arrived, readable and saved.own and not on_gpu))
 
 
 def _by_kernel(
-    call: Call, tensors: Sequence[Tensor | None], needed: Sequence[bool], arrived: Tensor
-) -> list[Tensor | None]:
-    if is_plain(arrived):
-        return engine(call, tensors[0]).backward(call, tensors, needed, arrived)
+    saved: _Saved, arrived: Tensor, readable: bool, intact: bool
+) -> list[Tensor | None] | None:
+    """The gradients computed anew; None where no kernel reads the tensors."""
+    call, tensors = saved.call, saved.tensors
+    if not intact:
+        tensors = saved.settled(create_graph=False)
+        if any(t is not None and plain.gap(t) for t in tensors):
+            return None
+    family = engine(call, tensors[0])
+    if readable:
+        return family.backward(call, tensors, saved.needed, arrived)
     one = torch.ones(arrived.shape, dtype=arrived.dtype, device=arrived.device)
     spread = call.spread(arrived)
     return [
-        None if g is None else g * spread
-        for g in engine(call, tensors[0]).backward(call, tensors, needed, one)
+        None if g is None else g * spread for g in family.backward(call, tensors, saved.needed, one)
     ]
 
 
@@ -356,21 +365,21 @@ class _AgainOnGpu(_Again):
 def _by_all_means(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
     """What backward returns for a call like an earlier one that is differentiated otherwise."""
     again, saved = ctx.again, unpacked(ctx)
-    tensors, stored = again.whole(saved[: again.inputs]), saved[again.inputs :]
+    tensors, stored = again.whole(saved[: again.inputs]), saved[again.inputs :] or None
     needed = (*ctx.needs_input_grad[1:], *(False for _ in again.absent))
-    grads = _gradients(
-        _Saved(
-            again.loss,
-            again.call,
-            tensors,
-            needed,
-            stored or None,
-            again.whole(again.like),
-            again.scalar.shape,
-            own=True,
-        ),
-        incoming,
+    shapes, result = again.whole(again.shapes), again.scalar
+    found = _Saved(
+        ctx,
+        again.call,
+        tensors,
+        needed,
+        stored,
+        result.shape,
+        shapes,
+        result.get_device(),
+        own=True,
     )
+    grads = _gradients(found, incoming)
     lacking = (None,) * (again.inputs - len(grads))
     return (None, *grads[: again.inputs], *lacking)
 

@@ -39,7 +39,7 @@ _inference = torch.is_inference_mode_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
 _autocast = torch.is_autocast_enabled
 _strided = torch.strided
-_storage = torch._C._data_address  # type: ignore[attr-defined]
+_storage = plain.storage
 _level = strictness.level
 
 
@@ -245,7 +245,6 @@ def dispatch(
         if why is None and _operator_serves(call, tensors):
             return ops.run(call, tensors)
         return _formula(call, tensors)
-    plain.check(loss, **dict(zip(call.arguments, tensors, strict=True)))
     why = why or formula_reason(call, tensors)
     if why is None:
         count_kernel(loss)
@@ -260,6 +259,7 @@ def dispatch(
         except gpu.Failed as failed:
             gpu.turn_off(failed, call.family)
             why = str(gpu.problem(call.family))
+    plain.check(loss, **dict(zip(call.arguments, tensors, strict=True)))
     note(loss, None, why)
     tensors = _made_dense(loss, tensors)
     if isinstance(call, RowsCall) and not call.probabilities:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..calls import Call
-from ..plain import PLAIN, Like, Unreadable
+from ..plain import PLAIN, Unreadable
 from .load import UNREADABLE, library
 
 KERNELS = ("pointwise", "cross_entropy", "nll_loss", "triplet")  # numbered in csrc/kernels.cpp
@@ -47,8 +47,8 @@ class Again:
     absent: tuple[None, ...]  # the tensors that the call lacks
     undefined: tuple[None, ...]  # the gradients of those that need none
     scalar: Tensor  # what the result is like
-    like: tuple[Like, ...]  # what the tensors are like
-    dtypes: tuple[torch.dtype, ...]  # of the tensors
+    shapes: tuple[torch.Size, ...]  # of the tensors
+    dtypes: tuple[torch.dtype, ...]
     launch: Launch
     launch_backward: Launch | None
     loss: str = ""
@@ -72,11 +72,11 @@ class Again:
 
     def fits(self, tensors: Sequence[Tensor], incoming: Tensor) -> bool:
         """Whether the tensors are what the plan says: `.data` and hooks of saved tensors may change them."""
-        for tensor, dtype, like in zip(tensors, self.dtypes, self.like, strict=True):
+        for tensor, dtype, shape in zip(tensors, self.dtypes, self.shapes, strict=True):
             if not (
                 type(tensor) in PLAIN
                 and tensor.dtype is dtype
-                and tensor.shape == like.shape
+                and tensor.shape == shape
                 and tensor.is_contiguous()
                 and tensor.is_cpu
                 and not tensor.is_neg()
@@ -154,7 +154,7 @@ def prepare(
         absent=(None,) * absent,
         undefined=(None,) * undefined,
         scalar=result,
-        like=tuple(Like(t.shape, t.device) for t in inputs),
+        shapes=tuple(t.shape for t in inputs),
         dtypes=tuple(t.dtype for t in inputs),
         launch=forward,
         launch_backward=backward,

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton import knobs
 
 from ..calls import Call, RowsCall
-from ..plain import PLAIN, Like, Unreadable
+from ..plain import PLAIN, Unreadable
 from . import Failed, flags, launch, rows
 from .layout import Slot
 
@@ -76,18 +76,19 @@ class Again:
     scratch: list[Tensor]  # like the memory that these need
     launches_backward: list[Launch]
     scratch_backward: list[Tensor]
-    like: tuple[Like, ...]  # what the tensors are like
-    dtypes: tuple[torch.dtype, ...]  # of the tensors
+    shapes: tuple[torch.Size, ...]  # of the tensors
+    dtypes: tuple[torch.dtype, ...]
     loss: str = ""
     apply: Any = None  # of the autograd function that bears its name
 
     def fits(self, tensors: Sequence[Tensor], incoming: Tensor) -> bool:
         """Whether the tensors are what the plan says: `.data` and hooks of saved tensors may change them."""
-        for tensor, dtype, like in zip(tensors, self.dtypes, self.like, strict=True):
+        for tensor, dtype, shape in zip(tensors, self.dtypes, self.shapes, strict=True):
             if not (
                 type(tensor) in PLAIN
                 and tensor.dtype is dtype
-                and like.fits(tensor)
+                and tensor.shape == shape
+                and tensor.device == self.device
                 and tensor.is_contiguous()
                 and not tensor.is_neg()
             ):
@@ -221,7 +222,7 @@ def prepare(
         scratch=tape.scratch,
         launches_backward=backward,
         scratch_backward=tape_backward.scratch,
-        like=tuple(Like(t.shape, t.device) for t in inputs),
+        shapes=tuple(t.shape for t in inputs),
         dtypes=tuple(t.dtype for t in inputs),
     )
 
