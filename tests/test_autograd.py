@@ -86,7 +86,9 @@ def test_inputs_changed_before_backward(
                     continue
                 for got, want in zip(found, right, strict=True):
                     # bfloat16 is rounded once more where the gradient cannot be computed anew.
-                    assert_close(got, want, rtol=2**-7 if dtype is torch.bfloat16 else 2**-22, atol=0)
+                    assert_close(
+                        got, want, rtol=2**-7 if dtype is torch.bfloat16 else 2**-22, atol=0
+                    )
 
 
 @by_kernel

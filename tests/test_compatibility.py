@@ -359,6 +359,75 @@ def _() -> None:
 
 @deviation
 def _() -> None:
+    """With the reduction 'none' or in float16, logits, log-probabilities and triplets that are changed in place
+    between the loss and `backward()` raise"""
+    target = tensor([0, 1])
+    for function, others, options in (
+        (ours.cross_entropy, (target,), {"reduction": "none"}),
+        (ours.triplet_margin_loss, (torch.randn(2, 3), torch.randn(2, 3)), {"reduction": "none"}),
+    ):
+        for library in (getattr(theirs, function.__name__), function):
+            x = torch.randn(2, 3, requires_grad=True) * 1
+            value = library(x, *others, **options).sum()
+            with torch.no_grad():
+                x.mul_(2)
+            if library is function:
+                refuses(RuntimeError, value.backward)
+            else:
+                value.backward()
+    half = torch.randn(2, 3, dtype=torch.float16, requires_grad=True) * 1
+    value = ours.cross_entropy(half, target)
+    with torch.no_grad():
+        half.mul_(2)
+    refuses(RuntimeError, value.backward)
+
+
+@deviation
+def _() -> None:
+    """After other losses inputs may be changed in place before `backward()`, but not if `create_graph=True` follows"""
+    for library, allowed in ((theirs, False), (ours, True)):
+        x = torch.randn(2, 3, requires_grad=True) * 1
+        value = library.mse_loss(x, torch.zeros(2, 3))
+        with torch.no_grad():
+            x.mul_(2)
+        if allowed:
+            value.backward()
+        else:
+            refuses(RuntimeError, value.backward)
+    for library, allowed in ((theirs, True), (ours, False)):
+        leaf = torch.randn(2, 3, requires_grad=True)
+        x = leaf * 1
+        value = library.cross_entropy(x, tensor([0, 1]))
+        with torch.no_grad():
+            x.mul_(2)
+        if allowed:
+            torch.autograd.grad(value, leaf, create_graph=True)
+        else:
+            with pytest.raises(RuntimeError, match="cross_entropy: input was changed"):
+                torch.autograd.grad(value, leaf, create_graph=True)
+
+
+@deviation
+def _() -> None:
+    """Teachers, targets and weights made in inference mode are taken beside inputs that learn"""
+    with torch.inference_mode():
+        teacher = torch.rand(2, 3)
+    x = torch.randn(2, 3, requires_grad=True)
+    refuses(RuntimeError, theirs.mse_loss, x, teacher)
+    ours.mse_loss(x, teacher).backward()
+
+
+@deviation
+def _() -> None:
+    """A tensor whose storage was freed is refused by name"""
+    x = torch.randn(2, 3)
+    x.untyped_storage().resize_(0)  # PyTorch's own loss ends the process
+    with pytest.raises(RuntimeError, match="mse_loss: the storage of target was freed"):
+        ours.mse_loss(torch.zeros(2, 3), x)
+
+
+@deviation
+def _() -> None:
     """A class weight may require a gradient"""
     x, target, weight = torch.randn(2, 3), tensor([0, 1]), torch.rand(3, requires_grad=True)
     refuses(RuntimeError, lambda: theirs.cross_entropy(x, target, weight).backward())
