@@ -384,7 +384,8 @@ def _() -> None:
 
 @deviation
 def _() -> None:
-    """After other losses inputs may be changed in place before `backward()`, but not if `create_graph=True` follows"""
+    """After other losses inputs may be changed in place before `backward()`, but not if `create_graph=True`
+    follows"""
     for library, allowed in ((theirs, False), (ours, True)):
         x = torch.randn(2, 3, requires_grad=True) * 1
         value = library.mse_loss(x, torch.zeros(2, 3))

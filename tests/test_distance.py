@@ -138,6 +138,19 @@ def test_what_was_put_in_its_place_is_called(
             assert_as_torch(torch.nn.functional.pairwise_distance)
 
 
+def test_a_compiled_call_sees_an_own_forward() -> None:
+    a, b, c = torch.randn(3, 6, 4)
+    module = PairwiseDistance()
+    torch._dynamo.reset()
+    fast = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    before = fusedloss.route.calls()["triplet_margin_loss", "kernel"]
+    fast(a, b, c, distance_function=module)
+    assert fusedloss.route.calls()["triplet_margin_loss", "kernel"] == before + 1
+    module.forward = lambda x, y: (x - y).abs().sum(-1)  # type: ignore[method-assign]
+    expected = loss(a, b, c, distance_function=module)
+    torch.testing.assert_close(fast(a, b, c, distance_function=module), expected)
+
+
 def test_a_plain_module_runs_fused() -> None:
     a, b, c = torch.randn(3, 6, 4)
     for distance in (None, PairwiseDistance(3), torch.pairwise_distance, PairwiseDistance().eval()):

@@ -221,7 +221,7 @@ def _does_only_its_forward(module: torch.nn.Module) -> bool:
         and not _has_any_global_hook()
         and module._compiled_call_impl is None
         and "_call_impl" not in module.__dict__
-        and getattr(module.forward, "__func__", None) is OWN["forward"]
+        and module.forward == OWN["forward"].__get__(module)
         and all(getattr(torch.nn.PairwiseDistance, name) is own for name, own in OWN.items())
         and torch.nn.functional.pairwise_distance is PAIRWISE
     )
