@@ -206,7 +206,13 @@ FUSEDLOSS_INLINE Floats exp_softmax(Floats x) {
     const detail::Reduced s = detail::reduce(x);
     const Floats rr = s.r * s.r;
     const Floats y = Floats(1.0) + (s.r + rr * detail::exp_tail(s.r, rr));
-    return detail::scale(y, s.k, x, -126 * 0.693147180559945f);
+    return detail::scale(y, s.k, x, least_normal_exp<float>);
+}
+FUSEDLOSS_INLINE Floats exp_raised(Floats x) {
+    const detail::Reduced s = detail::reduce(x);
+    const Floats rr = s.r * s.r, up(raised<float>);
+    const Floats y = up + (s.r + rr * detail::exp_tail(s.r, rr)) * up;
+    return detail::scale(y, s.k, x, least_raised_exp<float>);
 }
 
 // 0.85 ULP. The exponents of 0 and infinity are infinite, their mantissas 1.

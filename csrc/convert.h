@@ -42,13 +42,15 @@ struct bf16 {
 struct f16 {
     uint16_t bits;
     f16() = default;
-    // Multiplying by 2^112 rebases the exponent and makes subnormals normal in one step.
+    // No float on the way is subnormal: where those are flushed, the value would be lost. A subnormal half is
+    // the fraction of a float from 2^-14 on, less 2^-14.
     operator float() const {
+        constexpr uint32_t least = 113u << 23;  // 2^-14
         const uint32_t magnitude = uint32_t(bits & 0x7fffu) << 13;
-        const float scaled = std::bit_cast<float>(magnitude) * 0x1p112f;
-        const uint32_t special = magnitude >= (0x7c00u << 13) ? 0x7f800000u : 0u;
-        return std::bit_cast<float>(std::bit_cast<uint32_t>(scaled) | special |
-                                    (uint32_t(bits & 0x8000u) << 16));
+        const float tiny = std::bit_cast<float>(magnitude + least) - std::bit_cast<float>(least);
+        const uint32_t normal = magnitude + (magnitude >= (0x7c00u << 13) ? 224u << 23 : 112u << 23);
+        const uint32_t finite = magnitude < (0x400u << 13) ? std::bit_cast<uint32_t>(tiny) : normal;
+        return std::bit_cast<float>(finite | (uint32_t(bits & 0x8000u) << 16));
     }
     // Adding 0.5 lets the adder round a value that becomes subnormal.
     explicit f16(float v) {

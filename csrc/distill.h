@@ -8,6 +8,8 @@
 //   js       beta sum_c p_t (l p_t - l m) + (1 - beta) K,                 slope  (1 - beta) p_s (l p_s - l m
 //   - K)
 //            K = sum_c p_s (l p_s - l m)
+// Logits stay relative to their maximum, and of the logs of the sums only the difference is taken: neither a
+// common offset nor certainty costs digits.
 #pragma once
 #include "linear.h"
 
@@ -29,152 +31,278 @@ struct DistillArgs {
     double* loss;
 };
 
-// The log-sum-exp of what comes in stretches.
-struct RunningLse {
-    double max = -std::numeric_limits<double>::infinity(), sum = 0;
+// exp(x) for x <= 0, raised, times `by`; `out` may be `x`.
+template <class T>
+FUSEDLOSS_LOOP void exps_of(const T* x, T by, int64_t n, T* out) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = math::exp_raised(x[i]) * by;
+}
 
-    template <class T>
-    void add(const T* x, int64_t n, T* buffer) {
-        const T top = greatest(x, n, T(max));
-        const T origin = top == -std::numeric_limits<T>::infinity() ? T(0) : top;
-        if (sum > 0) sum *= std::exp(max - double(top));
-        max = double(top);
-        exp_of_difference(x, origin, n, buffer, x + n, sizeof(T));
-        sum += quick_sum(buffer, n);
+// (x - origin) * by; `out` may be `x`.
+template <class T>
+FUSEDLOSS_LOOP void gaps_to(const T* x, T origin, T by, int64_t n, T* out) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = (x[i] - origin) * by;
+}
+
+// The softmax at a temperature of what comes in stretches. The largest class is kept apart, as in rows.h.
+template <class T>
+struct Softmax {
+    double max = -std::numeric_limits<double>::infinity();
+    double others = 0, own = 0;  // raised
+    int64_t top = -1;            // the largest class
+
+    // Those from class c on; 1 / temperature is `by`.
+    void add(const T* x, int64_t c, int64_t n, T by, T* buffer) {
+        const T largest = greatest(x, n, T(max));
+        const bool is_larger = double(largest) > max;
+        if (is_larger) {
+            const double gap = (max - double(largest)) * double(by);
+            others = raised_sum() > 0 ? brought(raised_sum(), gap) : 0;
+            max = double(largest);
+        }
+        gaps_to(x, T(origin()), by, n, buffer);
+        exps_of(buffer, T(1), n, buffer);
+        if (is_larger) {
+            const int64_t at = first_one(buffer, n);  // none where max is inf
+            own = at < n ? double(math::raised<T>) : 0;
+            top = at < n ? c + at : -1;
+            if (at < n) buffer[at] = T(0);
+        }
+        others += quick_sum(buffer, n);
     }
-    double value() const { return sum > 0 ? max + std::log(sum) : max; }
+
+    double origin() const { return max == -std::numeric_limits<double>::infinity() ? 0.0 : max; }
+    double raised_sum() const { return others + own; }
+    double sum() const { return raised_sum() * double(math::lowered<T>); }
+    // Relative to the maximum: together they would have no more digits than the maximum leaves.
+    double log_sum() const {
+        return own > 0 ? std::log1p(others * double(math::lowered<T>)) : std::log(sum());
+    }
+};
+
+// l p_t - l p_s, from both relative to their maxima and what the logs of their sums differ by.
+template <class T>
+FUSEDLOSS_LOOP void log_ratios(const T* __restrict t, const T* __restrict s, T difference, int64_t n,
+                               T* __restrict out) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = (t[i] - s[i]) - difference;
+}
+
+template <class T>
+struct ToMixture {
+    T teacher, student;
+};
+
+// l p_t - l m and l p_s - l m from d = l p_t - l p_s, for m = beta p_t + rest p_s: nothing of them
+// underflows, and the smaller one keeps its digits where beta or rest is near 0. Where p_s is far above p_t,
+// the student's is near -log rest for all classes: `shifted` are without that, and keep the digits beyond it.
+template <class T>
+struct Mixture {
+    T beta, rest, ratio, log_rest;
+    bool shifted = false;
+
+    explicit Mixture(double beta)
+        : beta(T(beta)), rest(T(1 - beta)), ratio(T(beta / (1 - beta))), log_rest(T(std::log1p(-beta))) {}
+
+    ToMixture<T> operator()(T d) const {
+        const bool teachers = d > T(0);
+        const T size = math::abs(d), large = teachers ? beta : rest, small = teachers ? rest : beta;
+        const T e = math::exp(-size), lost = math::expm1_of_negative(-size, e);
+        const T near = math::log1p(small * lost), far = math::log(large + small * e);
+        const T larger = -(small * lost > T(-0.5) ? near : far);
+        const T excess = large * -lost / e, log_excess = math::log1p(excess);
+        const T smaller = excess < T(1) ? -log_excess : larger - size;
+        const T teacher = teachers ? larger : smaller, student = teachers ? smaller : larger;
+        const T beyond = teachers ? student + log_rest : -math::log1p(ratio * e);
+        return {teacher, shifted ? beyond : student};
+    }
 };
 
 template <class T>
-FUSEDLOSS_LOOP void logarithms_of(T* __restrict x, T lse, T* __restrict p, int64_t n) {
+FUSEDLOSS_LOOP void mixture_gaps(T* __restrict d, const Mixture<T> mixture, int64_t n,
+                                 T* __restrict teacher) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-        x[i] -= lse;
-        p[i] = math::exp(x[i]);
+        const ToMixture<T> gaps = mixture(d[i]);
+        teacher[i] = gaps.teacher;
+        d[i] = gaps.student;
     }
 }
 
-// p (a - b), and 0 where p is.
+// p (a - shift), and 0 where p is.
 template <class T>
-FUSEDLOSS_LOOP void weigh_gap(const T* __restrict p, const T* __restrict a, const T* __restrict b, T shift,
-                              T* __restrict out, int64_t n) {
+FUSEDLOSS_LOOP void weigh_gaps(const T* __restrict p, const T* __restrict a, T shift, T* __restrict out,
+                               int64_t n) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = p[i] == T(0) ? T(0) : p[i] * (a[i] - b[i] - shift);
+    for (int64_t i = 0; i < n; ++i) out[i] = p[i] == T(0) ? T(0) : p[i] * (a[i] - shift);
 }
 
+// p_s - p_t from p = p_s / of_s, q = p_t / of_t and d = l p_t - l p_s, without the digits that the difference
+// loses.
 template <class T>
-FUSEDLOSS_LOOP void mix(const T* __restrict p, const T* __restrict q, T beta, T* __restrict log_m,
-                        int64_t n) {
+FUSEDLOSS_LOOP void differences(const T* __restrict p, const T* __restrict q, const T* __restrict d, T of_s,
+                                T of_t, T* __restrict out, int64_t n) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) log_m[i] = math::log(beta * q[i] + (T(1) - beta) * p[i]);
-}
-
-template <class T>
-FUSEDLOSS_LOOP void subtract(const T* __restrict a, const T* __restrict b, T* __restrict out, int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = a[i] - b[i];
+    for (int64_t i = 0; i < n; ++i) {
+        const bool teachers = d[i] > T(0);
+        const T size = math::abs(d[i]), lost = math::expm1_of_negative(-size, math::exp(-size));
+        const T slope = (teachers ? q[i] : -p[i]) * lost * (teachers ? of_t : of_s);
+        out[i] = p[i] == T(0) && q[i] == T(0) ? T(0) : slope;
+    }
 }
 
 template <class T>
 class DistillKernel {
 public:
-    explicit DistillKernel(const DistillArgs& args) : a(args) {}
+    explicit DistillKernel(const DistillArgs& args)
+        : a(args), by(T(1 / args.temperature)), mixture(args.beta) {}
 
     void operator()(int64_t n) {
-        RunningLse hard, student, teacher;
-        each(n, false, [&](int64_t, int64_t count) {
-            student.add(s, count, out);
-            teacher.add(t, count, out);
+        student = teacher = Softmax<T>();
+        blocks(a.c, [&](int64_t c, int64_t count) {
+            read(a.student, n, c, count, s);
+            read(a.teacher, n, c, count, t);
+            student.add(s, c, count, by, out);
+            teacher.add(t, c, count, by, out);
         });
+        difference = T(teacher.log_sum() - student.log_sum());
+        // The sum weighted by p_s is of gaps less that of the student's largest class, so that no digits are
+        // lost where p_s is near 1.
         double own = 0;
-        if (a.label)
-            hard_blocks(n, [&](int64_t c, int64_t count) {
-                hard.add(s, count, out);
-                if (a.label[n] >= c && a.label[n] < c + count) own = double(s[a.label[n] - c]);
-            });
-        lse_s = T(student.value());
-        lse_t = T(teacher.value());
-        double forward = 0, reverse = 0;  // the sums weighted by p_t and p_s
-        each(n, true, [&](int64_t, int64_t count) {
-            const T* other = a.kind == 2 ? log_m : t;
+        own_gap = T(0);
+        mixture.shifted = false;
+        if (student.top >= 0 && a.kind != 0) {
+            relate(n, student.top, 1);
+            own_gap = a.kind == 1 ? -d[0] : mixture(d[0]).student;
+            if (!std::isfinite(own_gap)) own_gap = T(0);
+            own = double(own_gap);
+            mixture.shifted = a.kind == 2 && d[0] < T(-0.7);
+            if (mixture.shifted) own_gap = mixture(d[0]).student;
+        }
+        double forward = 0, mean = 0;
+        blocks(a.c, [&](int64_t c, int64_t count) {
+            relate(n, c, count);
+            exps_of(s, T(1), count, p);
+            exps_of(t, T(1), count, q);
+            bend(count);
             if (a.kind != 1) {
-                weigh_gap(q, t, a.kind == 2 ? log_m : s, T(0), out, count);
+                weigh_gaps(q, a.kind == 0 ? d : to_teacher, T(0), out, count);
                 forward += ordered_sum(out, count);
             }
             if (a.kind != 0) {
-                weigh_gap(p, s, other, T(0), out, count);
-                reverse += ordered_sum(out, count);
+                weigh_gaps(p, d, own_gap, out, count);
+                mean += ordered_sum(out, count);
             }
         });
+        forward /= teacher.raised_sum();
+        mean /= student.raised_sum();
+        const double reverse = mean + own;
+        const double most = -a.beta * std::log(a.beta) - (1 - a.beta) * std::log1p(-a.beta);
         const double soft = a.kind == 0   ? forward
                             : a.kind == 1 ? reverse
-                                          : a.beta * forward + (1 - a.beta) * reverse;
-        const double lse = hard.value();
-        a.loss[n] = a.soft_weight * soft + (a.label ? a.hard_weight * (lse - own) : 0.0);
-        if (a.differentiate) differentiate(n, reverse, lse);
+                                          : std::min(a.beta * forward + (1 - a.beta) * reverse, most);
+        const RowSums<T> hard = a.label ? hard_sums(n) : RowSums<T>();
+        a.loss[n] = a.soft_weight * soft + (a.label ? a.hard_weight * hard.own_loss() : 0.0);
+        if (a.differentiate) differentiate(n, mean, hard);
     }
 
 private:
     const DistillArgs& a;
-    T lse_s = 0, lse_t = 0;
-    alignas(64) T s[row_block], t[row_block], p[row_block], q[row_block], log_m[row_block], out[row_block],
-        capped[row_block];
+    const T by;
+    Mixture<T> mixture;
+    Softmax<T> student, teacher;
+    T difference = 0, own_gap = 0;
+    alignas(64) T s[row_block], t[row_block], p[row_block], q[row_block], d[row_block], out[row_block],
+        to_teacher[row_block];
 
-    // x' of a stretch of a row, divided by the temperature.
-    void read(const CappedLogits& x, int64_t n, int64_t c, int64_t count, double temperature, T* to) {
+    template <class F>
+    static void blocks(int64_t classes, F&& f) {
+        for (int64_t c = 0; c < classes; c += row_block) f(c, std::min(row_block, classes - c));
+    }
+
+    // x' of a stretch of a row.
+    void read(const CappedLogits& x, int64_t n, int64_t c, int64_t count, T* to) {
         const T* found = load_logits(x, n, c, count, to);
         if (found != to) std::copy_n(found, count, to);
         if (x.softcap > 0) {
             std::copy_n(to, count, out);
             cap_into(out, T(1 / x.softcap), T(x.softcap), count, to);
         }
-        if (temperature != 1) scale_and_shift(to, T(1 / temperature), T(0), count);
     }
 
-    // f(c, count) with s and t read, or the logarithms and p, q (and log_m) of them.
-    template <class F>
-    void each(int64_t n, bool logarithms, F&& f) {
-        for (int64_t c = 0; c < a.c; c += row_block) {
-            const int64_t count = std::min(row_block, a.c - c);
-            read(a.student, n, c, count, a.temperature, s);
-            read(a.teacher, n, c, count, a.temperature, t);
-            if (logarithms) {
-                logarithms_of(s, lse_s, p, count);
-                logarithms_of(t, lse_t, q, count);
-                if (a.kind == 2) mix(p, q, T(a.beta), log_m, count);
+    // Reads s and t, relative to the maxima and divided by the temperature, and d.
+    void relate(int64_t n, int64_t c, int64_t count) {
+        read(a.student, n, c, count, s);
+        read(a.teacher, n, c, count, t);
+        gaps_to(s, T(student.origin()), by, count, s);
+        gaps_to(t, T(teacher.origin()), by, count, t);
+        log_ratios(t, s, difference, count, d);
+    }
+
+    // d becomes what p_s weighs: l p_s - l p_t, or l p_s - l m.
+    void bend(int64_t count) {
+        if (a.kind == 1) scale_and_shift(d, T(-1), T(0), count);
+        if (a.kind == 2) mixture_gaps(d, mixture, count, to_teacher);
+    }
+
+    // Of the hard term.
+    RowSums<T> hard_sums(int64_t n) {
+        RowSums<T> sums;
+        const int64_t y = a.label[n];
+        T max = -std::numeric_limits<T>::infinity();
+        blocks(a.c, [&](int64_t c, int64_t count) {
+            read(a.student, n, c, count, s);
+            const T top = greatest(s, count, max);
+            const T origin = top == -std::numeric_limits<T>::infinity() ? T(0) : top;
+            if (top > max && sums.raised_sum() > 0) {
+                sums.others = brought(sums.others, double(max) - double(top));
+                sums.own = brought(sums.own, double(max) - double(top));
             }
-            f(c, count);
-        }
+            max = top;
+            sums.max = double(origin);
+            exp_of_difference(s, origin, count, out, s + count, sizeof(T));
+            if (y >= c && y < c + count) {
+                sums.own = double(out[y - c]);
+                sums.own_x = double(s[y - c]);
+                out[y - c] = T(0);
+            }
+            sums.others += quick_sum(out, count);
+        });
+        return sums;
     }
 
-    template <class F>
-    void hard_blocks(int64_t n, F&& f) {
-        for (int64_t c = 0; c < a.c; c += row_block) {
-            const int64_t count = std::min(row_block, a.c - c);
-            read(a.student, n, c, count, 1.0, s);
-            f(c, count);
-        }
-    }
-
-    void differentiate(int64_t n, double mean, double lse) {
+    void differentiate(int64_t n, double mean, const RowSums<T>& hard) {
         const double g = a.incoming ? a.incoming[n] : 1.0;
         const double scale = g * a.soft_weight / a.temperature * (a.kind == 2 ? 1 - a.beta : 1.0);
-        each(n, true, [&](int64_t c, int64_t count) {
-            if (a.kind == 0)
-                subtract(p, q, out, count);
-            else
-                weigh_gap(p, s, a.kind == 2 ? log_m : t, T(mean), out, count);
-            scale_and_shift(out, T(scale), T(0), count);
+        const double of_s = scale / student.sum(), of_t = scale / teacher.sum();
+        const T unit = too_small<T>(of_s) || too_small<T>(of_t) ? math::lowered<T> : T(1);
+        const double down = double(math::lowered<T>) / double(unit);
+        blocks(a.c, [&](int64_t c, int64_t count) {
+            relate(n, c, count);
+            exps_of(s, unit, count, p);
+            if (a.kind == 0) {
+                exps_of(t, unit, count, q);
+                differences(p, q, d, T(of_s * down), T(of_t * down), out, count);
+            } else {
+                bend(count);
+                weigh_gaps(p, d, T(mean + double(own_gap)), out, count);
+                if (const int64_t own = student.top; own >= c && own < c + count)
+                    out[own - c] = -p[own - c] * T(mean);
+                scale_and_shift(out, T(of_s * down), T(0), count);
+            }
             std::copy_n(out, count, q);  // `read` needs `out`
-            if (a.label || a.student.softcap > 0) read(a.student, n, c, count, 1.0, s);
-            if (a.student.softcap > 0) std::copy_n(s, count, capped);
+            if (a.label || a.student.softcap > 0) read(a.student, n, c, count, s);
+            if (a.student.softcap > 0) std::copy_n(s, count, t);
             if (a.label) {
-                soften(s, T(lse), T(g * a.hard_weight), T(0), count);
-                const int64_t y = a.label[n];
-                if (y >= c && y < c + count) s[y - c] -= T(g * a.hard_weight);
+                const double hard_scale = g * a.hard_weight;
+                soften_by(s, T(hard.max), hard_scale / hard.sum(), T(0), count);
+                // p - 1 as minus the others' share: exact where p is near 1.
+                if (const int64_t y = a.label[n]; y >= c && y < c + count)
+                    s[y - c] = T(-hard_scale * (hard.others / hard.raised_sum()));
                 take(q, T(-1), s, count);
             }
-            if (a.student.softcap > 0) uncap(q, capped, T(1 / a.student.softcap), count);
+            if (a.student.softcap > 0) uncap(q, t, T(1 / a.student.softcap), count);
             store(a.student.memory(n, c), a.student.dtype, 1, count, q);
         });
     }
@@ -184,8 +312,8 @@ template <class T>
 void distill_rows(const DistillArgs& a) {
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, a.c));
     parallel_ranges(a.n, grain, [&](int64_t begin, int64_t end) {
-        DistillKernel<T> kernel(a);
-        for (int64_t n = begin; n < end; ++n) kernel(n);
+        const auto kernel = std::make_unique<DistillKernel<T>>(a);
+        for (int64_t n = begin; n < end; ++n) (*kernel)(n);
     });
 }
 

@@ -44,11 +44,12 @@ struct LinearArgs {
 };
 
 // What is gathered of a row.
-struct LinearSums : RowSums {
+template <class T>
+struct LinearSums : RowSums<T> {
     double top = -std::numeric_limits<double>::infinity();
-    double products = 0;  // sum of exp(x - max) (x - max)
+    double products = 0;  // sum of exp(x - max) (x - max), raised
 };
-static_assert(sizeof(LinearSums) == 8 * sizeof(double), "SUMS of cpu/linear.py");
+static_assert(sizeof(LinearSums<float>) == 8 * sizeof(double), "SUMS of cpu/linear.py");
 
 // Within 2 ULP: a rational approximation near 0 (Cephes), else from exp(-2 |u|).
 template <class T>
@@ -108,11 +109,19 @@ FUSEDLOSS_LOOP void cap_into(const T* __restrict x, T factor, T cap, int64_t n, 
     for (int64_t i = 0; i < n; ++i) y[i] = cap * tanh_of(x[i] * factor);
 }
 
-// exp(x - origin) * factor - flat, in place
+// The raised exp(x - origin) times a factor, less `flat`, in place.
 template <class T>
 FUSEDLOSS_LOOP void soften(T* __restrict x, T origin, T factor, T flat, int64_t n) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) x[i] = math::exp_softmax(x[i] - origin) * factor - flat;
+    for (int64_t i = 0; i < n; ++i) x[i] = math::exp_raised(x[i] - origin) * factor - flat;
+}
+
+// exp(x - origin) * scale - flat, in place
+template <class T>
+inline void soften_by(T* x, T origin, double scale, T flat, int64_t n) {
+    if (!too_small<T>(scale)) return soften(x, origin, T(scale * double(math::lowered<T>)), flat, n);
+    soften(x, origin, math::lowered<T>, T(0), n);
+    scale_and_shift(x, T(scale), flat, n);
 }
 
 // e becomes e (factor + slope (x - origin)); where e is 0 the product is, too.
@@ -148,8 +157,8 @@ public:
     }
 
     void operator()(int64_t n) {
-        LinearSums s;
-        auto* kept = a.sums ? reinterpret_cast<LinearSums*>(a.sums) + n : nullptr;
+        LinearSums<T> s;
+        auto* kept = a.sums ? reinterpret_cast<LinearSums<T>*>(a.sums) + n : nullptr;
         if (kept && a.first) s = *kept;
         gather(n, s);
         if (kept) *kept = s;
@@ -195,7 +204,7 @@ private:
         return q_buffer;
     }
 
-    void gather(int64_t n, LinearSums& s) {
+    void gather(int64_t n, LinearSums<T>& s) {
         T max = T(s.top);
         const int64_t y = a.label ? a.label[n] - a.first : -1;
         for (int64_t c = 0; c < a.columns; c += row_block) {
@@ -203,12 +212,12 @@ private:
             const T* x = capped(n, c, count);
             const T top = greatest(x, count, max);
             const T origin = top == -std::numeric_limits<T>::infinity() ? T(0) : top;
-            if (top > max && s.sum() > 0) {
+            if (top > max && s.raised_sum() > 0) {
                 // What was gathered relative to the old maximum is brought to the new one.
-                const double factor = std::exp(double(max) - double(top));
-                s.products = factor > 0 ? factor * (s.products + (double(max) - double(top)) * s.sum()) : 0;
-                s.others *= factor;
-                s.own *= factor;
+                const double gap = double(max) - double(top);
+                s.products = std::exp(gap) > 0 ? brought(s.products + gap * s.raised_sum(), gap) : 0;
+                s.others = brought(s.others, gap);
+                s.own = brought(s.own, gap);
             }
             if (s.mass != 0) s.dot += s.mass * (s.max - double(origin));
             max = top;
@@ -234,24 +243,24 @@ private:
         s.top = double(max);
     }
 
-    void finish(int64_t n, const LinearSums& s) {
+    void finish(int64_t n, const LinearSums<T>& s) {
         const double log_sum = std::log(s.sum()), lse = s.max + log_sum;
-        const double entropy = log_sum - s.products / s.sum();
+        const double mean_x = s.products / s.raised_sum();  // of x - max
         const double own_weight = a.label ? double(hard) * (weight ? double(weight[a.label[n]]) : 1.0) : 0.0;
         double loss = mixed ? s.soft_loss() : 0.0;
         if (a.label) loss += own_weight * s.own_loss();
         if (a.z_loss != 0) loss += a.z_loss * lse * lse;
         if (a.loss) a.loss[n] = loss;
         if (a.lse) a.lse[n] = lse;
-        if (a.entropy) a.entropy[n] = entropy;
+        if (a.entropy) a.entropy[n] = log_sum - mean_x;
         if (a.correct) a.correct[n] = a.label && s.own_x == s.top;
         const double g = value(a.incoming, n, 1.0);
         // First, since the other overwrites the logits.
-        if (a.grad_target.data) target_gradient(n, lse, g);
-        if (a.differentiate) differentiate(n, s, own_weight, lse, s.products / s.sum(), g);
+        if (a.grad_target.data) target_gradient(n, s.max, log_sum, g);
+        if (a.differentiate) differentiate(n, s, own_weight, lse, mean_x, g);
     }
 
-    void differentiate(int64_t n, const LinearSums& s, double own_weight, double lse, double mean_x,
+    void differentiate(int64_t n, const LinearSums<T>& s, double own_weight, double lse, double mean_x,
                        double g) {
         // The gradient is p (even + slope (x' - max)) - g b.
         g *= a.logit_scale;
@@ -259,6 +268,8 @@ private:
         const double rest = g * (s.mass + 2 * a.z_loss * lse) - slope * mean_x +
                             value(a.incoming_lse, n, 0.0) * a.logit_scale;
         const double even = (g * own_weight + rest) / s.sum(), tilted = slope / s.sum();
+        const T by = too_small<T>(std::max(std::fabs(even), std::fabs(tilted))) ? math::lowered<T> : T(1);
+        const double unit = double(math::lowered<T>) / double(by);
         const int64_t y = a.label ? a.label[n] : -1;
         const bool direct = a.logits.dtype == dtype_of<T>;
         for (int64_t c = 0; c < a.columns; c += row_block) {
@@ -271,31 +282,32 @@ private:
             const T* part = mixed ? soft_part(n, c, count) : nullptr;
             const T flat = part ? T(0) : T(g) * soft;
             if (tilted != 0) {
-                soften(e, T(s.max), T(1), T(0), count);
-                tilt(e, x_buffer, T(s.max), T(even), T(tilted), count);
+                soften(e, T(s.max), by, T(0), count);
+                tilt(e, x_buffer, T(s.max), T(even * unit), T(tilted * unit), count);
                 if (flat != T(0))
                     for (int64_t i = 0; i < count; ++i) e[i] -= flat;
             } else {
-                soften(e, T(s.max), T(even), flat, count);
+                soften_by(e, T(s.max), even, flat, count);
             }
             if (part) take(e, T(g), part, count);
             // p - 1 as minus the others' share: exact where p is near 1.
             if (y >= c && y < c + count) {
-                const double share = s.own / s.sum(), bend = slope * (s.own_x - s.max) * share;
-                e[y - c] = T(rest * share + (share > 0 ? bend : 0.0) - g * own_weight * (s.others / s.sum()) -
-                             g * double(soft) * (weight ? double(weight[y]) : 1.0));
+                const double share = s.own / s.raised_sum(), bend = slope * (s.own_x - s.max) * share;
+                e[y - c] =
+                    T(rest * share + (share > 0 ? bend : 0.0) - g * own_weight * (s.others / s.raised_sum()) -
+                      g * double(soft) * (weight ? double(weight[y]) : 1.0));
             }
             if (a.softcap > 0) uncap(e, x_buffer, T(1 / a.softcap), count);
             if (!direct) store(a.logits.memory(n, c), a.logits.dtype, 1, count, e);
         }
     }
 
-    void target_gradient(int64_t n, double lse, double g) {
-        const T scale = T(g) * hard, top = T(lse);
+    void target_gradient(int64_t n, double max, double log_sum, double g) {
+        const T scale = T(g) * hard, top = T(max), rest = T(log_sum);
         for (int64_t c = 0; c < a.columns; c += row_block) {
             const int64_t count = std::min(row_block, a.columns - c);
             const T* x = capped(n, c, count);
-            for (int64_t i = 0; i < count; ++i) e_buffer[i] = scale * (top - x[i]);
+            for (int64_t i = 0; i < count; ++i) e_buffer[i] = scale * ((top - x[i]) + rest);
             if (weight)
                 for (int64_t i = 0; i < count; ++i) e_buffer[i] *= weight[a.first + c + i];
             const int64_t offset = n * a.grad_target.stride[0] + (a.first + c) * a.grad_target.stride[1];
@@ -308,8 +320,8 @@ template <class T>
 void linear_rows(const LinearArgs& a) {
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, a.columns));
     parallel_ranges(a.n, grain, [&](int64_t begin, int64_t end) {
-        LinearKernel<T> kernel(a);
-        for (int64_t n = begin; n < end; ++n) kernel(n);
+        const auto kernel = std::make_unique<LinearKernel<T>>(a);
+        for (int64_t n = begin; n < end; ++n) (*kernel)(n);
     });
 }
 

@@ -26,6 +26,7 @@ struct Format<float> {
     static constexpr float ln2_lo = 0x1.7f7d1cp-20f;
     static constexpr float exp_min = -104.0f;  // exp rounds to 0 below, and overflows above exp_max
     static constexpr float exp_max = 89.0f;
+    static constexpr int raise = 48;
 };
 
 template <>
@@ -37,6 +38,7 @@ struct Format<double> {
     static constexpr double ln2_lo = 0x1.cf79abc9e3b3ap-40;
     static constexpr double exp_min = -746.0;
     static constexpr double exp_max = 710.0;
+    static constexpr int raise = 128;
 };
 
 template <class T>
@@ -115,12 +117,12 @@ FUSEDLOSS_INLINE T exp(T x, T low) {
     return x > F::exp_max ? infinity<T> : out;
 }
 
-template <class T>
-FUSEDLOSS_INLINE T exp_softmax(T x) {
+// 2^raise exp(x) for x <= 0, but 0 below `least`.
+template <int raise, class T>
+FUSEDLOSS_INLINE T exp_of_negative(T x, T least) {
     using F = Format<T>;
     constexpr T log2e = T(0x1.71547652b82fep0);
-    constexpr T round = T(3) * power_of_two<T>(F::fraction - 1) + T(F::bias);
-    constexpr T least = (T(1) - T(F::bias)) * T(0.69314718055994530942);
+    constexpr T round = T(3) * power_of_two<T>(F::fraction - 1) + T(F::bias + raise);
     const T shifted = x * log2e + round;
     const T k = shifted - round;
     const T r = (x - k * F::ln2_hi) - k * F::ln2_lo;
@@ -276,8 +278,34 @@ FUSEDLOSS_INLINE double minimum(double a, double b) { return b != b ? b : (a > b
 FUSEDLOSS_INLINE float exp(float x) { return detail::exp(x, 0.0f); }
 FUSEDLOSS_INLINE double exp(double x) { return detail::exp(x, 0.0); }
 // exp of x <= 0 with fewer operations, 0 where that is below the smallest normal: 1.03 and 1.03 ULP.
-FUSEDLOSS_INLINE float exp_softmax(float x) { return detail::exp_softmax(x); }
-FUSEDLOSS_INLINE double exp_softmax(double x) { return detail::exp_softmax(x); }
+template <class T>
+constexpr T least_normal_exp = (T(1) - T(detail::Format<T>::bias)) * T(0.69314718055994530942);
+FUSEDLOSS_INLINE float exp_softmax(float x) { return detail::exp_of_negative<0>(x, least_normal_exp<float>); }
+FUSEDLOSS_INLINE double exp_softmax(double x) {
+    return detail::exp_of_negative<0>(x, least_normal_exp<double>);
+}
+
+// The same times `raised`, a power of two so large that no result is subnormal: exps wait like this for what
+// they are multiplied by, and lose no digits where they are small, nor do many of them in their sum. 0 where
+// this would be subnormal.
+template <class T>
+constexpr T raised = detail::power_of_two<T>(detail::Format<T>::raise);
+template <class T>
+constexpr T least_raised_exp =
+    (T(1) - T(detail::Format<T>::bias) - T(detail::Format<T>::raise)) * T(0.69314718055994530942);
+template <class T>
+constexpr T lowered = detail::power_of_two<T>(-detail::Format<T>::raise);
+template <class T>
+FUSEDLOSS_INLINE T exp_raised(T x) {
+    return detail::exp_of_negative<detail::Format<T>::raise>(x, least_raised_exp<T>);
+}
+
+// exp(x) - 1 for x <= 0, from e = exp(x): 1.6 and 1.6 ULP.
+template <class T>
+FUSEDLOSS_INLINE T expm1_of_negative(T x, T e) {
+    const T xx = x * x;
+    return x > T(-0.34) ? x + xx * detail::exp_tail(x, xx) : e - T(1);
+}
 
 // Exponent and mantissa in [3/4, 3/2), subnormals too: 0.97 and 0.98 ULP (0.92 and 0.89 with FMA).
 FUSEDLOSS_INLINE float log(float x) { return detail::log(x); }

@@ -17,6 +17,7 @@
 
 FUSEDLOSS_PROBES(exp, exp(x))
 FUSEDLOSS_PROBES(exp_softmax, exp_softmax(x))
+FUSEDLOSS_PROBES(exp_raised, exp_raised(x))
 FUSEDLOSS_PROBES(log, log(x))
 FUSEDLOSS_PROBES(log1p, log1p(x))
 FUSEDLOSS_PROBES(log_part, logs_of_parts(x).part)

@@ -8,6 +8,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
 
 // For loops that must become vectors: inlining would drop their `restrict`.
 #define FUSEDLOSS_LOOP __attribute__((noinline))
@@ -20,14 +23,63 @@ using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Range
 // libtorch's torch_parallel_for, or null: then everything runs on the calling thread.
 inline ParallelFor parallel_for = nullptr;
 
-// f(begin, end) over stretches of [0, n), each of at least `grain`.
+// How a thread rounds, and whether it flushes subnormal numbers: each thread has a state of its own, and
+// those of a pool know nothing of what torch.set_flush_denormal set for the caller.
+class FloatState {
+public:
+    FloatState() : word_(read()) {}
+
+    // Makes it that of this thread, until the end of a scope.
+    class Scope {
+    public:
+        explicit Scope(const FloatState& state) : before_(read()), changed_(before_ != state.word_) {
+            if (changed_) write(state.word_);
+        }
+        ~Scope() {
+            if (changed_) write(before_);
+        }
+        Scope(const Scope&) = delete;
+        Scope& operator=(const Scope&) = delete;
+
+    private:
+        uint64_t before_;
+        bool changed_;
+    };
+
+private:
+    uint64_t word_;
+
+#if defined(__SSE2__)
+    static constexpr uint32_t flags = 0x3f;  // what has happened, no setting
+    static uint64_t read() { return _mm_getcsr() & ~flags; }
+    static void write(uint64_t word) { _mm_setcsr(uint32_t(word) | (_mm_getcsr() & flags)); }
+#elif defined(__aarch64__)
+    static uint64_t read() {
+        uint64_t word;
+        __asm__ volatile("mrs %0, fpcr" : "=r"(word));
+        return word;
+    }
+    static void write(uint64_t word) { __asm__ volatile("msr fpcr, %0" : : "r"(word)); }
+#else
+    static uint64_t read() { return 0; }
+    static void write(uint64_t) {}
+#endif
+};
+
+// f(begin, end) over stretches of [0, n), each of at least `grain`, in the caller's floating-point state.
 template <class F>
 void parallel_ranges(int64_t n, int64_t grain, F&& f) {
-    const auto range = [](int64_t begin, int64_t end, void* context) {
-        (*static_cast<std::remove_reference_t<F>*>(context))(begin, end);
-    };
     if (n <= 0) return;
-    if (!parallel_for || n <= grain || parallel_for(0, n, grain, range, &f) != 0) f(0, n);
+    if (!parallel_for || n <= grain) return f(0, n);
+    const FloatState callers;
+    auto in_state = [&](int64_t begin, int64_t end) {
+        const FloatState::Scope scope(callers);
+        f(begin, end);
+    };
+    const auto range = [](int64_t begin, int64_t end, void* context) {
+        (*static_cast<decltype(in_state)*>(context))(begin, end);
+    };
+    if (parallel_for(0, n, grain, range, &in_state) != 0) f(0, n);
 }
 
 // f(i) for 0 <= i < n, at least `grain` of them a thread.

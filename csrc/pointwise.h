@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <limits>
+#include <memory>
 
 #include "convert.h"
 #include "math.h"
@@ -220,9 +221,12 @@ int64_t pointwise(const PointwiseArgs& a) {
     for (const Array& g : a.grad) advise_huge_pages(g.data, a.numel * size_of(g.dtype));
     advise_huge_pages(a.loss.data, a.numel * size_of(a.loss.dtype));
 
-    parallel(blocks, 32, [&](int64_t b) {
+    struct alignas(64) Scratch {
+        T in[max_inputs][size], by[size], values[size], slopes[2][size], staged[2][turn];
+    };
+    const auto compute = [&](int64_t b, Scratch& scratch) {
         const int64_t start = b * size, n = std::min(size, a.numel - start);
-        alignas(64) T in[max_inputs][size], by[size], values[size], slopes[2][size], staged[2][turn];
+        auto& [in, by, values, slopes, staged] = scratch;
         const T* x[max_inputs];
         // A remainder loop may round otherwise than the vectors do, and an element's result must not depend
         // on where it stands: the last block is filled up to whole vectors.
@@ -305,6 +309,10 @@ int64_t pointwise(const PointwiseArgs& a) {
         walk.store(a.loss, LOSS, start, n, loss, values);
         walk.store(a.grad[0], GRAD, start, n, g0, slopes[0]);
         walk.store(a.grad[1], GRAD + 1, start, n, g1, slopes[1]);
+    };
+    parallel_ranges(blocks, 32, [&](int64_t begin, int64_t end) {
+        const std::unique_ptr<Scratch> scratch(new Scratch);  // too large for the stacks of some threads
+        for (int64_t b = begin; b < end; ++b) compute(b, *scratch);
     });
     if (outside.load() != none) return outside.load();
     if (a.total.data) store_one(a.total.data, a.total.dtype, 0, total_sum(sums) / a.denominator);

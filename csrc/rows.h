@@ -3,12 +3,13 @@
 // With w the class weights (or 1), h the smoothing, q the target's probabilities (an index y is one-hot),
 //   b_c = w_c ((1 - h) q_c + h / C),   loss = sum_c b_c (lse(x) - x_c),   d loss / d x_c = B p_c - b_c,
 // where B = sum_c b_c and p = softmax(x). Each exp is taken once: it waits in the gradient's own memory
-// until the row's sum is known.
+// until the row's sum is known; it and the sums are `math::raised` meanwhile.
 #pragma once
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <memory>
 
 #include "convert.h"
 #include "math.h"
@@ -55,6 +56,8 @@ struct RowsArgs {
 constexpr int64_t row_block = 1024;  // classes at a time
 template <class T>
 constexpr int64_t short_row = 448 / sizeof(T);  // as many classes or fewer go by TileKernel
+template <class T>
+constexpr int64_t large_tile = (int64_t(4) << 20) / (16 * sizeof(T));  // classes: beyond the caches
 
 inline bool is_wrong(int64_t y, int64_t ignore_index, int64_t classes) {
     return y != ignore_index && (y < 0 || y >= classes);
@@ -110,14 +113,14 @@ struct Rows {
 
     // Returns -1, or the first position whose index is out of range; sets the mean's denominator.
     int64_t check() {
-        constexpr int64_t size = 4096, none = std::numeric_limits<int64_t>::max();
+        constexpr int64_t size = 4096, strip = 1024, none = std::numeric_limits<int64_t>::max();
         const int64_t blocks = (positions() + size - 1) / size;
         std::vector<double> sums(static_cast<size_t>(blocks));
         std::atomic<int64_t> outside{none};
         parallel(blocks, 4, [&](int64_t b) {
-            int64_t y[size];
+            int64_t y[strip];
             double sum = 0;
-            runs(b * size, size, [&](int64_t i, int64_t n, int64_t d, int64_t count) {
+            const auto look = [&](int64_t i, int64_t n, int64_t d, int64_t count) {
                 labels(n, d, count, y);
                 bool bad = false;
                 const int64_t valid = counted(y, count, a.ignore_index, a.c, bad);
@@ -132,7 +135,8 @@ struct Rows {
                 if (!weight) sum += double(valid);
                 for (int64_t k = 0; weight && k < count; ++k)
                     if (y[k] != a.ignore_index) sum += double(weight[y[k]]);
-            });
+            };
+            for (int64_t first = 0; first < size; first += strip) runs(b * size + first, strip, look);
             sums[size_t(b)] = sum;
         });
         if (outside.load() != none) return outside.load();
@@ -166,7 +170,7 @@ FUSEDLOSS_LOOP T greatest(const T* __restrict x, int64_t n, T start) {
     return fold<width>(tops, larger);
 }
 
-// The first position where e is 1, or n.
+// The first position where e is that of the maximum, or n.
 template <class T>
 FUSEDLOSS_LOOP int64_t first_one(const T* __restrict e, int64_t n) {
     constexpr int64_t width = 64;
@@ -175,9 +179,9 @@ FUSEDLOSS_LOOP int64_t first_one(const T* __restrict e, int64_t n) {
         T greatest = 0;
 #pragma omp simd reduction(max : greatest)
         for (int64_t j = i; j < i + width; ++j) greatest = e[j] > greatest ? e[j] : greatest;
-        if (greatest == T(1)) break;
+        if (greatest == math::raised<T>) break;
     }
-    while (i < n && e[i] != T(1)) ++i;
+    while (i < n && e[i] != math::raised<T>) ++i;
     return i;
 }
 
@@ -188,7 +192,7 @@ FUSEDLOSS_LOOP void exp_of_difference(const T* __restrict x, T origin, int64_t n
                                       const void* next, int64_t width) {
     constexpr int64_t line = 64 / sizeof(T);
     const int64_t whole = n - n % line;
-    const auto exp = [origin](auto v) { return math::exp_softmax(v - decltype(v)(origin)); };
+    const auto exp = [origin](auto v) { return math::exp_raised(v - decltype(v)(origin)); };
     for (int64_t i = 0; i < whole; i += line) {
         __builtin_prefetch(static_cast<const char*>(next) + i * width);
         __builtin_prefetch(e + i + n, 1);
@@ -202,6 +206,28 @@ template <class T>
 FUSEDLOSS_LOOP void scale_and_shift(T* __restrict e, T factor, T flat, int64_t n) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) e[i] = e[i] * factor - flat;
+}
+
+// Whether a factor of raised exps, `scale` of the exps themselves, is so small that T has no digits for it.
+template <class T>
+inline bool too_small(double scale) {
+    return scale != 0 && std::fabs(scale * double(math::lowered<T>)) < double(std::numeric_limits<T>::min());
+}
+
+// What raised exps are multiplied by for `scale` times the exps; where that is too small, they are lowered.
+template <class T>
+inline T factor_of_raised(T* e, double scale, int64_t n) {
+    if (!too_small<T>(scale)) return T(scale * double(math::lowered<T>));
+    scale_and_shift(e, math::lowered<T>, T(0), n);
+    return T(scale);
+}
+
+// sum * exp(gap), for a sum of raised exps that is brought to a larger maximum: beyond where exp(gap) alone
+// has its digits, too.
+inline double brought(double sum, double gap) {
+    if (gap > -700) return sum * std::exp(gap);
+    const double half = std::exp(0.5 * gap);
+    return sum * half * half;
 }
 
 // e * factor - g * part
@@ -267,24 +293,29 @@ FUSEDLOSS_LOOP void log_shares(const T* __restrict part, const T* __restrict x, 
 
 // What the passes over a row gather, and what the last pass needs of it. The row's own class is the target's,
 // or of probabilities the largest: it is kept apart from the others, so that no digits are lost near p = 1.
+template <class T>
 struct RowSums {
+    static constexpr double lowered = math::lowered<T>;
     double max = 0;     // finite, or 0 for a row of -inf
-    double others = 0;  // sum of exp(x - max) but for the own class
-    double own = 0;     // that of the own class
+    double others = 0;  // sum of exp(x - max) but for the own class, raised
+    double own = 0;     // that of the own class, raised
     double own_x = 0;
     double dot = 0;   // sum of b_c (x_c - max) over the soft part of b
     double mass = 0;  // sum of the soft part of b
 
-    double sum() const { return others + own; }
+    double raised_sum() const { return others + own; }
+    double sum() const { return raised_sum() * lowered; }
+    bool own_is_largest() const { return own == double(math::raised<T>); }
 
     // Where the target class is the largest, log1p keeps the digits that 1 + others loses.
-    double log_sum() const { return own == 1.0 ? std::log1p(others) : std::log(sum()); }
-    double own_loss() const { return log_sum() + (own == 1.0 ? 0.0 : max - own_x); }
+    double log_sum() const { return own_is_largest() ? std::log1p(others * lowered) : std::log(sum()); }
+    double own_loss() const { return log_sum() + (own_is_largest() ? 0.0 : max - own_x); }
     double soft_loss() const { return mass * log_sum() - dot; }
 };
 
 // With what probabilities need besides: the own class, and the sum of the soft part of b of the others.
-struct OwnSums : RowSums {
+template <class T>
+struct OwnSums : RowSums<T> {
     double rest = 0;
     int64_t top = -1;
 };
@@ -311,7 +342,7 @@ public:
             }
         }
         T* e = scratch.empty() ? static_cast<T*>(a.grad.data) + (a.grad.data ? g_row : 0) : scratch.data();
-        const OwnSums s = gather(x_row, n, d, y, a.grad.data ? e : nullptr);
+        const OwnSums<T> s = gather(x_row, n, d, y, a.grad.data ? e : nullptr);
         const double own_weight = y < 0 ? 0 : double(r.hard) * r.class_weight(y);
         double loss = s.mass != 0 || a.probabilities ? s.soft_loss() : 0;
         if (y >= 0) loss += own_weight * s.own_loss();
@@ -319,12 +350,12 @@ public:
 
         const double g = r.incoming(n, d);
         if (a.grad.data) {
-            const double scale = g * (own_weight + s.mass) / s.sum();
+            const double sum = s.raised_sum(), scale = g * (own_weight + s.mass) / s.sum();
             // p - 1 as minus the others' share: exact where p is near 1. B p - b of the largest class as
             // (B - b) - B (1 - p), for the same reason.
-            const T own = y >= 0 ? T(g * ((s.mass * s.own - own_weight * s.others) / s.sum() -
+            const T own = y >= 0 ? T(g * ((s.mass * s.own - own_weight * s.others) / sum -
                                           double(r.soft) * r.class_weight(y)))
-                                 : T(g * (s.rest - s.mass * s.others / s.sum()));
+                                 : T(g * (s.rest - s.mass * s.others / sum));
             finish(e, n, d, scale, s, T(g), y >= 0 ? y : s.top, own);
         }
         if (a.grad_target.data) target_gradient(x_row, n, d, s, g);
@@ -370,8 +401,8 @@ private:
                   std::min(block, a.c - c), e_buffer);
     }
 
-    OwnSums gather(int64_t x_row, int64_t n, int64_t d, int64_t y, T* keep) {
-        OwnSums s;
+    OwnSums<T> gather(int64_t x_row, int64_t n, int64_t d, int64_t y, T* keep) {
+        OwnSums<T> s;
         T max = -std::numeric_limits<T>::infinity();
         const bool soft = a.probabilities || r.soft != T(0);
         for (int64_t c = 0, b = 0; c < a.c; c += block, ++b) {
@@ -380,10 +411,9 @@ private:
             const T top = greatest(x, count, max);
             const T origin = top == -std::numeric_limits<T>::infinity() ? T(0) : top;
             const bool raised = top > max;
-            if (raised && s.others + s.own > 0) {
-                const double factor = std::exp(double(max) - double(top));
-                s.others *= factor;
-                s.own *= factor;
+            if (raised && s.raised_sum() > 0) {
+                s.others = brought(s.others, double(max) - double(top));
+                s.own = brought(s.own, double(max) - double(top));
             }
             // What was gathered relative to the old maximum is brought to the new one.
             if (s.mass != 0) s.dot += s.mass * (s.max - double(origin));
@@ -402,11 +432,11 @@ private:
             double own_part = 0;
             if (a.probabilities && raised) {
                 // The class that was the largest is one of the others now.
-                if (keep && s.top >= 0) keep[s.top] = T(1);
+                if (keep && s.top >= 0) keep[s.top] = math::raised<T>;
                 s.others += s.own;
                 s.rest = s.mass;
                 const int64_t at = first_one(e, count);  // none where max is inf
-                s.own = at < count ? 1 : 0;
+                s.own = at < count ? double(math::raised<T>) : 0;
                 s.top = at < count ? c + at : -1;
                 if (at < count) {
                     if (part != q_buffer) part = std::copy_n(part, count, q_buffer) - count;
@@ -429,13 +459,14 @@ private:
     }
 
     // e_c becomes g (B p_c - b_c), that of the own class `slope`, and goes to where the gradient is.
-    void finish(T* row, int64_t n, int64_t d, double scale, const OwnSums& s, T g, int64_t own, T slope) {
+    void finish(T* row, int64_t n, int64_t d, double scale, const OwnSums<T>& s, T g, int64_t own, T slope) {
         const int64_t g_row = a.grad.row(n, d);
         const bool soft = a.probabilities || r.soft != T(0);
         for (int64_t c = 0, b = 0; c < a.c; c += block, ++b) {
             const int64_t count = std::min(block, a.c - c);
             const double origin = double(shift[size_t(b)]);
-            const T factor = T(origin == s.max ? scale : scale * std::exp(origin - s.max));
+            const double relative = origin == s.max ? scale : scale * std::exp(origin - s.max);
+            const T factor = factor_of_raised(row + c, relative, count);
             if (const T* part = soft ? soft_part(n, d, c, count) : nullptr)
                 scale_and_take(row + c, factor, g, part, count);
             else
@@ -447,7 +478,7 @@ private:
         }
     }
 
-    void target_gradient(int64_t x_row, int64_t n, int64_t d, const OwnSums& s, double g) {
+    void target_gradient(int64_t x_row, int64_t n, int64_t d, const OwnSums<T>& s, double g) {
         const T scale = T(g) * r.hard, top = T(s.max), rest = T(s.log_sum());
         for (int64_t c = 0; c < a.c; c += block) {
             const int64_t count = std::min(block, a.c - c);
@@ -481,7 +512,7 @@ FUSEDLOSS_LOOP void raise(T* __restrict max, Index* __restrict largest, const T*
 
 template <class T>
 FUSEDLOSS_LOOP void exp_in_place(T* __restrict x, const T* __restrict max, int64_t n) {
-    math::map(x, n, [](auto v, auto top) { return math::exp_softmax(v - top); }, x, max);
+    math::map(x, n, [](auto v, auto top) { return math::exp_raised(v - top); }, x, max);
 }
 
 template <class T>
@@ -520,7 +551,7 @@ template <class T>
 struct Positions {
     static constexpr int64_t most = 256, ignored = -2;
     alignas(64) int64_t y[most];
-    alignas(64) T max[most], own_x[most], own[most], factor[most], g[most];
+    alignas(64) T max[most], own_x[most], own[most], factor[most], lowering[most], g[most];
     alignas(64) double weight[most], others[most], dots[most], masses[most], rest[most];
     alignas(64) double log_sum[most], incoming[most];
 };
@@ -554,19 +585,20 @@ FUSEDLOSS_LOOP void set_own(const int64_t* __restrict y, int64_t n, const Value&
 
 template <class T>
 FUSEDLOSS_LOOP void own_exps(Positions<T>& p, int64_t n) {
-    math::map(p.own, n, [](auto v, auto top) { return math::exp_softmax(v - top); }, p.own_x, p.max);
+    math::map(p.own, n, [](auto v, auto top) { return math::exp_raised(v - top); }, p.own_x, p.max);
 }
 
-// log1p keeps the digits near certainty, where own is 1.
+// log1p keeps the digits near certainty, where the own class is the largest.
 template <class T, bool indices, bool soft>
 FUSEDLOSS_LOOP void position_losses(Positions<T>& p, int64_t n, double hard, double* __restrict losses) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-        const double log_sum = math::log1p(p.others[i] + (double(p.own[i]) - 1.0));
+        constexpr double lowered = math::lowered<T>;
+        const double log_sum = math::log1p(p.others[i] * lowered + (double(p.own[i]) * lowered - 1.0));
         p.log_sum[i] = log_sum;
         double loss = 0;
         if constexpr (indices) {
-            const double behind = p.own[i] == T(1) ? 0.0 : double(p.max[i]) - double(p.own_x[i]);
+            const double behind = p.own[i] == math::raised<T> ? 0.0 : double(p.max[i]) - double(p.own_x[i]);
             loss = hard * p.weight[i] * (log_sum + behind);
         }
         if constexpr (soft) loss += p.masses[i] * log_sum - p.dots[i];
@@ -574,21 +606,28 @@ FUSEDLOSS_LOOP void position_losses(Positions<T>& p, int64_t n, double hard, dou
     }
 }
 
-// From what arrives: the factor of the exps, and the own class's gradient, p - 1 as minus the others' share.
+// From what arrives: the factor of the raised exps, and the own class's gradient, p - 1 as minus the others'
+// share. Whether the exps must be lowered, by `lowering`, since a factor would be too small.
 template <class T, bool indices, bool soft>
-FUSEDLOSS_LOOP void position_slopes(Positions<T>& p, int64_t n, double hard, double smooth) {
-#pragma omp simd
+FUSEDLOSS_LOOP bool position_slopes(Positions<T>& p, int64_t n, double hard, double smooth) {
+    constexpr double lowered = math::lowered<T>, least = std::numeric_limits<T>::min();
+    int64_t any = 0;
+#pragma omp simd reduction(| : any)
     for (int64_t i = 0; i < n; ++i) {
         const double in = p.y[i] == p.ignored ? 0.0 : p.incoming[i];
         const double mass = soft ? p.masses[i] : 0.0, own_weight = indices ? hard * p.weight[i] : 0.0;
-        const double scale = in / (p.others[i] + double(p.own[i]));
+        const double others = p.others[i] * lowered, own = double(p.own[i]) * lowered;
+        const double scale = in / (others + own);
+        const double factor = scale * (own_weight + mass);
+        const bool small = math::abs(factor * lowered) < least;
         p.g[i] = T(in);
-        p.factor[i] = T(scale * (own_weight + mass));
-        p.own[i] =
-            indices
-                ? T(scale * (mass * double(p.own[i]) - own_weight * p.others[i]) - in * smooth * p.weight[i])
-                : T(in * p.rest[i] - scale * mass * p.others[i]);
+        p.factor[i] = T(small ? factor : factor * lowered);
+        p.lowering[i] = small ? math::lowered<T> : T(1);
+        any |= small && factor != 0;
+        p.own[i] = indices ? T(scale * (mass * own - own_weight * others) - in * smooth * p.weight[i])
+                           : T(in * p.rest[i] - scale * mass * others);
     }
+    return any != 0;
 }
 
 // f(i) for all i < n, vector by vector, while the line of `next` that lies as far on is asked for, to read or
@@ -696,12 +735,10 @@ public:
         if (!a.grad.data && !a.grad_target.data) return;
 
         incoming(n, d0, count, padded);
-        if (a.probabilities)
-            position_slopes<T, false, true>(p, padded, hard, 0);
-        else if (soft)
-            position_slopes<T, true, true>(p, padded, hard, double(r.soft));
-        else
-            position_slopes<T, true, false>(p, padded, hard, 0);
+        const bool small = a.probabilities ? position_slopes<T, false, true>(p, padded, hard, 0)
+                           : soft          ? position_slopes<T, true, true>(p, padded, hard, double(r.soft))
+                                           : position_slopes<T, true, false>(p, padded, hard, 0);
+        for (int64_t c = 0; c < a.c && small; ++c) multiply_each(at(c), p.lowering, padded, at(c), at(c));
         if (a.grad.data) write(n, d0, count, padded);
         if (a.grad_target.data) target_gradient(n, d0, count);
     }
@@ -885,7 +922,10 @@ int64_t cross_entropy(RowsArgs a) {
     }
     if (a.grad.data) advise_huge_pages(a.grad.data, rows.positions() * a.c * size_of(a.grad.dtype));
 
-    const bool tiles = a.input.stride[1] != 1 || a.c <= short_row<T>;
+    // A tile has sixteen positions at least: where there are fewer, of very many classes, rows take less
+    // memory.
+    const bool wasteful = a.d < 16 && a.c > large_tile<T>;
+    const bool tiles = !wasteful && (a.input.stride[1] != 1 || a.c <= short_row<T>);
     const int64_t lanes = TileKernel<T>::lanes(a.c, a.d, a.input.stride[1] != 1);
     const int64_t per_block = tiles ? lanes : std::max<int64_t>(1, 4 * row_block / std::max<int64_t>(a.c, 1));
     const int64_t across = tiles ? a.d : rows.positions();
@@ -904,19 +944,19 @@ int64_t cross_entropy(RowsArgs a) {
             sums[size_t(b)] = ordered_sum(losses.data(), count);
         };
         if (tiles) {
-            TileKernel<T> kernel(rows, lanes);
+            const auto kernel = std::make_unique<TileKernel<T>>(rows, lanes);
             for (int64_t b = begin; b < end; ++b) {
                 const int64_t n = b / blocks_across, d = b % blocks_across * per_block;
                 const int64_t count = std::min(per_block, a.d - d);
-                kernel(n, d, count, losses.data());
+                (*kernel)(n, d, count, losses.data());
                 finish(b, n * a.d + d, count);
             }
         } else {
-            RowKernel<T> kernel(rows);
+            const auto kernel = std::make_unique<RowKernel<T>>(rows);
             for (int64_t b = begin; b < end; ++b) {
                 const int64_t first = b * per_block, count = std::min(per_block, across - first);
                 for (int64_t i = 0; i < count; ++i)
-                    losses[size_t(i)] = kernel((first + i) / a.d, (first + i) % a.d);
+                    losses[size_t(i)] = (*kernel)((first + i) / a.d, (first + i) % a.d);
                 finish(b, first, count);
             }
         }

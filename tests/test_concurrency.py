@@ -130,8 +130,8 @@ resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, -1))
 for threads in (1, 2):
     torch.set_num_threads(threads)
     for call in (
-        lambda: fusedloss.cross_entropy(one.expand(1, 2**28), torch.tensor([0])),
-        lambda: fusedloss.cross_entropy(one.expand(4, 2**28), torch.tensor([0] * 4)),
+        lambda: fusedloss.cross_entropy(one.expand(16, 2**28), torch.tensor([0] * 16)),
+        lambda: fusedloss.cross_entropy(one.expand(64, 2**28), torch.tensor([0] * 64)),
         lambda: fusedloss.triplet_margin_loss(*[one.expand(1, 2**29)] * 3),
     ):
         try:
@@ -151,6 +151,106 @@ def test_no_memory_for_scratch() -> None:
     assert len(lines) == 6
     for line in lines:
         assert "can't allocate memory" in line, line
+
+
+FLUSHED = """
+import torch, fusedloss
+def outcomes():
+    g = torch.Generator().manual_seed(3)
+    x = (1e-39 * torch.randn(40_000, generator=g)).requires_grad_()
+    half = (torch.rand(40_000, generator=g) * -1e-4).half().requires_grad_()
+    found = [fusedloss.mse_loss(x * 1, 0 * x.detach() + 1e-39, reduction="none")]
+    found += [fusedloss.kl_div(x.expand(2, -1), x.detach().expand(2, -1), log_target=True, reduction="none")]
+    rows = x.view(-1, 10)
+    labels = torch.zeros(len(rows), dtype=torch.long)
+    found += [fusedloss.nll_loss(rows, labels, reduction="none")]
+    peaks = torch.cat([rows[:, :1] * 0 + 95, rows[:, 1:]], 1)
+    found += [fusedloss.cross_entropy(peaks, labels, reduction="none")]
+    found += [fusedloss.kl_div(half, torch.ones_like(half), reduction="none")]
+    grads = torch.autograd.grad([t.sum() for t in found], [x, half])
+    return [*(t.detach() for t in found), *grads]
+torch.set_num_threads(2)
+outcomes()  # the pool has its threads now
+for flush in (False, True):
+    assert torch.set_flush_denormal(flush)
+    torch.set_num_threads(2)
+    two = outcomes()
+    torch.set_num_threads(1)
+    one = outcomes()
+    print(flush, [torch.equal(a, b) for a, b in zip(one, two)], (one[3] != 0).all().item())
+    x = torch.full((33,), -1.98e-4 / 4).half()
+    for t in (x, torch.stack([x, x], 1)[:, 0]):
+        print(fusedloss.kl_div(t, torch.ones(33).half(), reduction="sum").item())
+    grad = torch.full((), 3e-7).half()
+    y = torch.zeros(33, dtype=torch.half, requires_grad=True)
+    z = torch.autograd.grad(fusedloss.mse_loss(y, y.detach() + 1, reduction="none"), y, grad.expand(33))
+    print(z[0].unique().tolist())
+"""
+
+
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="flushes no subnormals here")
+def test_every_thread_flushes_what_the_caller_does() -> None:
+    """And float16 is read and written as it is, subnormal or not."""
+    done = run_python(FLUSHED)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"False {[True] * 7} True"
+    assert lines[4] == f"True {[True] * 7} False"
+    assert lines[1:4] == lines[5:8] and float(lines[1]) > 1e-3, lines
+
+
+SMALL_STACK = """
+import threading, torch, fusedloss
+from fusedloss.cpu import load, linear, pointwise, rows, triplet
+torch.set_num_threads(1)
+losses = []
+for dtype in (torch.float32, torch.float64):
+    x, y = torch.randn(3, 2000, dtype=dtype), torch.rand(3, 2000, dtype=dtype)
+    labels, weight = torch.tensor([0, 1, 2]), torch.rand(2000, dtype=dtype)
+    few = x[:, :7].contiguous()
+    losses += [
+        lambda x=x, y=y: fusedloss.binary_cross_entropy(y, y.t().contiguous().t()),
+        lambda x=x, y=y: fusedloss.binary_cross_entropy_with_logits(x, y, y),
+        lambda x=x, y=y: fusedloss.kl_div(x, y, reduction="sum"),
+        lambda x=x, y=y, w=weight: fusedloss.cross_entropy(x, y, w, label_smoothing=0.1),
+        lambda x=x, l=labels, w=weight: fusedloss.cross_entropy(x.t().contiguous().t(), l, w),
+        lambda x=few, l=labels: fusedloss.cross_entropy(x, l),
+        lambda x=x, l=labels: fusedloss.nll_loss(x, l),
+        lambda x=x, y=y: fusedloss.triplet_margin_loss(x, y, x + 1, p=3, swap=True),
+    ]
+made = []
+for size in (256, 64):
+    threading.stack_size(size * 1024)
+    thread = threading.Thread(target=lambda: made.append([call() for call in losses]))
+    thread.start()
+    thread.join()
+print(len(made))
+"""
+
+
+def test_threads_of_small_stacks() -> None:
+    done = run_python(SMALL_STACK)
+    assert done.stdout == "2\n", (done.returncode, done.stderr)
+
+
+PEAK = """
+import resource, torch, fusedloss
+x = torch.randn(2**21, 2).t()
+labels = torch.tensor([1, 2])
+fusedloss.cross_entropy(x[:, :9].clone().requires_grad_(), labels).backward()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+fusedloss.cross_entropy(x.requires_grad_(), labels).backward()
+print((peak() - before) // x.nbytes)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss in KiB")
+def test_few_rows_of_many_classes_take_little_scratch() -> None:
+    """The gradient, and as much beside it at most: a tile of sixteen rows would take eight times that."""
+    done = run_python(PEAK)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 3
 
 
 # More than 2**31 elements: each takes up to 5 GiB, and a minute

@@ -5,6 +5,7 @@ The C++ and Triton namespaces (`csrc/math.h`, `gpu/`) have the same names with t
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -66,7 +67,11 @@ def log_softmax(x: Tensor, axis: int) -> Tensor:
     certain = log_p > -0.5  # one class of a row at most
     own = torch.where(certain, x, 0).sum(axis, keepdim=True)
     others = certain.any(axis, keepdim=True) & ~certain
-    share = torch.where(others, x - own, -inf).exp().sum(axis, keepdim=True)
+    gaps = torch.where(others, x - own, -inf)
+    edge = math.log(torch.finfo(x.dtype).tiny) + 27
+    # Where all of them are small they are summed e^60 times as large: subnormal numbers have fewer digits.
+    lift = torch.where((gaps > edge).any(axis, keepdim=True), 0.0, 60.0).to(x.dtype)
+    share = (gaps + lift).exp().sum(axis, keepdim=True) * (-lift).exp()
     return torch.where(certain, -torch.log1p(share), log_p)
 
 

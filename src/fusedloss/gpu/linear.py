@@ -18,7 +18,18 @@ from ..linear.call import LinearCall, Rows, Slot
 from . import flags, m
 from .launch import ceil_div, launch, reporting
 from .pointwise import TRITON
-from .rows import OutOfRange, exp_each_to, exp_to, gather, grouped, groups, joined, labels, tile
+from .rows import (
+    OutOfRange,
+    exp_each_to,
+    exp_to,
+    factor_of_raised,
+    gather,
+    grouped,
+    groups,
+    joined,
+    labels,
+    tile,
+)
 
 
 def step(
@@ -122,7 +133,7 @@ def _smooth(weight, c, classes, soft, SMOOTH: tl.constexpr):
 
 @triton.jit
 def _product(t, origin, EXACT: tl.constexpr):
-    """exp(t - origin) (t - origin), 0 where the first is."""
+    """exp(t - origin) (t - origin), raised, 0 where the first is."""
     away = t - tl.expand_dims(origin, len(t.shape) - 1)
     e = exp_each_to(t, tl.expand_dims(origin, len(t.shape) - 1), EXACT)
     return tl.where(e == 0.0, 0.0, e * away)
@@ -139,7 +150,8 @@ def _add(
     )
     if ENTROPY:
         shrink = tl.where(top == -float("inf"), 0.0, exp_to(origin, new, EXACT))
-        moved = tl.where(shrink > 0.0, shrink * (products + (origin - new) * others), 0.0)
+        moved = shrink * (products + (origin - new) * others) * m.lowered(t)
+        moved = tl.where(shrink > 0.0, moved, 0.0)
         AXIS: tl.constexpr = len(t.shape) - 1
         products = moved + tl.sum(tl.where(is_own, 0.0, _product(t, new, EXACT)), AXIS)
     return new_top, new, new_others, mass, dot, products
@@ -147,12 +159,12 @@ def _add(
 
 @triton.jit
 def _slope(
-    t, is_own, part, origin, even, tilted, g, own_slope, counted, inverse_cap,
+    t, is_own, part, origin, first, even, tilted, g, own_slope, counted, inverse_cap,
     SMOOTH: tl.constexpr, CAP: tl.constexpr, TILTED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    slope = exp_each_to(t, origin[:, None], EXACT) * even[:, None]
+    slope = exp_each_to(t, origin[:, None], EXACT) * first[:, None] * even[:, None]
     if TILTED:
-        slope += tilted[:, None] * _product(t, origin, EXACT)
+        slope += tilted[:, None] * (_product(t, origin, EXACT) * m.lowered(t))
     if SMOOTH:
         slope -= g[:, None] * part
     slope = tl.where(is_own, own_slope[:, None], slope)
@@ -275,7 +287,7 @@ def _linear_rows(
                 best = tl.max(top, 1)[:, None]
                 new = tl.where(best == -float("inf"), 0.0, best)
                 shrink = tl.where(top == -float("inf"), 0.0, exp_to(origin, new, EXACT))
-                moved = shrink * (products + (origin - new) * others)
+                moved = shrink * (products + (origin - new) * others) * m.lowered(others)
                 products = tl.sum(tl.where(shrink > 0.0, moved, 0.0), 1)
             else:
                 products = tl.sum(products, 1)
@@ -284,10 +296,12 @@ def _linear_rows(
     own = tl.where(counted, exp_to(own_x, origin, EXACT), 0.0)
     total = others + own
     # Where the own class is the largest, log1p keeps the digits that 1 + others loses.
-    log_total = tl.where(own == 1.0, m.log1p(others), m.log(total))
+    certain = counted & (own_x == origin) & (tl.abs(own_x) < float("inf"))
+    down = m.lowered(total)
+    log_total = tl.where(certain, m.log1p(others * down), m.log(total * down))
     log_sum = origin + log_total
     hard_weight = own_weight * hard_part
-    value = hard_weight * (log_total + tl.where(own == 1.0, 0.0, origin - own_x))
+    value = hard_weight * (log_total + tl.where(certain, 0.0, origin - own_x))
     if SMOOTH:
         value += mass * log_total - dot
     z = tl.full((), z_loss, COMPUTE)
@@ -308,15 +322,15 @@ def _linear_rows(
         pull += scaled * _value(incoming_lse, i, inside, 0.0, COMPUTE)
         if ENTROPY:
             pull -= tilted * mean_x
-        even = (g * hard_weight + pull) / total
+        first, even = factor_of_raised((g * hard_weight + pull) / (total * down))
         # p - 1 as minus the others' share: exact where p is near 1.
         own_slope = (pull * own + tilted * bend - g * hard_weight * others) / total
         own_slope -= g * soft_part * own_weight
-        tilted = tilted / total
+        tilted = tilted / (total * down)
         inverse_cap = 1.0 / most
         if SINGLE:
             slope = _slope(
-                t, is_own, part, origin, even, tilted, g, own_slope, counted, inverse_cap,
+                t, is_own, part, origin, first, even, tilted, g, own_slope, counted, inverse_cap,
                 SMOOTH, CAP, ENTROPY, EXACT,
             )  # fmt: skip
             slope = slope.to(logits.dtype.element_ty)
@@ -331,6 +345,6 @@ def _linear_rows(
                 t = _logits(at, known, by, most, CAP, COMPUTE)
                 slope = _slope(
                     t, c[None, :] == label, _smooth(weight, c, classes, soft_part, SMOOTH), origin,
-                    even, tilted, g, own_slope, counted, inverse_cap, SMOOTH, CAP, ENTROPY, EXACT,
+                    first, even, tilted, g, own_slope, counted, inverse_cap, SMOOTH, CAP, ENTROPY, EXACT,
                 )  # fmt: skip
                 tl.store(at, slope.to(logits.dtype.element_ty), mask=known)

@@ -24,6 +24,7 @@ _THREE_QUARTERS = tl.constexpr(0x3F400000)
 _INFINITE = tl.constexpr(0x7F800000)
 _FRACTION = tl.constexpr(0x007FFFFF)
 _ROUND = tl.constexpr(3.0 * 2**22 + 127)  # the sum's low bits are those of the exponent of 2^k
+_ROUND_RAISED = tl.constexpr(3.0 * 2**22 + 127 + 32)
 _LEAST_EXPONENT = tl.constexpr(-126 * 0.69314718055994530942)
 
 _E2 = tl.constexpr(float.fromhex("0x1.fffffcp-2"))
@@ -107,15 +108,48 @@ def _exp2(x):
 
 
 @triton.jit
+def raised(x):
+    """The power of two that exps wait with for what they are multiplied by: none is subnormal then."""
+    return 18446744073709551616.0 if x.dtype == tl.float64 else 4294967296.0
+
+
+@triton.jit
+def lowered(x):
+    return 5.421010862427522e-20 if x.dtype == tl.float64 else 2.3283064365386963e-10
+
+
+@triton.jit
 def exp_fast(x):
-    """exp(x) to 2**-22 (1 + |x|), in float32; exact at 0."""
-    return _exp2(x * _LOG2E)
+    """exp(x), raised, to 2**-22 (1 + |x|), in float32."""
+    return _exp2(x * _LOG2E + 32.0)
 
 
 @triton.jit
 def exp_difference(x, y):
-    """exp(x - y) to 2**-22 (1 + |x| + |y|), in two instructions; not exact where both are the same."""
-    return _exp2(x * _LOG2E - y * _LOG2E)
+    """exp(x - y), raised, to 2**-22 (1 + |x| + |y|), in two instructions."""
+    return _exp2(x * _LOG2E - (y * _LOG2E - 32.0))
+
+
+@triton.jit
+def exp_raised(x):
+    """exp(x) for x <= 0, raised."""
+    return _exp_raised_double(x) if x.dtype == tl.float64 else _exp_raised(x)
+
+
+@triton.jit
+def _exp_raised(x):
+    shifted = x * _LOG2E + _ROUND_RAISED
+    k = shifted - _ROUND_RAISED
+    r = (x - k * _LN2_HI) - k * _LN2_LO
+    out = _exp2(r * _LOG2E) * _float(_bits(shifted) << 23)
+    return tl.where(x < -104.0, 0.0, out)
+
+
+@triton.jit
+def _exp_raised_double(x):
+    low = x < -600.0
+    out = tl.exp(tl.where(low, x + 128.0, x)) * 18446744073709551616.0
+    return tl.where(low, out * 2.572209372642415e-56, out)
 
 
 @triton.jit

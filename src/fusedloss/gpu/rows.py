@@ -484,14 +484,14 @@ def _soft_part(
 
 @triton.jit
 def exp_to(x, origin, EXACT: tl.constexpr):
-    """exp(x - origin), where `origin` is the greatest x: exact for logits that have the digits."""
-    return m.exp_softmax(x - origin) if EXACT else m.exp_fast(x - origin)
+    """exp(x - origin), raised, where `origin` is the greatest x: exact for logits that have the digits."""
+    return m.exp_raised(x - origin) if EXACT else m.exp_fast(x - origin)
 
 
 @triton.jit
 def exp_each_to(x, origin, EXACT: tl.constexpr):
     """The same of many x to one origin, where none needs to be exactly 1."""
-    return m.exp_softmax(x - origin) if EXACT else m.exp_difference(x, origin)
+    return m.exp_raised(x - origin) if EXACT else m.exp_difference(x, origin)
 
 
 @triton.jit
@@ -504,7 +504,7 @@ def gather(
     new = tl.where(new_top == -float("inf"), 0.0, new_top)
     shrink = tl.where(top == -float("inf"), 0.0, exp_to(origin, new, EXACT))
     e = exp_each_to(t, tl.expand_dims(new, AXIS), EXACT)
-    others = others * shrink + tl.sum(tl.where(is_own, 0.0, e), AXIS)
+    others = others * shrink * m.lowered(t) + tl.sum(tl.where(is_own, 0.0, e), AXIS)
     if SOFT:
         # A class without probability does not count, not even where its logit is -inf.
         term = tl.where((part == 0.0) & (t == t), 0.0, part * (t - tl.expand_dims(new, AXIS)))
@@ -528,14 +528,15 @@ def joined(top, origin, others, mass, dot, EXACT: tl.constexpr):
     new = tl.where(new_top == -float("inf"), 0.0, new_top)
     shrink = tl.where(top == -float("inf"), 0.0, exp_to(origin, new[:, None], EXACT))
     dot = tl.sum(dot + mass * (origin - new[:, None]), 1)
-    return new_top, new, tl.sum(others * shrink, 1), tl.sum(mass, 1), dot
+    others = others * shrink * m.lowered(others)
+    return new_top, new, tl.sum(others, 1), tl.sum(mass, 1), dot
 
 
 @triton.jit
 def _gather_greatest(t, part, top, origin, others, mass, dot, own, rest, EXACT: tl.constexpr):
-    """The same of probabilities, whose own class is that of the greatest logit: `own` counts them.
+    """The same of probabilities, whose own class is that of the greatest logit: `own` is its exp.
 
-    `rest` is the mass of the others.
+    Several share it; `rest` is the mass of the others.
     """
     AXIS: tl.constexpr = len(t.shape) - 1
     new_top = tl.maximum(top, tl.max(t, AXIS))
@@ -546,7 +547,7 @@ def _gather_greatest(t, part, top, origin, others, mass, dot, own, rest, EXACT: 
     new_top, new, others, new_mass, dot = gather(
         t, is_greatest, part, top, origin, others, mass, dot, True, EXACT
     )
-    own = tl.where(raised, 0.0, own) + tl.sum(is_greatest.to(t.dtype), AXIS)
+    own = tl.where(raised, 0.0, own) + tl.sum(is_greatest.to(t.dtype), AXIS) * m.raised(t)
     rest = tl.where(raised, mass, rest) + tl.sum(tl.where(is_greatest, 0.0, part), AXIS)
     return new_top, new, others, new_mass, dot, own, rest
 
@@ -563,10 +564,18 @@ def _joined_greatest(top, origin, others, mass, dot, own, rest, EXACT: tl.conste
 
 
 @triton.jit
+def factor_of_raised(scale):
+    """What raised exps are multiplied by, twice, for `scale` times the exps: one alone may be too small."""
+    small = tl.abs(scale) < 1e-20
+    first = tl.where(small, m.lowered(scale), 1.0).to(scale.dtype)
+    return first, tl.where(small, scale, scale * m.lowered(scale))
+
+
+@triton.jit
 def _slope(
-    t, is_own, part, origin, factor, g, own_slope, counted, SOFT: tl.constexpr, EXACT: tl.constexpr
+    t, is_own, part, origin, first, factor, g, own_slope, counted, SOFT: tl.constexpr, EXACT: tl.constexpr
 ):  # fmt: skip
-    slope = exp_each_to(t, origin[:, None], EXACT) * factor[:, None]
+    slope = exp_each_to(t, origin[:, None], EXACT) * first[:, None] * factor[:, None]
     if SOFT:
         slope -= g[:, None] * part
         slope = tl.where(counted[:, None], slope, 0.0)  # a weight may be NaN
@@ -750,8 +759,13 @@ def _softmax_rows(
         own = tl.where(counted, exp_to(own_x, origin, EXACT), 0.0)
     total = others + own
     # Where the own class is the largest, log1p keeps the digits that 1 + others loses.
-    log_total = tl.where(own == 1.0, m.log1p(others), m.log(total))
-    own_loss = log_total + tl.where(own == 1.0, 0.0, origin - own_x)
+    if PROBABILITIES:
+        certain = own == m.raised(own)
+    else:
+        certain = counted & (own_x == origin) & (tl.abs(own_x) < float("inf"))
+    down = m.lowered(total)
+    log_total = tl.where(certain, m.log1p(others * down), m.log(total * down))
+    own_loss = log_total + tl.where(certain, 0.0, origin - own_x)
     hard_weight = own_weight * hard_part
     value = tl.where(y >= 0, hard_weight * own_loss, 0.0)
     if SOFT:
@@ -776,14 +790,14 @@ def _softmax_rows(
         g = tl.where(counted, (1.0 / by).to(COMPUTE), 0.0)
         if incoming is not None:
             g *= arrived
-        factor = g * (hard_weight + mass) / total
+        first_factor, factor = factor_of_raised(g * (hard_weight + mass) / (total * down))
         # p - 1 as minus the others' share: exact where p is near 1.
         own_slope = g * ((mass * own - hard_weight * others) / total - soft_part * own_weight)
         greatest = origin
         if PROBABILITIES:
             # B p - b of the largest class as (B - b) - B (1 - p), for the same reason.
             own_slope = g * (rest - mass * others / total)
-            greatest = tl.where(own == 1.0, origin, float("nan"))
+            greatest = tl.where(certain, origin, float("nan"))
         factor = tl.where(counted, factor, 0.0)
         own_slope = tl.where(counted, own_slope, 0.0)
         if SINGLE:
@@ -791,7 +805,9 @@ def _softmax_rows(
             if grad is not None:
                 if PROBABILITIES:
                     is_own = t == greatest[:, None]
-                slope = _slope(t, is_own, part, origin, factor, g, own_slope, counted, SOFT, EXACT)
+                slope = _slope(
+                    t, is_own, part, origin, first_factor, factor, g, own_slope, counted, SOFT, EXACT
+                )  # fmt: skip
                 at = _at(grad, grad_strides, n, first, lane, step, INDEX)
                 tl.store(at, slope.to(grad.dtype.element_ty), mask=known)
             if grad_target is not None:
@@ -827,8 +843,9 @@ def _softmax_rows(
                     )  # fmt: skip
                 if grad is not None:
                     slope = _slope(
-                        t, is_own, part, origin, factor, g, own_slope, counted, SOFT, EXACT
-                    )
+                        t, is_own, part, origin, first_factor, factor, g, own_slope, counted, SOFT,
+                        EXACT,
+                    )  # fmt: skip
                     at = _at(grad, grad_strides, n, first, lane, c, INDEX)
                     tl.store(at, slope.to(grad.dtype.element_ty), mask=known, cache_modifier=".cs")
                 if grad_target is not None:

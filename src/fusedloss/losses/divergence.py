@@ -24,15 +24,24 @@ def kl_grad(x, t):
 KL = Pointwise(kl, kl_grad, linear=True)
 
 
+# Below e^-80 the exp is taken e^64 times as large, and the product brought back: a subnormal number has too few
+# digits to be multiplied.
+
+
 def kl_log(x, t):
     finite = m.where(t == -m.inf, 0.0, t)
-    return m.where((t == -m.inf) & (x == x), 0.0, m.exp(finite) * (finite - x))
+    raised = m.exp(m.where(finite < -80.0, finite + 64.0, finite)) * (finite - x)
+    term = m.where(finite < -80.0, raised * 1.603810890548638e-28, raised)
+    return m.where((t == -m.inf) & (x == x), 0.0, term)
 
 
 def kl_log_grad(x, t):
     finite = m.where(t == -m.inf, 0.0, t)
-    p = m.where(t == -m.inf, 0.0, m.exp(finite))
-    return -p, m.where((t == -m.inf) & (x == x), 0.0, m.exp(finite) * (finite - x + 1.0))
+    p = m.exp(m.where(finite < -80.0, finite + 64.0, finite))
+    raised = p * (finite - x + 1.0)
+    slope = m.where(finite < -80.0, raised * 1.603810890548638e-28, raised)
+    share = m.where(finite < -80.0, p * 1.603810890548638e-28, p)
+    return -m.where(t == -m.inf, 0.0, share), m.where((t == -m.inf) & (x == x), 0.0, slope)
 
 
 KL_LOG = Pointwise(kl_log, kl_log_grad, linear=True)

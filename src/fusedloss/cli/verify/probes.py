@@ -107,6 +107,13 @@ def _powers(count: int, generator: Generator, low: float, high: float) -> Tensor
     return 10 ** uniform((count,), torch.float64, generator, low, high)
 
 
+def _edge(shape: tuple[int, ...], dtype: torch.dtype, generator: Generator) -> Tensor:
+    """Numbers x around which exp(-x) is subnormal in the type that is computed in, and ends."""
+    info = torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32)
+    least = -math.log(info.smallest_normal)
+    return uniform(shape, torch.float64, generator, least - 4, least - math.log(info.eps) + 4)
+
+
 def _targets(count: int, generator: Generator) -> Tensor:
     """A third each at 0, at 1 and between."""
     third = torch.arange(count) % 3
@@ -137,6 +144,8 @@ def _logits(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Te
     yield _grid((INF, -INF), (0.25, 0.5))
     n = count // 2
     yield uniform((n,), torch.float64, generator, -120, 120), _targets(n, generator)
+    x = _edge((n,), dtype, generator)
+    yield torch.where(torch.arange(n) % 2 == 0, x, -x), _targets(n, generator)
 
 
 def _kl(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
@@ -152,14 +161,17 @@ def _kl_log(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Te
     yield _grid((-INF,), (-INF,))
     t = -_powers(count // 2, generator, -3, 2).to(dtype)
     yield t * (1 + torch.finfo(dtype).eps), t
+    t = -_edge((count // 4,), dtype, generator).to(dtype)
+    yield torch.full_like(t, -1.0), t
+    yield t * (1 + torch.finfo(dtype).eps), t
 
 
 def _cross_entropy(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
-    return _hard_rows(count, generator)
+    return _hard_rows(count, dtype, generator)
 
 
 def _soft_rows(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
-    for x, y in _hard_rows(count, generator):
+    for x, y in _hard_rows(count, dtype, generator):
         one_hot = torch.nn.functional.one_hot(y, x.shape[1]).double()
         soft = 0.7 * one_hot + 0.3 * normal(x.shape, torch.float64, generator).softmax(1)
         certain = torch.arange(len(y)) % 2 == 0
@@ -167,7 +179,9 @@ def _soft_rows(count: int, dtype: torch.dtype, generator: Generator) -> Iterator
         yield x, torch.where(certain[:, None] | x.isinf().any(1, True), one_hot, soft)
 
 
-def _hard_rows(count: int, generator: Generator) -> Iterator[tuple[Tensor, Tensor]]:
+def _hard_rows(
+    count: int, dtype: torch.dtype, generator: Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits and the class of each row: certain, offset, huge, tied, masked."""
     for classes in (10, 70):  # short rows and long ones take different kernels
         n = 2 * math.ceil(count / 8 / classes)
@@ -177,6 +191,7 @@ def _hard_rows(count: int, generator: Generator) -> Iterator[tuple[Tensor, Tenso
         gaps = uniform((n, 1), torch.float64, generator, 5, 60)
         yield x + gaps * own, y  # certain: down to one in 10^26
         yield (x + gaps * own).round(), y
+        yield x / 8 + _edge((n, 1), dtype, generator) * own, y  # to where no exp is left
         yield x - gaps * own, y
         yield 3 * x + 1e4, y
         yield 1e4 * x.sign(), y
@@ -185,7 +200,7 @@ def _hard_rows(count: int, generator: Generator) -> Iterator[tuple[Tensor, Tenso
 
 
 def _nll(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
-    for x, y in _hard_rows(count, generator):
+    for x, y in _hard_rows(count, dtype, generator):
         yield x.log_softmax(1), y
 
 
