@@ -152,6 +152,19 @@ def test_words(function: str, kind: type[Exception], arguments: dict[str, Any], 
         getattr(ours, function)(**arguments)
 
 
+def test_words_of_heads_speak_of_their_own_arguments() -> None:
+    """Their logits are no argument: nothing is said of an input that holds classes."""
+    for logits, target, words in [
+        ((2, 5, 7), (2, 5), r"\[2, 5\]$"),
+        ((6, 4), (6, 1), r"pass target\.squeeze\(1\)$"),
+        ((6, 4), (2, 3), r"pass target\.flatten\(\)$"),
+        ((6, 4), (4,), r"target \[4\]$"),
+    ]:
+        hidden, head = some(logits[0], 3), some(*logits[1:], 3)
+        with pytest.raises((RuntimeError, ValueError), match=words):
+            ours.linear_cross_entropy(hidden, head, classes(*target))
+
+
 NARROW = [torch.float8_e4m3fn, torch.float8_e5m2]
 TRIPLET = ("triplet_margin_loss", "triplet_margin_with_distance_loss")
 

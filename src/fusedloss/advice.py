@@ -28,11 +28,14 @@ def swapped(input: Tensor, target: Tensor) -> str:
     return " (are input and target in the wrong order?)" if other else ""
 
 
-def class_target(input: Shape, target: Tensor, probabilities: bool) -> str:
-    """Of class indices whose shape does not fit the input's: (N, C), (N, C, d1, ...)."""
+def class_target(input: Shape, target: Tensor, probabilities: bool, of_head: bool) -> str:
+    """Of class indices whose shape does not fit that of the logits: (N, C), (N, C, d1, ...).
+
+    Those of a head are no argument that could be changed.
+    """
     shape, given = tuple(input), tuple(target.shape)
     fits = shape[:1] + shape[2:]
-    if len(shape) > 2 and shape[:-1] == given:
+    if not of_head and len(shape) > 2 and shape[:-1] == given:
         move = "transpose(1, 2)" if len(shape) == 3 else "movedim(-1, 1)"
         return f": the classes are dimension 1 of the input, pass input.{move}"
     for k, size in enumerate(given):
@@ -43,14 +46,16 @@ def class_target(input: Shape, target: Tensor, probabilities: bool) -> str:
             if probabilities and target.is_floating_point():
                 return f": pass target.movedim({axis}, 1)"
             return f": a class for each place, no one-hot vector: pass target.argmax({axis})"
+    if len(shape) == 2 and math.prod(given) == shape[0] and given:
+        return ": pass target.flatten()"
+    if of_head:
+        return ""
     if given and given == shape[1:]:
         if len(shape) == 2:
             return ": the classes are dimension 1 of the input, pass input.t()"
         return ": of one image pass input.unsqueeze(0) and target.unsqueeze(0)"
     if len(shape) > 2 and given == (math.prod(shape[:-1]),):
         return ": with the classes last, pass input.flatten(0, -2)"
-    if len(shape) == 2 and math.prod(given) == shape[0] and given:
-        return ": pass target.flatten()"
     return ""
 
 

@@ -164,22 +164,17 @@ def not_narrow(
     function: str, words: str, mixed: type[Exception] = RuntimeError, /, **tensors: Tensor
 ) -> None:
     """No floating point type of 8 bits or fewer: they are for storage, torch has no arithmetic for them."""
-    floating = {name: t for name, t in tensors.items() if t.is_floating_point()}
-    for name, tensor in floating.items():
-        if tensor.dtype.itemsize == 1:
-            kind = scalar_type(tensor.dtype)
-            alike = all(t.dtype is tensor.dtype for t in floating.values())
-            fail(
-                NotImplementedError if alike else mixed,
-                function,
-                f"{name} is of {tensor.dtype}, in which nothing is computed"
-                + (
-                    f" (\"{words}\" not implemented for '{kind}')"
-                    if alike or mixed is NotImplementedError
-                    else " (Promotion for Float8 Types is not supported)"
-                )
-                + f": pass {name}.float()",
-            )
+    for name, tensor in tensors.items():
+        dtype = tensor.dtype
+        if dtype.itemsize > 1 or not tensor.is_floating_point():
+            continue
+        if len({t.dtype for t in tensors.values() if t.is_floating_point()}) == 1:
+            mixed = NotImplementedError
+        why = "Promotion for Float8 Types is not supported"
+        if mixed is NotImplementedError:
+            why = f"\"{words}\" not implemented for '{scalar_type(dtype)}'"
+        rule = f"{name} is of {dtype}, in which nothing is computed ({why}): pass {name}.float()"
+        fail(mixed, function, rule)
 
 
 def same_device(function: str, **tensors: Tensor | None) -> None:
