@@ -474,6 +474,10 @@ def test_page_lists_the_deviations() -> None:
 
 
 def test_page_counts_the_records() -> None:
+    version = re.search(r"records .*\(torch ([\d.]+),", PAGE.read_text())
+    assert version
+    if not torch.__version__.startswith(f"{version[1]}."):
+        pytest.skip(f"the page counts those of torch {version[1]}, this is {torch.__version__}")
     assert page_table(counts()) in PAGE.read_text(), "make it anew: pytest --write-records"
 
 

@@ -18,7 +18,7 @@ from fusedloss.linear.distill import DistillCall
 from fusedloss.ops import settings
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated"),
     # torch.compile's own, of any autograd function.
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]

@@ -150,7 +150,7 @@ def test_torchscript_finds_the_originals(generator: Generator) -> None:
             return self.loss(a, b) + F.mse_loss(a, b) + F.kl_div(a, b, reduction="sum")
 
     expected = Model()(x, y)
-    with fusedloss.patched(), pytest.warns(DeprecationWarning):
+    with fusedloss.patched(), pytest.warns(match="`torch.jit.script` is deprecated"):
         scripted = torch.jit.script(Model())
         result, calls = counted(lambda: scripted(x, y))
         direct = torch.jit.script(F.mse_loss)

@@ -36,7 +36,7 @@ from fusedloss import ops, route
 from fusedloss.define import REGISTRY
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
     # torch.compile's own, of any autograd function.
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
