@@ -28,6 +28,7 @@ from conftest import (
 from torch import Generator, Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, hessian, jvp, vjp, vmap
+from torch.nn import functional as F  # noqa: N812
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -537,6 +538,24 @@ def test_wrapper_subclass(case: Case, generator: Generator) -> None:
     assert_close(value.a.detach(), expected.value)
     for k, exact in zip(wanted, expected.grads, strict=True):
         assert_close(inputs[k].grad.a, exact)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_probabilities_of_jagged_tensors(
+    reduction: str, smoothing: float, generator: Generator
+) -> None:
+    """Sequences of many lengths, whose classes are dimension 1; torch differentiates none."""
+    rows = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64)
+    offsets = torch.tensor([0, 2, 5])
+    x, q = (
+        torch.nested.nested_tensor_from_jagged(t, offsets).transpose(1, 2)
+        for t in (rows[0], rows[1].softmax(1))
+    )
+    settings = {"reduction": reduction, "label_smoothing": smoothing}
+    found = [f(x, q, **settings) for f in (fusedloss.cross_entropy, F.cross_entropy)]
+    ours, theirs = (v.values() if v.is_nested else v for v in found)
+    assert_close(ours, theirs)
 
 
 def test_dispatch_mode_sees_aten(generator: Generator) -> None:

@@ -64,6 +64,8 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 def log_softmax(x: Tensor, axis: int) -> Tensor:
     """As torch's, but of a class near certainty from the others' share: torch gives 0 there."""
     log_p = log_probabilities(x, axis)
+    if x.is_nested:  # nested tensors broadcast nothing
+        return log_p
     certain = log_p > -0.5  # one class of a row at most
     own = torch.where(certain, x, 0).sum(axis, keepdim=True)
     others = certain.any(axis, keepdim=True) & ~certain
