@@ -138,8 +138,8 @@ def _is_redirect(code: CodeType) -> bool:
 
 
 def _compiling() -> bool:
-    """Whether torch.compile, whose first graph keeps the call, traces it for the second."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    """Whether torch.compile or an exporter, whose first graph keeps the call, traces it for the second."""
+    return torch.compiler.is_compiling()
 
 
 def _copy(function: FunctionType) -> FunctionType:
