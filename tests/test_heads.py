@@ -250,12 +250,6 @@ def freed(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def shrunk(tensor: Tensor) -> Tensor:
-    tensor = tensor.clone()
-    tensor.untyped_storage().resize_(tensor.nbytes - 1)
-    return tensor
-
-
 SERVED: dict[str, Callable[[Tensor], Tensor]] = {
     "subclass": lambda t: t.as_subclass(Subclass),
     "lazy sign": lambda t: torch._neg_view(-t),
@@ -263,7 +257,6 @@ SERVED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "freed": (freed, "the storage of {} was freed"),
-    "shrunk": (shrunk, "the storage of {} was freed"),
     "sparse": (lambda t: t.to_sparse(), "{} has layout torch.sparse_coo"),
 }
 

@@ -700,17 +700,23 @@ def _index(name: str, ignore_index: int | None) -> int | None:
 
 def _check_tensors(name: str, **arguments: Any) -> None:
     """Refuses tensors without memory, sparse ones, and distributed ones beside plain ones."""
-    plain.check(name, **arguments)
     if torch.compiler.is_compiling():
         return
-    distributed = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
     given = {key: t for key, t in arguments.items() if isinstance(t, Tensor)}
-    for key, tensor in given.items():
-        if type(tensor) in PLAIN and tensor.layout is not torch.strided:
-            words = f"{key} has layout {tensor.layout}, which no linear loss takes: to_dense()"
+    plain.check(name, **given)
+    odd = [k for k, t in given.items() if type(t) not in PLAIN or t.layout is not torch.strided]
+    if odd:
+        _check_odd(name, odd, given)
+
+
+def _check_odd(name: str, odd: list[str], given: dict[str, Tensor]) -> None:
+    distributed = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+    for key in odd:
+        if type(given[key]) in PLAIN:
+            words = f"{key} has layout {given[key].layout}, which no linear loss takes: to_dense()"
             errors.fail(RuntimeError, name, words)
-    spread = [key for key, t in given.items() if isinstance(t, distributed)]
-    local = [key for key in OPERANDS if key in given and key not in spread]
+    spread = [key for key in odd if isinstance(given[key], distributed)]
+    local = [key for key, t in given.items() if key not in spread and t.numel() != 1]
     if spread and local:
         errors.fail(
             RuntimeError,
