@@ -52,7 +52,9 @@ def _formula_reason(call: LinearCall, tensors: Slots) -> str | None:
     if any(t is not None and t.requires_grad for t in tensors[call.gradients :]):
         return "a weight requires a gradient"
     floats = (t if t is None or (t.is_cpu and t.is_floating_point()) else None for t in tensors)
-    by_operator = modes.gap() is None and _operator_serves(call, tensors)
+    by_operator = (
+        bool(route.dispatch_modes()) and modes.gap() is None and _operator_serves(call, tensors)
+    )
     return route.formula_reason(call, tuple(floats), by_operator)
 
 

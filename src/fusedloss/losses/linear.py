@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .. import errors, plain
+from .. import errors, plain, sharded
 from ..linear.call import LinearCall, Slots
 from ..linear.distill import KINDS, DistillCall
 from ..linear.run import dispatch
@@ -20,6 +19,17 @@ from .classification import check_indices, check_weight
 
 # Of these one beside DTensors is refused; class indices, weights and numbers count as replicated.
 OPERANDS = (
+    "input",
+    "linear_weight",
+    "linear_bias",
+    "teacher_input",
+    "teacher_weight",
+    "teacher_bias",
+    "teacher_logits",
+)
+
+# What the matrix products take, and a teacher's logits: DTensors, all or none.
+MULTIPLIED = (
     "input",
     "linear_weight",
     "linear_bias",
@@ -710,13 +720,12 @@ def _check_tensors(name: str, **arguments: Any) -> None:
 
 
 def _check_odd(name: str, odd: list[str], given: dict[str, Tensor]) -> None:
-    distributed = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
     for key in odd:
         if type(given[key]) in PLAIN:
             words = f"{key} has layout {given[key].layout}, which no linear loss takes: to_dense()"
             errors.fail(RuntimeError, name, words)
-    spread = [key for key in odd if isinstance(given[key], distributed)]
-    local = [key for key, t in given.items() if key not in spread and t.numel() != 1]
+    spread = [key for key in odd if sharded.is_sharded(given[key])]
+    local = [key for key in given if key in MULTIPLIED and key not in spread]
     if spread and local:
         errors.fail(
             RuntimeError,
