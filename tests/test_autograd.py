@@ -109,6 +109,25 @@ def test_only_create_graph_needs_what_was_changed(case: Case, generator: Generat
             torch.autograd.grad(value, held)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize(
+    "key", ["cross_entropy", "cross_entropy[probabilities]", "triplet_margin_loss"]
+)
+def test_inputs_of_compiled_losses_changed_before_backward(key: str, generator: Generator) -> None:
+    case = next(c for c in CASES if c.loss.key == key)
+    tensors, options = case.example((4, 5), torch.float32, generator)
+    torch._dynamo.reset()
+    fast = torch.compile(case.loss.function, fullgraph=True, backend="aot_eager")
+    for at in range(len(tensors)):
+        value, held, given, _ = taken(fast, tensors, options, case.loss.differentiable)
+        assert value.grad_fn is not None
+        want = torch.autograd.grad(value, held, torch.tensor(0.7), retain_graph=True)
+        change(given[at])
+        got = torch.autograd.grad(value, held, torch.tensor(0.7))
+        for g, w in zip(got, want, strict=True):
+            assert same_bits(g, w)
+
+
 def test_a_gradient_that_was_kept_and_then_changed() -> None:
     for _ in range(3):
         x = torch.randn(3, 5, requires_grad=True)

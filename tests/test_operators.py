@@ -132,6 +132,8 @@ def test_fakes_of_rows(calls: Callable[..., Any], generator: Generator) -> None:
         needed = floats + [False] * (len(given) - len(floats))
         incoming = torch.ones_like(ops.run(call, given))
         opcheck(f"{call.family}_backward", incoming, needed, *given, *settings(call))
+        if call.stores_gradients:
+            opcheck(f"{call.family}_with_gradients", *given, floats, *settings(call))
 
 
 @pytest.mark.parametrize("calls", [heads, distillations], ids=lambda f: f.__name__)
@@ -187,5 +189,8 @@ def test_the_default_backend_on_every_layout(key: str, dynamic: bool, generator:
 def test_operators_are_named_by_our_version() -> None:
     """A graph in a cache on disk keeps the strides of the fakes that it was compiled with."""
     for name in ("rows", "triplet", "linear", "distill"):
-        for each in (name, f"{name}_backward"):
+        names = [name, f"{name}_backward"]
+        if name in ("rows", "triplet"):
+            names.append(f"{name}_with_gradients")
+        for each in names:
             assert getattr(torch.ops.fusedloss, each).overloads() == [f"v{caches.VERSION}"]

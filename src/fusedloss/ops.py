@@ -1,8 +1,9 @@
 """The kernels of the row losses as operators of torch, so that torch.compile keeps them whole.
 
-Each family has two, `fusedloss::<family>` and `fusedloss::<family>_backward`, whose arguments are
-the tensors of its call and then the settings, field by field. The only overload of each is named by our
-version: a cached graph keeps the strides that it was compiled for.
+Each family has three. The arguments of `fusedloss::<family>` and `fusedloss::<family>_backward` are the
+tensors of its call and then the settings, field by field. `fusedloss::<family>_with_gradients` is for
+reduced losses and gives the gradients too: what is changed before backward does not reach them. The only
+overload of each is named by our version: a cached graph keeps the strides that it was compiled for.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ TENSORS = {
     RowsCall: ("Tensor input", "Tensor target", "Tensor? weight"),
     TripletCall: ("Tensor anchor", "Tensor positive", "Tensor negative"),
 }
+WIDE = (torch.float32, torch.float64)
 T = TypeVar("T")
 LIBRARY = torch.library.Library("fusedloss", "DEF")
 OVERLOAD = f"v{caches.VERSION}"
@@ -64,8 +66,21 @@ def define(
 
 def run(call: Call, tensors: tuple[Tensor | None, ...]) -> Tensor:
     """The loss by its operator: what `autograd.run` is to eager calls."""
-    found: Tensor = operator(call.family)(*tensors, *settings(call))
+    needed = [t is not None and t.requires_grad for t in tensors[: call.gradients]]
+    found: Tensor
+    if torch.is_grad_enabled() and any(needed) and _stores(call, tensors, needed):
+        name = f"{call.family}_with_gradients"
+        found, *_ = operator(name)(*tensors, needed, *settings(call))
+    else:
+        found = operator(call.family)(*tensors, *settings(call))
     return found
+
+
+def _stores(call: Call, tensors: tuple[Tensor | None, ...], needed: list[bool]) -> bool:
+    """Whether forward computes the gradients; half-typed ones would be rounded twice."""
+    return call.stores_gradients and all(
+        t is not None and t.dtype in WIDE for t, need in zip(tensors, needed, strict=False) if need
+    )
 
 
 @contextlib.contextmanager
@@ -155,7 +170,59 @@ def _define(kind: type[RowsCall] | type[TripletCall]) -> None:
             grads = [next(found) if need else None for need in needed]
         return (*grads, *(None,) * len(fields))
 
+    def both(*given: Any) -> list[Tensor]:
+        from .route import count_kernel
+
+        tensors, needed, call = given[:count], given[count], kind(*given[count + 1 :])
+        count_kernel(call.loss)
+
+        def by_formula() -> tuple[Tensor, list[Tensor | None]]:
+            result = call.by_formula(*tensors).contiguous()
+            wanted = [*needed, *(False,) * (count - len(needed))]
+            return result, _gradients_by_formula(call, tensors, wanted, torch.ones_like(result))
+
+        result, grads = _unless_triton_fails(
+            call.family,
+            tensors[0],
+            lambda: autograd.engine(call, tensors[0]).forward(call, tensors, needed),
+            by_formula,
+        )
+        pairs = zip(grads[: call.gradients], tensors, strict=False)
+        return [result, *(g.sum_to_size(t.shape) for g, t in pairs if g is not None)]
+
+    def both_fake(*given: Any) -> list[Tensor]:
+        tensors, needed, call = given[:count], given[count], kind(*given[count + 1 :])
+        grads = [call.empty_gradient(t) for t, need in zip(tensors, needed, strict=False) if need]
+        return [tensors[0].new_empty((), dtype=call.dtype), *grads]
+
+    def keep_both(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+        ctx.stored, ctx.call = inputs[count], kind(*inputs[count + 1 :])
+        ctx.save_for_backward(*inputs[:count], *output[1:])
+        ctx.set_materialize_grads(False)
+
+    def scale(ctx: Any, incoming: list[Tensor | None]) -> tuple[Any, ...]:
+        needed, arrived = ctx.needs_input_grad[:count], incoming[0]
+        saved = autograd.unpacked(ctx)
+        grads: list[Tensor | None] = [None] * count
+        if arrived is not None and torch.is_grad_enabled():
+            for each in saved[:count]:
+                if type(each) is autograd.Changed:
+                    raise each.error
+            grads = autograd.redo(ctx.call, saved[:count], needed, arrived)
+        elif arrived is not None:
+            found = iter(saved[count:])
+            for k, stored in enumerate(ctx.stored):
+                grads[k] = next(found) * arrived if stored else None
+        return (*grads, *(None,) * (1 + len(fields)))
+
     define(f"{name}({arguments}) -> Tensor", forward, forward_fake, differentiate, keep)
+    define(
+        f"{name}_with_gradients({', '.join(TENSORS[kind])}, bool[] needed, {', '.join(fields)}) -> Tensor[]",
+        both,
+        both_fake,
+        scale,
+        keep_both,
+    )
     define(
         f"{name}_backward(Tensor incoming, bool[] needed, {arguments}) -> Tensor[]",
         backward,
