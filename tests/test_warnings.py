@@ -96,6 +96,26 @@ def test_the_place_is_in_the_code_of_a_users_module_or_transform() -> None:
     ]
 
 
+class Opaque(Tensor):
+    """As DTensor: a subclass that PyTorch's functions take for plain, and patched ones do not."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_the_place_where_patched_functions_are_torchs_own(reason: str) -> None:
+    function, tensors, options = REASONS[reason]
+    theirs = getattr(torch.nn.functional, function)
+    opaque = tuple(t.as_subclass(Opaque) for t in tensors)
+    places = []
+    for face in (nullcontext, fusedloss.patched):
+        with face(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            first(theirs, opaque, options)
+            places.append([(w.filename, w.lineno, str(w.message)) for w in caught])
+    assert places[0] == places[1] != []
+
+
 def messages(call: Callable[[], Any]) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -39,7 +39,8 @@ def _user_level() -> int:
     """The `stacklevel` of the first frame that is neither ours nor PyTorch's, seen from our caller."""
     frame, level = sys._getframe(1), 1
     while _between(frame) and frame.f_back:
-        frame, level = frame.f_back, level + 1
+        frame = frame.f_back
+        level += not _uncounted(frame)
     return level
 
 
@@ -50,6 +51,11 @@ def _between(frame: FrameType) -> bool:
         "torch",
         "contextlib",
     )
+
+
+def _uncounted(frame: FrameType) -> bool:
+    """As `warnings` has it: importlib's frames, and those of patched functions."""
+    return "importlib" in frame.f_code.co_filename and "_bootstrap" in frame.f_code.co_filename
 
 
 def not_tensors(function: str, kind: type[Exception], **arguments: object) -> NoReturn:
