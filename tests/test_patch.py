@@ -32,7 +32,7 @@ from torch.testing import assert_close
 from torch.testing._internal.common_modules import ModuleErrorEnum
 
 import fusedloss
-from fusedloss import route
+from fusedloss import caches, route
 
 module = sys.modules["fusedloss.patch"]  # whose name is the function's, too
 
@@ -269,10 +269,11 @@ ORDERS = list(itertools.permutations(["patch", "assign", "unpatch", "put back"])
 
 
 def in_place() -> set[bool]:
-    """Of each function, and of the name that patched code looks up: whether it is patched."""
+    """Of each function, of the name that patched code looks up and of torch's caches: whether patched."""
     codes = {f.__code__ is not module.ORIGINALS[n].__code__ for n, f in module.FUNCTIONS.items()}
     doors = {"__prepare_scriptable__" in vars(f) for f in module.FUNCTIONS.values()}
-    return {*codes, *doors, hasattr(F, module.NAME)}
+    marked = caches.MARK in torch.compiler.config.cache_key_tag
+    return {*codes, *doors, hasattr(F, module.NAME), marked}
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=",".join)
