@@ -32,8 +32,8 @@ from conftest import (
 from torch import Generator, Tensor, tensor
 
 import fusedloss
-from fusedloss import functional, gpu
-from fusedloss.calls import RowsCall
+from fusedloss import functional, gpu, ops
+from fusedloss.calls import RowsCall, TripletCall
 from fusedloss.cli import gpu as bench
 from fusedloss.cli import info
 from fusedloss.gpu import flags, launch, m, pointwise, rows, triplet
@@ -440,6 +440,34 @@ def test_the_formula_runs_in_a_compiled_graph_where_triton_fails(
     assert len(told) == 1
     for outcome in (found, both(compiled)):
         torch.testing.assert_close(outcome, expected)
+
+
+def test_gradients_have_the_strides_that_fakes_promise(generator: Generator) -> None:
+    """A compiled graph, whose operators are known by their fakes, relies on them."""
+    x, q = torch.rand(2, 2, 5, 3, 2, generator=generator).to(DEVICE)
+    y = torch.zeros(2, 3, 2, dtype=torch.int64, device=DEVICE)
+    last = ("none", -100, 0.0, torch.float32)
+    found: list[tuple[Any, tuple[Tensor | None, ...]]] = [
+        (RowsCall("cross_entropy", False, *last), (x, y, None)),
+        (RowsCall("nll_loss", False, *last), (x, y, None)),
+        (RowsCall("cross_entropy", True, *last), (x, q, None)),
+        (TripletCall(1.0, 2.0, 1e-6, False, "none", torch.float32), (x, q, q + 1)),
+    ]
+    for call, (_, *rest) in found:
+        for given in (
+            x,
+            x.to(memory_format=torch.channels_last),
+            x.transpose(0, 3).contiguous().transpose(0, 3),
+            x[:1].expand(x.shape),
+        ):
+            floats = [t is not None and t.is_floating_point() for t in rest]
+            needed = [True, *floats]
+            incoming = torch.ones_like(ops.run(call, (given, *rest)))
+            arguments = (needed, given, *rest, *ops.settings(call))
+            grads = ops.operator(f"{call.family}_backward")(incoming, *arguments)
+            wanted = [t for t, need in zip((given, *rest), needed, strict=True) if need]
+            for grad, like in zip(grads, map(call.empty_gradient, wanted), strict=True):
+                assert grad.stride() == like.stride()
 
 
 # The functions of the namespace
