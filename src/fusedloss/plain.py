@@ -15,7 +15,9 @@ FREED = "the storage of a tensor was freed"
 
 # Asked at every call: bound here once.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-storage = torch._C._data_address  # type: ignore[attr-defined]
+storage = getattr(
+    torch._C, "_data_address", Tensor.data_ptr
+)  # null for every view of what was freed
 _strided = torch.strided
 
 
