@@ -536,6 +536,35 @@ def test_a_scale_that_learns_is_compiled_whole(
         close([found], [scale.grad.float()], rtol=rtol, atol=0.0)
 
 
+def test_what_is_infinite_has_no_part_in_the_gradient_by_a_scale(generator: Generator) -> None:
+    """A class that a bias masks, and a row that is ignored."""
+    problem = Problem(generator)
+    scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    problem.tensors["linear_bias"][3] = -torch.inf
+    problem.tensors["target"][1] = 4
+    problem.tensors["target"].masked_fill_(problem.tensors["target"] == 3, 4)
+    finite = {**problem.tensors, "linear_bias": problem.tensors["linear_bias"].clamp(min=-1e4)}
+    problem.tensors["input"] = problem.tensors["input"].clone()
+    problem.tensors["input"][problem.tensors["target"] == -100] = torch.inf
+    found, expected = (
+        torch.autograd.grad(linear_cross_entropy(**t, logit_scale=scale), scale)
+        for t in (problem.tensors, finite)
+    )
+    close([*found], [*expected])
+
+
+def test_a_traced_scale_breaks_no_graph(generator: Generator) -> None:
+    """As that of an evaluation, which learns nothing."""
+    problem = Problem(generator)
+    given, scale = problem.tensors, torch.tensor(0.7, dtype=torch.float64)
+
+    def both(scale: Tensor) -> Results:
+        loss = linear_cross_entropy(**given, logit_scale=scale)
+        return [loss, linear_log_prob(**given, temperature=scale)]  # type: ignore[list-item]
+
+    close(torch.compile(both, fullgraph=True, backend="aot_eager")(scale), both(scale))
+
+
 NUMBERS: list[tuple[Callable[..., Any], str]] = [
     *((linear_cross_entropy, k) for k in ("z_loss", "label_smoothing")),
     *((linear_kl_div, k) for k in ("beta", "soft_weight", "hard_weight", "teacher_softcap")),
@@ -590,6 +619,13 @@ def test_numbers_of_every_kind(
         for nan in (float("nan"), torch.tensor(float("nan"))):
             with pytest.raises(ValueError, match=where):
                 with_setting(function, {name: nan}, generator)
+
+
+def test_a_denominator_elsewhere_is_refused(generator: Generator) -> None:
+    problem = Problem(generator)
+    denominator = torch.tensor(3.0, device="meta")
+    with pytest.raises(RuntimeError, match="denominator is on meta, input on cpu"):
+        linear_cross_entropy(**problem.tensors, denominator=denominator)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])

@@ -161,7 +161,7 @@ def linear_cross_entropy(
         target,
         weight,
         head.check_sample_weight(sample_weight),
-        _scalar(name, "denominator", denominator),
+        _scalar(name, "denominator", denominator, input),
         probabilities=probabilities,
         reduction=reduction,
         ignore_index=-100 if ignore_index is None else ignore_index,
@@ -244,7 +244,7 @@ def linear_log_prob(
         temperature=temperature,
         softcap=softcap,
     )
-    temperature = _setting(name, "temperature", temperature, above=0.0)
+    temperature = _setting(name, "temperature", temperature, above=0.0, folds=softcap is None)
     head = Head(name, input, linear_weight, linear_bias, softcap, 1 / temperature, memory_budget)
     if softcap is not None:
         head.softcap = head.softcap / temperature
@@ -409,7 +409,7 @@ def linear_kl_div(
         target,
         None,
         head.check_sample_weight(sample_weight),
-        _scalar(name, "denominator", denominator),
+        _scalar(name, "denominator", denominator, input),
         head.teacher(*teacher),
         probabilities=False,
         reduction=reduction,
@@ -458,10 +458,10 @@ class Head:
         self._check_shapes(names, input, linear_weight, linear_bias)
         if not input.is_floating_point():
             errors.not_floating(name, NotImplementedError, "addmm_impl_cpu_", **{names[0]: input})
-        scale = _setting(name, "logit_scale", logit_scale)
+        scale = _setting(name, "logit_scale", logit_scale, folds=True)
         if isinstance(scale, Tensor):
             # It learns, as a factor of what is multiplied: s (h W^T + b) = (s h) W^T + s b.
-            given = {key: t if key == names[1] else t * scale for key, t in given.items()}
+            given = {key: t if key == names[1] else _times(t, scale) for key, t in given.items()}
             scale = 1.0
         self.logit_scale = scale
         self.dtype = result_dtype(input.dtype, input)
@@ -752,9 +752,19 @@ def _finite(name: str, argument: str, value: float, above: float = -math.inf) ->
     return value
 
 
-def _setting(name: str, argument: str, value: Any, above: float = -math.inf) -> Any:
-    """A finite number, or the 0-dim tensor of one that learns."""
-    if not errors.learns(value):
+def _times(tensor: Tensor, scale: Tensor) -> Tensor:
+    """The product. Infinities (masked classes, ignored rows) have no part in its derivative by the scale."""
+    finite = tensor.isfinite()
+    rest = torch.where(finite, 0, tensor * scale.detach())
+    return torch.where(finite, tensor, 0) * scale + rest
+
+
+def _setting(
+    name: str, argument: str, value: Any, above: float = -math.inf, folds: bool = False
+) -> Any:
+    """A finite number, or the 0-dim tensor of one that learns; or, where it `folds`, of one that is traced."""
+    traced = folds and isinstance(value, Tensor) and torch.compiler.is_compiling()
+    if not (traced or errors.learns(value)):
         return _finite(name, argument, value, above)
     if value.dim() or value.is_complex():
         got = f"{value.dtype} of shape {list(value.shape)}"
@@ -766,7 +776,7 @@ def _setting(name: str, argument: str, value: Any, above: float = -math.inf) -> 
     return value
 
 
-def _scalar(name: str, argument: str, value: Tensor | float | None) -> Tensor | None:
+def _scalar(name: str, argument: str, value: Tensor | float | None, input: Tensor) -> Tensor | None:
     """A number as a 0-dim tensor."""
     if value is None:
         return None
@@ -780,4 +790,6 @@ def _scalar(name: str, argument: str, value: Tensor | float | None) -> Tensor | 
         )
     if value.is_complex():
         errors.fail(TypeError, name, f"{argument} must be real, got {value.dtype}")
+    if not value.is_cpu:
+        errors.same_device(name, input=input, **{argument: value})
     return value
