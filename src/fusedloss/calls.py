@@ -170,9 +170,7 @@ class RowsCall:
         own = formula.gather(log_p, index).squeeze(1)
         own_weight = torch.ones_like(own) if weight is None else weight[index.squeeze(1)]
         slope = own_weight
-        if (
-            self.loss == "nll_loss"
-        ):  # a gradient with a graph, as PyTorch's: its own derivative is 0
+        if self.loss == "nll_loss":  # its derivative is 0, and has a graph as PyTorch's has
             slope = torch.where(torch.zeros_like(counted), own, own_weight)
         losses = -slope * own
         if self.smoothing > 0:

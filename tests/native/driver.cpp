@@ -74,16 +74,19 @@ public:
     std::mt19937_64 engine;
 };
 
-// The call whose arguments are `a`, as a repeated one whose pointers come apart.
+// The call whose arguments are `a`, as a repeated one whose pointers come apart: those of what it has.
 template <class Args>
 int64_t again(int64_t kernel, const Args& a, std::vector<size_t> offsets) {
     constexpr int64_t words = sizeof(Args) / 8;
-    std::vector<int64_t> plan{kernel, words, int64_t(offsets.size())}, kept(words), pointers;
+    std::vector<int64_t> kept(words), places, pointers;
     std::memcpy(kept.data(), &a, sizeof(Args));
     for (const size_t offset : offsets) {
+        if (!kept[offset / 8]) continue;
         pointers.push_back(std::exchange(kept[offset / 8], 1));
-        plan.push_back(int64_t(offset / 8));
+        places.push_back(int64_t(offset / 8));
     }
+    std::vector<int64_t> plan{kernel, words, int64_t(places.size())};
+    plan.insert(plan.end(), places.begin(), places.end());
     plan.insert(plan.end(), kept.begin(), kept.end());
     return fusedloss_again(plan.data(), pointers.data());
 }
