@@ -462,6 +462,8 @@ def operator_calls() -> list[Any]:
     return found
 
 
+# torch 2.14's opcheck itself looks at the .grad of what is no leaf.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("call", operator_calls(), ids=lambda c: f"{c[0]}-{c[4]}")
 def test_operators(call: Any) -> None:
     name, *arguments = call
