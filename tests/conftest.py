@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ if GPU == "interpreted":
     interpreter.mend()
     gpu.on_cpu = True
 
+ORIGINALS = [getattr(torch.nn.functional, loss.name) for loss in REGISTRY.values()]
 Tensors = tuple[Tensor, ...]
 Options = dict[str, Any]
 
@@ -69,6 +70,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def _one_thread() -> None:
     """The suite runs in as many processes as there are cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    """What one test sets for the process, another would find."""
+    yield
+    left = [f.__name__ for f in ORIGINALS if f.__code__.co_filename != f.__globals__["__file__"]]
+    assert not left, f"left patched: {left}"
+    assert torch.get_default_dtype() is torch.float32
 
 
 @pytest.fixture(autouse=True)

@@ -359,8 +359,9 @@ def _() -> None:
 
 @deviation
 def _() -> None:
-    """With the reduction 'none' or in float16, logits, log-probabilities and triplets that are changed in place
-    between the loss and `backward()` raise"""
+    """With the reduction 'none' or in float16, logits, log-probabilities, triplets, what a weighted `mse_loss`
+    takes and the target of `kl_div` with `log_target` raise if they are changed in place between the loss and
+    `backward()`"""
     target = tensor([0, 1])
     for function, others, options in (
         (ours.cross_entropy, (target,), {"reduction": "none"}),
@@ -375,6 +376,14 @@ def _() -> None:
                 refuses(RuntimeError, value.backward)
             else:
                 value.backward()
+    x, t = (torch.randn(2, 3, requires_grad=True) * 1 for _ in range(2))
+    for value in (
+        ours.mse_loss(x, t, reduction="none", weight=torch.ones(2, 3)),
+        ours.kl_div(x, t, reduction="none", log_target=True),
+    ):
+        with torch.no_grad():
+            t.mul_(2)
+        refuses(RuntimeError, value.sum().backward)
     half = torch.randn(2, 3, dtype=torch.float16, requires_grad=True) * 1
     value = ours.cross_entropy(half, target)
     with torch.no_grad():
