@@ -17,18 +17,7 @@ from ..plain import PLAIN
 from ..reduce import autocasts, resolve, result_dtype
 from .classification import check_indices, check_weight
 
-# Of these one beside DTensors is refused; class indices, weights and numbers count as replicated.
-OPERANDS = (
-    "input",
-    "linear_weight",
-    "linear_bias",
-    "teacher_input",
-    "teacher_weight",
-    "teacher_bias",
-    "teacher_logits",
-)
-
-# What the matrix products take, and a teacher's logits: DTensors, all or none.
+# What the matrix products take, and a teacher's logits: DTensors, all or none; all else counts as replicated.
 MULTIPLIED = (
     "input",
     "linear_weight",
