@@ -553,6 +553,71 @@ def test_what_is_infinite_has_no_part_in_the_gradient_by_a_scale(generator: Gene
     close([*found], [*expected])
 
 
+REST: dict[str, Callable[..., Any]] = {
+    "grad": lambda f, h, w: torch.func.grad(f, (0, 1))(h.detach(), w.detach()),
+    "create_graph": lambda f, h, w: torch.autograd.grad(f(h, w), (h, w), create_graph=True),
+    "vmap": lambda f, h, w: [
+        t[0] for t in torch.vmap(torch.func.grad(f, (0, 1)))(h[None], w[None])
+    ],
+}
+
+
+@pytest.mark.parametrize("how", REST)
+@pytest.mark.parametrize("dropped", ["ignored", "weight 0"])
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_rows_that_do_not_count_take_part_in_no_product_of_the_formula(
+    bad: float, dropped: str, how: str, generator: Generator
+) -> None:
+    """What they hold reaches neither the loss nor a gradient, as in the loop over chunks."""
+    h, w, teacher = (torch.randn(5, 4, generator=generator).double() for _ in range(3))
+    target, weight = torch.tensor([0, 1, 2, 3, 4]), torch.ones(5)
+    q = torch.rand(5, 5, generator=generator).double()
+    if dropped == "ignored":
+        target[1] = -100
+    else:
+        weight[1] = q[1] = 0
+    (h[1], q[1]) = (bad, bad) if dropped == "weight 0" else (bad, q[1])
+    bare = h.clone().index_fill_(0, torch.tensor([1]), 0)
+    settings = {"sample_weight": weight}
+    losses: list[Callable[[Tensor, Tensor], Tensor]] = [
+        lambda h, w: linear_cross_entropy(h, w, target, z_loss=0.1, **settings),
+        lambda h, w: linear_cross_entropy(h, w, target, softcap=3.0, **settings),
+        lambda h, w: linear_kl_div(h, w, teacher, w.detach(), target=target, **settings),
+        lambda h, w: linear_kl_div(
+            h, w, teacher_logits=q, target=target, hard_weight=0.5, **settings
+        ),
+    ]
+    if dropped == "weight 0":
+        losses.append(lambda h, w: linear_cross_entropy(h, w, q, **settings))
+    else:
+        losses.append(lambda h, w: linear_log_prob(h, w, target).sum())
+    h, w = h.requires_grad_(), w.requires_grad_()
+    for loss in losses:
+        expected = torch.autograd.grad(loss(bare.requires_grad_(), w), (bare, w))
+        close([*REST[how](loss, h, w)], [*expected])
+
+
+def test_a_weight_of_rows_that_is_0_has_a_derivative(generator: Generator) -> None:
+    problem = Problem(generator)
+    given = {k: t.detach() for k, t in problem.tensors.items()}
+    weight = problem.rewards()
+    weight[2] = 0
+
+    def gradient(v: Tensor) -> Tensor:
+        h = given["input"]
+        loss = lambda h: linear_cross_entropy(**{**given, "input": h}, sample_weight=v)  # noqa: E731
+        return torch.func.grad(loss)(h).sum()
+
+    def loss(v: Tensor) -> Tensor:
+        return linear_cross_entropy(**given, sample_weight=v, reduction="sum")
+
+    expected = linear_cross_entropy(**given, reduction="none")
+    for derive in (torch.func.grad, torch.func.jacfwd):
+        close([derive(loss)(weight)], [expected])
+    close([torch.func.jacfwd(gradient)(weight)], [torch.func.grad(gradient)(weight)])
+    assert torch.func.grad(gradient)(weight)[2] != 0
+
+
 def test_a_traced_scale_breaks_no_graph(generator: Generator) -> None:
     """As that of an evaluation, which learns nothing."""
     problem = Problem(generator)
@@ -827,12 +892,16 @@ def test_heads_on_meta_tensors(generator: Generator) -> None:
     teacher = {k: t.to("meta") for k, t in problem.teacher.items()}
     weight = torch.ones(problem.c, dtype=torch.float64, device="meta")
     rewards = torch.ones(problem.n, dtype=torch.float64, device="meta")
+    number = torch.tensor(2.0, dtype=torch.float64, device="meta")
     calls: list[Callable[..., Any]] = [
         lambda **t: linear_cross_entropy(**t, weight=weight, z_loss=0.1, softcap=2.0),
         lambda **t: linear_cross_entropy(**t, sample_weight=rewards, denominator=3.0),
         lambda **t: linear_cross_entropy(**t, reduction="none", label_smoothing=0.1),
         lambda **t: linear_log_prob(**t, statistics=True, temperature=0.5),
         lambda **t: linear_kl_div(**t, **teacher, hard_weight=0.5),
+        lambda **t: linear_cross_entropy(**t, softcap=number, logit_scale=number),
+        lambda **t: linear_log_prob(**t, temperature=number),
+        lambda **t: linear_kl_div(**t, **teacher, temperature=number, softcap=number),
     ]
     for call in calls:
         inputs = {

@@ -13,6 +13,8 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812
 
 from .. import formula, reduce
@@ -54,6 +56,7 @@ class LinearCall:
     gradients: ClassVar[int] = 4  # by the first four tensors, unless the target is of indices
 
     learned: ClassVar[tuple[str, ...]] = ("softcap", "logit_scale")  # what may be a tensor
+    of_rows: ClassVar[tuple[int, ...]] = (0,)  # which tensors the logits of a row are made of
     arguments: ClassVar[tuple[str, ...]] = (
         "input",
         "linear_weight",
@@ -70,7 +73,7 @@ class LinearCall:
         return any(isinstance(getattr(self, name), Tensor) for name in self.learned)
 
     def by_formula(self, *tensors: Slot) -> tuple[Tensor, ...]:
-        input, linear_weight, linear_bias, target, weight, *_ = tensors
+        input, linear_weight, linear_bias, target, weight, *_ = self.masked(tensors)
         assert input is not None and linear_weight is not None and target is not None
         classes, heads = linear_weight.shape[:2]
         bias = None if linear_bias is None else linear_bias.flatten()
@@ -105,6 +108,22 @@ class LinearCall:
             return None
         # A smaller type would wrap `ignore_index` around, into a class.
         return target.to(torch.int64) != self.ignore_index
+
+    def masked(self, tensors: Slots) -> Slots:
+        """With 0 for what rows hold that do not count: as 0 * inf it would make a gradient NaN."""
+        target, sample_weight = tensors[3], tensors[5]
+        kept = self.counted(target)
+        if sample_weight is not None and not _is_differentiated(sample_weight):
+            weighed = sample_weight != 0
+            kept = weighed if kept is None else kept & weighed
+        if kept is None:
+            return tensors
+        some, own = kept.any(1).unsqueeze(1), list(tensors)
+        for k in self.of_rows:
+            own[k] = None if (held := own[k]) is None else torch.where(some, held, 0)
+        if self.probabilities and target is not None:
+            own[3] = torch.where(kept.unsqueeze(1), target, 0)
+        return tuple(own)
 
     def scale(self, tensors: Slots, incoming: Slot = None) -> Slot:
         """What each row's loss counts in the result, (N, K) or (); None where that is 1."""
@@ -156,6 +175,20 @@ def capped(x: Tensor, softcap: Tensor | float) -> Tensor:
     if isinstance(softcap, Tensor) or softcap:
         return softcap * torch.tanh(x / softcap)
     return x
+
+
+def _is_differentiated(tensor: Tensor) -> bool:
+    """By autograd or a transform around, which wrap what is not differentiated, too; in doubt, it is."""
+    if torch.compiler.is_compiling():
+        return tensor.requires_grad
+    if forward_ad._current_level >= 0:
+        return (
+            _functorch.is_functorch_wrapped_tensor(tensor)
+            or forward_ad.unpack_dual(tensor).tangent is not None
+        )
+    while not tensor.requires_grad and _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
 
 
 def _where(counted: Slot, values: Tensor) -> Tensor:

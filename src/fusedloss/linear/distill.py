@@ -34,6 +34,7 @@ class DistillCall(LinearCall):
     logits: ClassVar[int] = 2
 
     learned: ClassVar[tuple[str, ...]] = (*LinearCall.learned, "temperature")
+    of_rows: ClassVar[tuple[int, ...]] = (0, 7, 10)
     arguments: ClassVar[tuple[str, ...]] = (
         *LinearCall.arguments,
         "teacher_input",
@@ -43,10 +44,10 @@ class DistillCall(LinearCall):
     )
 
     def by_formula(self, *tensors: Slot) -> tuple[Tensor, ...]:
-        input, linear_weight, linear_bias, target = tensors[:4]
+        input, linear_weight, linear_bias, target, *rest = self.masked(tensors)
         assert input is not None and linear_weight is not None
         x = _linear(input, linear_weight, linear_bias)
-        teacher_input, teacher_weight, teacher_bias, teacher = tensors[7:]
+        teacher_input, teacher_weight, teacher_bias, teacher = rest[3:]
         if teacher is None:
             assert teacher_input is not None and teacher_weight is not None
             teacher = _linear(teacher_input, teacher_weight, teacher_bias)

@@ -17,6 +17,8 @@ from ..plain import PLAIN
 from ..reduce import autocasts, resolve, result_dtype
 from .classification import check_indices, check_weight
 
+SOFTMAX = "log_softmax_lastdim_kernel_impl"  # PyTorch's name for what a type is lacking
+
 # What the matrix products take, and a teacher's logits: DTensors, all or none; all else counts as replicated.
 MULTIPLIED = (
     "input",
@@ -447,6 +449,7 @@ class Head:
         self._check_shapes(names, input, linear_weight, linear_bias)
         if not input.is_floating_point():
             errors.not_floating(name, NotImplementedError, "addmm_impl_cpu_", **{names[0]: input})
+        errors.not_narrow(name, SOFTMAX, **given)
         scale = _setting(name, "logit_scale", logit_scale, folds=True)
         if isinstance(scale, Tensor):
             # It learns, as a factor of what is multiplied: s (h W^T + b) = (s h) W^T + s b.
@@ -540,7 +543,9 @@ class Head:
                 "Expected floating point type for target with class probabilities, got "
                 f"{target.dtype}: a target of the logits' shape {list(shape)} holds probabilities",
             )
+        errors.not_narrow(name, SOFTMAX, input=self.input, target=target)
         if weight is not None:
+            errors.not_narrow(name, SOFTMAX, input=self.input, weight=weight)
             check_weight(name, self._logits(), weight)
         for other in (target, weight):
             if other is not None:
@@ -580,6 +585,7 @@ class Head:
                 f"sample_weight must have the shape of the losses, {list(fits)}, got "
                 f"{list(sample_weight.shape)}",
             )
+        errors.not_narrow(name, "mul", sample_weight=sample_weight)
         if sample_weight.is_complex():
             errors.not_floating(name, RuntimeError, "mul", sample_weight=sample_weight)
         return sample_weight
@@ -588,6 +594,9 @@ class Head:
         """The rows that torch's options ask for; 0 where they leave it open."""
         if options is None:
             return 0
+        if not hasattr(options, "batch_chunk_size"):
+            words = "argument 'options' must be torch.nn.LinearCrossEntropyOptions"
+            errors.fail(AttributeError, self.name, f"{words}, not {type(options).__name__}")
         if options.batch_chunk_size is None and options.chunking_method in (None, "auto"):
             return 0
         sizes = {
@@ -626,6 +635,7 @@ class Head:
             errors.tensors(name, TypeError, teacher_logits=logits)
             if not logits.is_floating_point():
                 errors.not_floating(name, NotImplementedError, "softmax", teacher_logits=logits)
+            errors.not_narrow(name, SOFTMAX, teacher_logits=logits)
             batch, classes = logits.shape[:-1], logits.shape[-1:]
             found = (None, None, None)
         errors.same_device(name, input=self.input, teacher=logits if logits is not None else input)
@@ -751,8 +761,13 @@ def _times(tensor: Tensor, scale: Tensor) -> Tensor:
 def _setting(
     name: str, argument: str, value: Any, above: float = -math.inf, folds: bool = False
 ) -> Any:
-    """A finite number, or the 0-dim tensor of one that learns; or, where it `folds`, of one that is traced."""
-    traced = folds and isinstance(value, Tensor) and torch.compiler.is_compiling()
+    """A finite number, or the 0-dim tensor of one that learns; or, where it `folds`, of one that is traced.
+
+    On the meta device there is no number to read.
+    """
+    traced = isinstance(value, Tensor) and (
+        value.is_meta or (folds and torch.compiler.is_compiling())
+    )
     if not (traced or errors.learns(value)):
         return _finite(name, argument, value, above)
     if value.dim() or value.is_complex():
