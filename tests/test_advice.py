@@ -89,6 +89,7 @@ MISTAKES = [
     Mistake(BCE, "a number for weight", AttributeError, of(some(3), some(3), weight=2), ("torch.tensor(2.0)",)),
     Mistake(LOGITS, "pos_weight of each channel", RuntimeError, of(some(2, 3, 4, 5), some(2, 3, 4, 5), pos_weight=some(3)), ("pos_weight.view(-1, 1, 1)",)),
     Mistake(LOGITS, "a number for pos_weight", TypeError, of(some(3), some(3), pos_weight=2.5), ("torch.tensor(2.5)",)),
+    Mistake(LOGITS, "a number of numpy's for pos_weight", TypeError, of(some(3), some(3), pos_weight=np.float32(2.5)), ("torch.tensor(2.5)",)),
     Mistake(KL, "Long targets", RuntimeError, of(some(3, 4), classes(3, 4)), ("target.float()",)),
     Mistake(MSE, "integers", NotImplementedError, of(classes(3), classes(3)), ("input.float()",)),
 ]
@@ -138,7 +139,11 @@ WORDS = [
     (LOGITS, RuntimeError, of(some(2, 3), some(2, 3), pos_weight=some(3).to(torch.complex64)), "^binary_cross_entropy_with_logits: pos_weight must be real"),
     (LOGITS, TypeError, of(some(2, 3), some(2, 3), pos_weight=2.0), r"argument 'pos_weight' must be Tensor, not float: pass torch\.tensor\(2\.0\)"),
     (KL, RuntimeError, of(some(3, 4), classes(3)), "class indices to nll_loss"),
-    (CE, TypeError, of(np.zeros((3, 4)), classes(3)), r"'input' must be Tensor, not ndarray: pass torch\.from_numpy"),
+    (CE, TypeError, of(np.zeros((3, 4)), classes(3)), r"'input' must be Tensor, not ndarray: pass torch\.from_numpy\(input\)$"),
+    (BCE, RuntimeError, of(tensor([0.5, 1 + 2**-23]), some(2)), r"input\[1\] = 1\.00000011920\d+ \(for logits"),
+    (BCE, RuntimeError, of(some(2), tensor([0.5, 1 + 2**-23])), r"target\[1\] = 1\.00000011920\d+$"),
+    (MSE, RuntimeError, of(some(3), some(3), size_average=some(3)), r"^mse_loss: argument 'size_average' must be bool, not Tensor of shape \[3\]"),
+    (MSE, RuntimeError, of(some(3), some(3), reduce=some(3)), r"^mse_loss: argument 'reduce' must be bool"),
 ]
 # fmt: on
 
@@ -167,6 +172,49 @@ def test_words_of_heads_speak_of_their_own_arguments() -> None:
 
 NARROW = [torch.float8_e4m3fn, torch.float8_e5m2]
 TRIPLET = ("triplet_margin_loss", "triplet_margin_with_distance_loss")
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=name_of)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "input",
+        "linear_weight",
+        "input linear_weight",
+        "target",
+        "weight",
+        "sample_weight",
+        "teacher_logits",
+        "teacher_input teacher_weight",
+    ],
+)
+def test_types_for_storage_are_refused_in_heads(arguments: str, dtype: torch.dtype) -> None:
+    names = arguments.split()
+    given = {"input": some(3, 2), "linear_weight": some(4, 2)}
+    if "teacher" in arguments:
+        function, odd = ours.linear_kl_div, some(3, 4)
+        odd = {"teacher_input": some(3, 2), "teacher_weight": some(4, 2), "teacher_logits": odd}
+    else:
+        function, given["target"] = ours.linear_cross_entropy, classes(3)
+        odd = {**given, "target": some(3, 4), "weight": some(4), "sample_weight": some(3)}
+    given = {**given, **{name: odd[name].to(dtype) for name in names}}
+    words = rf"^{function.__name__}: .*pass {names[0]}\.(float|to)\("
+    with pytest.raises((RuntimeError, NotImplementedError), match=words):
+        function(**given)
+
+
+def test_options_of_another_kind_are_refused_by_name() -> None:
+    words = "^linear_cross_entropy: argument 'options' must be torch.nn.LinearCrossEntropyOptions, not int"
+    with pytest.raises(AttributeError, match=words):
+        ours.linear_cross_entropy(some(3, 2), some(4, 2), classes(3), options=3)
+
+
+def test_a_swap_of_several_numbers_is_refused_by_name() -> None:
+    words = r"^triplet_margin_with_distance_loss: argument 'swap' must be bool, not Tensor of shape \[2\]"
+    x = some(3, 4)
+    with pytest.raises(RuntimeError, match=words):
+        ours.triplet_margin_with_distance_loss(x, x, x, swap=some(2))
+    ours.triplet_margin_with_distance_loss(x, x, x, swap=some(1))
 
 
 @pytest.mark.filterwarnings("ignore:.*'mean' divides")

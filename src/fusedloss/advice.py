@@ -89,15 +89,18 @@ def weight_of(name: str, own: Shape, shape: Shape) -> str:
 
 
 def not_a_tensor(name: str, value: object) -> str:
+    of_numpy = type(value).__module__ == "numpy"
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return f": pass torch.tensor({float(value)})"
+    if of_numpy and not hasattr(value, "__setitem__"):  # one of its numbers
+        return f": pass torch.tensor({value!s})"
     if hasattr(value, "logits"):
         return f": pass {name}.logits"
     if isinstance(value, (list, tuple)):
         if any(isinstance(v, Tensor) for v in value):
             return f": pass one of its tensors, such as {name}[0]"
         return f": pass torch.tensor({name})"
-    return ": pass torch.from_numpy(...)" if type(value).__module__ == "numpy" else ""
+    return f": pass torch.from_numpy({name})" if of_numpy else ""
 
 
 def class_index(value: int, classes: int) -> str:

@@ -126,6 +126,15 @@ def boolean(function: str, argument: str, value: Any) -> bool:
     return cast(bool, value)
 
 
+def truth(function: str, argument: str, value: Any) -> bool:
+    """Whatever Python takes for true or false, as PyTorch does; several numbers are neither."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        words = f"argument '{argument}' must be bool, not Tensor of shape {list(value.shape)}"
+        why = "Boolean value of Tensor with more than one value is ambiguous"
+        fail(RuntimeError, function, f"{words}: {why}")
+    return bool(value)
+
+
 def function(name: str, argument: str, value: object) -> None:
     """It must be callable."""
     if not callable(value):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
-from .errors import fail, warn
+from .errors import fail, truth, warn
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -24,6 +24,8 @@ def resolve(
         ValueError: `reduction` is none of `allowed`.
     """
     if size_average is not None or reduce is not None:
+        for argument, value in (("size_average", size_average), ("reduce", reduce)):
+            truth(function, argument, value)
         legacy = _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
         warn(
             "size_average and reduce args will be deprecated, please use "

@@ -261,7 +261,7 @@ def dispatch(
             why = str(gpu.problem(call.family))
     plain.check(loss, **dict(zip(call.arguments, tensors, strict=True)))
     note(loss, None, why)
-    tensors = _made_dense(loss, tensors)
+    tensors = _made_dense(loss, call.arguments[0], tensors)
     if isinstance(call, RowsCall) and not call.probabilities:
         input, target, _ = tensors
         classes = input.shape[min(input.dim() - 1, 1)]
@@ -275,10 +275,12 @@ def _formula(call: Call, tensors: tuple[Any, ...]) -> Tensor:
     return sharded.run(call.by_formula, tensors, first, len(tensors))
 
 
-def _made_dense(loss: str, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+def _made_dense(loss: str, first: str, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
     """PyTorch's losses take sparse targets, some of them, but no sparse input."""
     if type(tensors[0]) in PLAIN and tensors[0].layout is not torch.strided:
-        words = f"the first tensor has layout {tensors[0].layout}, which no loss takes: to_dense()"
+        words = (
+            f"{first} has layout {tensors[0].layout}, which no loss takes: pass {first}.to_dense()"
+        )
         errors.fail(NotImplementedError, loss, words)
     return tuple(
         t.to_dense() if type(t) in PLAIN and t.layout is not torch.strided else t for t in tensors

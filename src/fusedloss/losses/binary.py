@@ -37,10 +37,13 @@ def _refuse(at: str, x: float, t: float) -> NoReturn:
         hint = ": what was computed before has no value there"
     else:
         hint = " (for logits: binary_cross_entropy_with_logits)" if argument == "input" else ""
+    shown = f"{value:g}"
+    if 0 <= float(shown) <= 1:  # rounded into the range
+        shown = repr(value)
     errors.fail(
         RuntimeError,
         "binary_cross_entropy",
-        f"all elements of {argument} should be between 0 and 1, but {argument}{at} = {value:g}{hint}",
+        f"all elements of {argument} should be between 0 and 1, but {argument}{at} = {shown}{hint}",
     )
 
 

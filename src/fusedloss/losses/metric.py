@@ -164,7 +164,7 @@ def triplet_margin_with_distance_loss(
             reduction=reduction,
         )
     name = "triplet_margin_with_distance_loss"
-    reduction, swap = resolve(name, reduction), bool(swap)
+    reduction, swap = resolve(name, reduction), errors.truth(name, "swap", swap)
     given = margin
     if not isinstance(margin, Tensor) or margin.is_complex():
         margin = errors.number(name, "margin", margin)
