@@ -454,3 +454,26 @@ def test_a_readable_gradient() -> None:
     for other in (torch._efficientzerotensor(()), torch.nn.Parameter(torch.ones(()))):
         assert not plain.is_plain(other)
     assert autograd.is_plain is plain.is_plain
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("loss", ["mse_loss", "kl_div", "cross_entropy", "triplet_margin_loss"])
+def test_what_is_changed_later_in_the_same_graph(loss: str) -> None:
+    """A compiled loss has the gradient of what it was given."""
+    x = torch.randn(4, 5, requires_grad=True)
+    rest = [torch.tensor([0, 1, 2, 3])] if loss == "cross_entropy" else [x.detach() + 1]
+    rest *= 2 if loss == "triplet_margin_loss" else 1
+
+    def step(x: Tensor, *rest: Tensor, change: bool) -> Tensor:
+        own = x * 2
+        value = getattr(functional, loss)(own, *rest, reduction="sum")
+        if change:
+            own.zero_()
+        return value
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    (found,) = torch.autograd.grad(compiled(x, *rest, change=True), x)
+    (expected,) = torch.autograd.grad(step(x, *rest, change=False), x)
+    torch.testing.assert_close(found, expected)

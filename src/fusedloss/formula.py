@@ -126,7 +126,9 @@ def apply(formula: Pointwise, operands: tuple[Tensor, ...], params: dict[str, fl
     if torch.compiler.is_compiling():
         # It traces an autograd function where autograd runs, and maps none.
         if not torch._C._are_functorch_transforms_active() and _differentiated(operands):
-            return _Traced.apply(formula, params, *operands)
+            # Clones, which compilers drop: of what is changed later in the graph torch.compile would hand
+            # backward the later values, and say nothing.
+            return _Traced.apply(formula, params, *(o.clone() for o in operands))
         return formula.value(*operands, **params)
     if torch._C._get_tracing_state() is not None:
         return formula.value(*operands, **params)  # a saved trace holds no autograd function

@@ -197,7 +197,8 @@ def _define(kind: type[RowsCall] | type[TripletCall]) -> None:
 
     def keep_both(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
         ctx.stored, ctx.call = inputs[count], kind(*inputs[count + 1 :])
-        ctx.save_for_backward(*inputs[:count], *output[1:])
+        # Detached: an output is unpacked by its node alone, and not where an input was changed.
+        ctx.save_for_backward(*inputs[:count], *(g.detach() for g in output[1:]))
         ctx.set_materialize_grads(False)
 
     def scale(ctx: Any, incoming: list[Tensor | None]) -> tuple[Any, ...]:
