@@ -477,3 +477,23 @@ def test_what_is_changed_later_in_the_same_graph(loss: str) -> None:
     (found,) = torch.autograd.grad(compiled(x, *rest, change=True), x)
     (expected,) = torch.autograd.grad(step(x, *rest, change=False), x)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_hidden_states_changed_later_in_the_same_graph() -> None:
+    x, w = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    target = torch.tensor([0, 1, 2, 3])
+
+    def step(x: Tensor, w: Tensor, change: bool, reduction: str) -> Tensor:
+        own = x * 2
+        value = fusedloss.linear_cross_entropy(own, w, target, reduction=reduction).sum()
+        if change:
+            own.zero_()
+        return value
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    found = torch.autograd.grad(compiled(x, w, True, "mean"), (x, w))
+    assert_close(found, torch.autograd.grad(step(x, w, False, "mean"), (x, w)))
+    with pytest.raises(Exception, match="modified by an inplace operation"):
+        compiled(x, w, True, "none")

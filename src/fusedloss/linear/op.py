@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import route
+from .. import autograd, route
 from ..ops import KINDS, define, operator, settings
 from ..reduce import wide
 from .autograd import redo
@@ -78,6 +78,15 @@ def gradients(
     return [g if g is None or t is None else g.to(t.dtype) for g, t in pairs]
 
 
+def _of(saved: Any, reads: bool) -> Slot:
+    """A saved tensor, or where it is not read what it is now."""
+    if type(saved) is not autograd.Changed:
+        return saved
+    if reads:
+        raise saved.error
+    return saved.now
+
+
 def _define(kind: type[LinearCall], names: tuple[str, ...]) -> None:
     count, name = len(names), kind.family
     tensor_arguments = ", ".join(
@@ -122,20 +131,23 @@ def _define(kind: type[LinearCall], names: tuple[str, ...]) -> None:
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
         tensors, ctx.stored, ctx.call = parts(inputs)
-        ctx.save_for_backward(*tensors, *output[_count(ctx.call) :])
+        # Detached: an output is unpacked by its node alone, and not where an input was changed.
+        ctx.save_for_backward(*tensors, *(g.detach() for g in output[_count(ctx.call) :]))
         ctx.set_materialize_grads(False)
 
     def differentiate(ctx: Any, incoming: list[Slot]) -> tuple[Any, ...]:
         call, needed = ctx.call, list(ctx.needs_input_grad[: kind.gradients])
-        saved = ctx.saved_tensors  # a checkpoint gives them once
-        tensors, stored = saved[:count], iter(saved[count:])
+        saved = autograd.unpacked(ctx)  # a checkpoint gives them once
+        reduced = call.reduction != "none"
+        reads = torch.is_grad_enabled() or not reduced
+        tensors = tuple(_of(each, reads) for each in saved[:count])
+        stored = iter(saved[count:])
         arriving = incoming[: _count(call)]
         none = (None,) * (count - kind.gradients + 1 + len(dataclasses.fields(kind)))
         if torch.is_grad_enabled():
             wanted = [*needed, *(False,) * (count - kind.gradients)]
             return (*redo(call, tensors, wanted, arriving, True)[: kind.gradients], *none)
         kept = [next(stored) if s else None for s in ctx.stored]
-        reduced = call.reduction != "none"
         return (*gradients(call, tensors, needed, kept if reduced else None, arriving), *none)
 
     define(f"{name}({needed_arguments}) -> Tensor[]", forward, forward_fake, differentiate, keep)
