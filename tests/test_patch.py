@@ -460,6 +460,17 @@ def test_an_interrupt_leaves_what_unpatch_mends(function: Callable[[], None]) ->
     assert step > 30
 
 
+def test_to_patch_again_and_be_interrupted_changes_nothing() -> None:
+    fusedloss.patch()
+    step, came = 0, True
+    while came:
+        step += 1
+        came = interrupted(fusedloss.patch, step)
+        assert in_place() == {True}, step
+    fusedloss.unpatch()
+    assert in_place() == {False}
+
+
 def test_a_block_ends_with_the_last_that_overlaps() -> None:
     """As two threads' do."""
     blocks = [fusedloss.patched() for _ in range(2)]

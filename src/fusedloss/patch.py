@@ -65,11 +65,13 @@ def _ask(who: object) -> None:
     """All or nothing: what ends it halfway, a KeyboardInterrupt too, takes it back."""
     _tell_of_others()
     with _lock:
+        before = who in _asking
         try:
             _asking.add(who)
             _settle()
         except BaseException:
-            _leave(who)
+            if not before:
+                _leave(who)
             raise
 
 
