@@ -117,6 +117,18 @@ def test_arguments_without_memory_of_their_own(
             value_and_gradients(case, tensors, options, at)
 
 
+@each_case
+def test_functional_arguments(case: Case, generator: Generator) -> None:
+    """Those of torch's functionalization, which have no memory either, are not taken for freed ones."""
+    tensors, options = case.example((4, 5), torch.float64, generator)
+    expected = case.loss.function(*tensors, **options)
+    for at in arguments(case, tensors, options):
+        given, settings = replaced(at, torch._to_functional_tensor, tensors, options)
+        found = case.loss.function(*given, **settings)
+        torch._sync(found)
+        assert_close(torch._from_functional_tensor(found), expected)
+
+
 def zero_or_same(kind: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return torch.zeros_like if kind is zero else torch.clone
 

@@ -40,7 +40,9 @@ def gap(tensor: Tensor) -> str | None:
             return None
     except NotImplementedError:
         return "a tensor has no memory"
-    return "a zero tensor has no memory" if tensor._is_zerotensor() else FREED
+    if tensor._is_zerotensor() or torch._is_functional_tensor(tensor):
+        return "a zero or functional tensor has no memory"
+    return FREED
 
 
 def check(function: str, **tensors: Tensor | None) -> None:
