@@ -281,6 +281,18 @@ def test_odd_tensors_are_served(kind: str, how: str, generator: Generator) -> No
         close(outcome(kind, given | {name: odd}), expected, equal_nan=True)
 
 
+def test_statistics_of_subclasses(generator: Generator) -> None:
+    """All results are of the subclass, as `Tensor.__torch_function__` makes them."""
+    given = arguments("log_prob", generator)
+    expected = linear_log_prob(**given, statistics=True)
+    for name in ("input", "linear_weight", "target"):
+        odd = given | {name: given[name].as_subclass(Subclass)}
+        found = linear_log_prob(**odd, statistics=True)
+        assert type(found) is linear.LogProb and {*map(type, found)} == {Subclass}
+        close([t.as_subclass(Tensor) for t in found], [*expected])
+    assert expected._replace(lse=None) == linear.LogProb(**{**expected._asdict(), "lse": None})
+
+
 @pytest.mark.parametrize("how", REFUSED)
 @pytest.mark.parametrize("kind", FUNCTIONS)
 def test_what_nobody_can_read_is_refused_by_name(kind: str, how: str, generator: Generator) -> None:

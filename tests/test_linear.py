@@ -412,6 +412,30 @@ def test_compiled_whole(reduction: str, dtype: torch.dtype, generator: Generator
         torch.compile(loss, fullgraph=True, backend="aot_eager")(**problem.tensors)
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda h, w, y, s: linear_cross_entropy(h, w, y, softcap=s, logit_scale=s, z_loss=s),
+        lambda h, w, y, s: linear_log_prob(h, w, y, temperature=s).sum(),
+        lambda h, w, y, s: linear_kl_div(h, w, h, w + 1, temperature=s, soft_weight=s),
+    ],
+    ids=["cross_entropy", "log_prob", "kl_div"],
+)
+def test_compiled_with_numbers_that_vary(loss: Callable[..., Tensor], generator: Generator) -> None:
+    """A schedule's, and with dynamic shapes even the defaults: no graph breaks."""
+    tensors = Problem(generator).tensors
+    given = [tensors[k] for k in ("input", "linear_weight", "target")]
+    for dynamic in (None, True):
+        torch._dynamo.reset()
+        fast = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        for number in (0.5, 0.75, 1.25):
+            close([fast(*given, number)], [loss(*given, number)])
+        plain = torch.compile(
+            linear_cross_entropy, fullgraph=True, backend="aot_eager", dynamic=dynamic
+        )
+        close([plain(*given)], [linear_cross_entropy(*given)])
+
+
 def test_checkpoint(generator: Generator) -> None:
     problem = Problem(generator)
 

@@ -173,6 +173,19 @@ class LogProb(NamedTuple):
     valid: Tensor
 
 
+_of_fields = LogProb.__new__
+
+
+def _of_any(cls: type[LogProb], *fields: Any, **named: Any) -> LogProb:
+    """Also of one iterable: so `Tensor.__torch_function__` makes the results of subclasses."""
+    if len(fields) == 1 and not named:
+        return cls._make(fields[0])
+    return _of_fields(cls, *fields, **named)
+
+
+LogProb.__new__ = _of_any  # type: ignore[assignment,method-assign]
+
+
 def linear_log_prob(
     input: Tensor,
     linear_weight: Tensor,
@@ -745,7 +758,8 @@ def _as_autocast(tensor: Tensor) -> Tensor:
 
 def _finite(name: str, argument: str, value: float, above: float = -math.inf) -> float:
     value = errors.number(name, argument, value)
-    if not (math.isfinite(value) and value > above):
+    # torch.compile traces no math.isfinite of a number that varies.
+    if not above < value < math.inf:
         rule = "finite" if above == -math.inf else f"finite and greater than {above:g}"
         errors.fail(ValueError, name, f"{argument} must be {rule}, got {value}")
     return value
