@@ -40,9 +40,9 @@ def gap(tensor: Tensor) -> str | None:
             return None
     except NotImplementedError:
         return "a tensor has no memory"
-    if tensor._is_zerotensor() or torch._is_functional_tensor(tensor):
-        return "a zero or functional tensor has no memory"
-    return FREED
+    if torch._is_functional_tensor(tensor):
+        return "a functional tensor has no memory"
+    return "a zero tensor has no memory" if tensor._is_zerotensor() else FREED
 
 
 def check(function: str, **tensors: Tensor | None) -> None:
