@@ -281,6 +281,25 @@ def test_odd_tensors_are_served(kind: str, how: str, generator: Generator) -> No
         close(outcome(kind, given | {name: odd}), expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("scale", [100.0, 1e-3, -3.0])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_scale_that_learns_does_not_overflow_float16(autocast: bool, scale: float) -> None:
+    """States of 700 times 100 are more than float16 holds; the logits are not."""
+    states = torch.tensor([[700.0, 2.0], [1.0, 0.5]])
+    weight = torch.tensor([[1e-3, 1.0], [2e-3, -1.0], [0.0, 0.25]])
+    target, learned = torch.tensor([0, 2]), torch.tensor(scale, requires_grad=True)
+    if not autocast:
+        states, weight = states.half(), weight.half()
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        value = linear_cross_entropy(states, weight, target, logit_scale=learned)
+    (found,) = torch.autograd.grad(value, learned)
+    wide = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+    logits = wide * (states.half().double() @ weight.half().double().t())
+    expected = torch.nn.functional.cross_entropy(logits, target)
+    exactly = [expected, *torch.autograd.grad(expected, wide)]
+    close([value.double(), found.double()], exactly, rtol=4e-3, atol=1e-5)
+
+
 def test_statistics_of_subclasses(generator: Generator) -> None:
     """All results are of the subclass, as `Tensor.__torch_function__` makes them."""
     given = arguments("log_prob", generator)

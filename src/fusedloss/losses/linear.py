@@ -466,8 +466,10 @@ class Head:
         scale = _setting(name, "logit_scale", logit_scale, folds=True)
         if isinstance(scale, Tensor):
             # It learns, as a factor of what is multiplied: s (h W^T + b) = (s h) W^T + s b.
-            given = {key: t if key == names[1] else _times(t, scale) for key, t in given.items()}
-            scale = 1.0
+            size = _size(scale) if _multiplied_in(input) is torch.float16 else 1.0
+            rest = scale / size
+            given = {key: t if key == names[1] else _times(t, rest) for key, t in given.items()}
+            scale = size
         self.logit_scale = scale
         self.dtype = result_dtype(input.dtype, input)
         if autocasts(input.device.type):
@@ -747,6 +749,20 @@ def _check_odd(name: str, odd: list[str], given: dict[str, Tensor]) -> None:
             "full_tensor() alone gives a gradient that is not reduced over the processes. Other tensors "
             "become DTensors by distribute_tensor()",
         )
+
+
+def _multiplied_in(tensor: Tensor) -> torch.dtype:
+    """The type of the products: of autocast, or of what is given."""
+    device = tensor.device.type
+    wide = tensor.dtype is torch.float64 or not autocasts(device)
+    return tensor.dtype if wide else torch.get_autocast_dtype(device)
+
+
+def _size(scale: Tensor) -> float:
+    """The power of two above a scale beyond 1, by which float16 may overflow; 1 where no look is free."""
+    if torch.compiler.is_compiling() or not (scale.is_cpu and plain.is_plain(scale.detach())):
+        return 1.0
+    return math.ldexp(1.0, min(max(math.frexp(scale.item())[1], 0), 1023))
 
 
 def _as_autocast(tensor: Tensor) -> Tensor:
