@@ -24,7 +24,7 @@ _THREE_QUARTERS = tl.constexpr(0x3F400000)
 _INFINITE = tl.constexpr(0x7F800000)
 _FRACTION = tl.constexpr(0x007FFFFF)
 _ROUND = tl.constexpr(3.0 * 2**22 + 127)  # the sum's low bits are those of the exponent of 2^k
-_ROUND_RAISED = tl.constexpr(3.0 * 2**22 + 127 + 32)
+_ROUND_RAISED = tl.constexpr(3.0 * 2**22 + 127 + 48)
 _LEAST_EXPONENT = tl.constexpr(-126 * 0.69314718055994530942)
 
 _E2 = tl.constexpr(float.fromhex("0x1.fffffcp-2"))
@@ -110,24 +110,24 @@ def _exp2(x):
 @triton.jit
 def raised(x):
     """The power of two that exps wait with for what they are multiplied by: none is subnormal then."""
-    return 18446744073709551616.0 if x.dtype == tl.float64 else 4294967296.0
+    return 18446744073709551616.0 if x.dtype == tl.float64 else 281474976710656.0
 
 
 @triton.jit
 def lowered(x):
-    return 5.421010862427522e-20 if x.dtype == tl.float64 else 2.3283064365386963e-10
+    return 5.421010862427522e-20 if x.dtype == tl.float64 else 3.552713678800501e-15
 
 
 @triton.jit
 def exp_fast(x):
     """exp(x), raised, to 2**-22 (1 + |x|), in float32."""
-    return _exp2(x * _LOG2E + 32.0)
+    return _exp2(x * _LOG2E + 48.0)
 
 
 @triton.jit
 def exp_difference(x, y):
     """exp(x - y), raised, to 2**-22 (1 + |x| + |y|), in two instructions."""
-    return _exp2(x * _LOG2E - (y * _LOG2E - 32.0))
+    return _exp2(x * _LOG2E - (y * _LOG2E - 48.0))
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def _exp_raised(x):
     k = shifted - _ROUND_RAISED
     r = (x - k * _LN2_HI) - k * _LN2_LO
     out = _exp2(r * _LOG2E) * _float(_bits(shifted) << 23)
-    return tl.where(x < -104.0, 0.0, out)
+    return tl.where(x < -120.0, 0.0, out)
 
 
 @triton.jit
