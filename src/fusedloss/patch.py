@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from . import caches, errors, losses
+from .plain import PLAIN
 
 HOME = torch.nn.functional
 NAME = "_fusedloss"  # what the patched functions find us by, in the globals of HOME
@@ -206,12 +207,11 @@ ORIGINALS = {name: _copy(function) for name, function in FUNCTIONS.items()}
 for _name, _found in {**FOUND, **ORIGINALS}.items():
     getattr(losses, _name).__prepare_scriptable__ = functools.partial(lambda found: found, _found)
 
-_plain = (Tensor, torch.nn.Parameter)
 _names = SimpleNamespace(
     ours={name: getattr(losses, name) for name in FUNCTIONS},
     theirs=ORIGINALS,
-    plain=_plain,
-    traced=(*_plain, FakeTensor, FunctionalTensor),
+    plain=PLAIN,
+    traced=(*PLAIN, FakeTensor, FunctionalTensor),
     compiling=_compiling,
     unpatch=unpatch,
 )

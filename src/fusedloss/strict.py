@@ -233,7 +233,7 @@ def _readable(*tensors: Tensor) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._is_tracing()
-    ) and all(type(t) in (Tensor, torch.nn.Parameter) and not t.is_meta for t in tensors)
+    ) and all(type(t) in plain.PLAIN and not t.is_meta for t in tensors)
 
 
 def _tolerance(tensor: Tensor) -> float:
