@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := CMakeLists.txt $(wildcard csrc/*) src/fusedloss/cpu/printer.py $(wildcard src/fusedloss/losses/*.py)
+SOURCES := CMakeLists.txt $(wildcard csrc/*) src/fusedloss/engines/cpu/printer.py $(wildcard src/fusedloss/losses/*.py)
 
 .PHONY: demo test nightly bench lint format sanitize mutation clean
 

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedloss.cli import bench
-from fusedloss.cli.cases import BEYOND, CASES, Case, yardstick
-from fusedloss.cli.measure import Workload
-from fusedloss.cpu.linear import advise_huge_pages
+from fusedloss.cli.bench import command as bench
+from fusedloss.cli.bench.cases import BEYOND, CASES, Case, yardstick
+from fusedloss.cli.bench.harness import Workload
+from fusedloss.engines.cpu.linear import advise_huge_pages
 
 # Elements, beyond the kernels of small inputs; three arrays of the larger take 288 KiB.
 SIZES = (8192, 24576)

@@ -30,7 +30,7 @@ PLUGINS = ["-p", "no:cacheprovider", "-p", "no:benchmark", "-W", "ignore::Deprec
 WARMING = 4  # processes
 # Of test_repeat.py what is not about the host.
 HOSTS = "gpu_checks or gpu_linear or bits_of_a_call"
-# As in tests/test_gpu.py.
+# As in tests/engines/test_gpu.py.
 NOT = "not formula and not threads and not more_dimensions and not autocast"
 
 # Rows at a time, classes at a time, whether that is all of them, warps.
@@ -82,9 +82,9 @@ def main() -> int:
     if not (ROOT / "src/fusedloss/__init__.py").exists():
         raise SystemExit("benchmarks/gpu.py: run it from a checkout")
     sys.path.insert(0, str(ROOT / "src"))
-    from fusedloss import gpu
-    from fusedloss.cli import gpu as bench
-    from fusedloss.cli import gpu_linear as linear
+    from fusedloss.cli.bench import cuda as bench
+    from fusedloss.cli.bench import cuda_heads as linear
+    from fusedloss.engines import gpu
 
     if args.warm:
         warm(bench, *args.warm)
@@ -116,7 +116,7 @@ def main() -> int:
         """What the times of the rule's own tiles leave."""
         return left() - args.bench * due("benchmark") - LINEAR * due("linear")
 
-    smoke = tested(mode, ["gpu_checks.py"], "test_option and mse", min(90.0, left()), 0)
+    smoke = tested(mode, ["engines/gpu_checks.py"], "test_option and mse", min(90.0, left()), 0)
     keep("smoke")(smoke)
     if smoke.get("returncode") != 0:
         print(smoke.get("tail") or smoke.get("seen"))
@@ -126,19 +126,21 @@ def main() -> int:
         command = [sys.executable, "-W", "ignore", __file__, "--warm"]
         warming = [subprocess.Popen([*command, str(k), str(WARMING)]) for k in range(WARMING)]
     if due("checks") and not args.dry_run:
-        files = ["gpu_checks.py", "gpu_linear.py", "test_repeat.py"]
+        files = ["engines/gpu_checks.py", "engines/gpu_linear.py", "route/test_repeat.py"]
         with ThreadPoolExecutor() as pool:
             limit = min(args.tests, left())
             runs = {
                 "checks": pool.submit(
                     tested, mode, files, HOSTS, limit, 6, max(args.every // 4, 1)
                 ),
-                "losses": pool.submit(tested, mode, ["test_losses.py"], NOT, limit, 6, args.every),
+                "losses": pool.submit(
+                    tested, mode, ["losses/test_losses.py"], NOT, limit, 6, args.every
+                ),
             }
             for part, outcome in runs.items():
                 keep(part)(outcome.result())
     if args.dry_run:
-        from fusedloss.gpu import interpreter
+        from fusedloss.engines.gpu import interpreter
 
         interpreter.mend()
         gpu.on_cpu = True
@@ -193,7 +195,7 @@ def tested(
 
 def warm(bench: Any, part: int, parts: int) -> None:
     """Compiles what `benchmark`, `tiles` and `blocks` will run, without running it."""
-    from fusedloss.gpu import launch
+    from fusedloss.engines.gpu import launch
 
     def compiles(_: Any, case: Any, device: str, rounds: int) -> float:
         with contextlib.suppress(Exception):
@@ -225,8 +227,8 @@ def tiles(
     attempt: Callable[..., float | str] = trial,
 ) -> list[dict[str, Any]]:
     """Times of cross entropy by other tiles than the rule's."""
-    from fusedloss import route
-    from fusedloss.gpu import rows
+    from fusedloss.engines.gpu import rows
+    from fusedloss.route import dispatch as route
 
     found, rule = [], rows.tile
     for case in bench.CASES:
@@ -250,8 +252,8 @@ def tiles(
 
 def choose(bench: Any, found: list[dict[str, Any]]) -> dict[str, Any]:
     """From now on the fastest tile of each case."""
-    from fusedloss import route
-    from fusedloss.gpu import rows
+    from fusedloss.engines.gpu import rows
+    from fusedloss.route import dispatch as route
 
     best: dict[tuple[Any, ...], tuple[float, str, Any]] = {}
     asked: list[tuple[Any, ...]] = []
@@ -282,8 +284,8 @@ def blocks(
     attempt: Callable[..., float | str] = trial,
 ) -> list[dict[str, Any]]:
     """Times of pointwise losses by other blocks and numbers of programs."""
-    from fusedloss import route
-    from fusedloss.gpu import pointwise
+    from fusedloss.engines.gpu import pointwise
+    from fusedloss.route import dispatch as route
 
     found, rule = [], (pointwise.BLOCK, pointwise.MOST_PROGRAMS)
     for case in bench.CASES:

@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from fusedloss import cpu, gpu, route
-from fusedloss.cpu import load
-from fusedloss.define import REGISTRY, Loss
-from fusedloss.reduce import wide
+from fusedloss.core.reduce import wide
+from fusedloss.engines import cpu, gpu
+from fusedloss.engines.cpu import load
+from fusedloss.front.definition import REGISTRY, Loss
+from fusedloss.route import dispatch as route
 
 pytest_plugins = ["records_summary"]
 
@@ -30,7 +31,7 @@ FLOAT64_ROUNDINGS = 8192
 GPU = os.environ.get("FUSEDLOSS_TEST_GPU", "")
 DEVICE = "cuda" if GPU == "cuda" else "cpu"
 if GPU == "interpreted":
-    from fusedloss.gpu import interpreter
+    from fusedloss.engines.gpu import interpreter
 
     interpreter.mend()
     gpu.on_cpu = True

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusedloss.cpu import load
+from fusedloss.engines.cpu import load
 
 ROOT = Path(__file__).parent.parent
 CXX = os.environ.get("CXX", "g++")
@@ -42,7 +42,7 @@ def copy(to: Path, kernels: bool = False) -> Path:
 
 
 def folder(root: Path) -> Path:
-    return root / "src/fusedloss/cpu/lib"
+    return root / "src/fusedloss/engines/cpu/lib"
 
 
 def flags(library: Path = PATHS[0]) -> list[str]:
@@ -58,7 +58,7 @@ def print_formulas(root: Path) -> None:
     headers = root / "formulas"
     headers.mkdir(exist_ok=True)
     sources = sorted((root / "src/fusedloss/losses").glob("[a-z]*.py"))
-    printer = root / "src/fusedloss/cpu/printer.py"
+    printer = root / "src/fusedloss/engines/cpu/printer.py"
     with (headers / "formulas.h").open("w") as header:
         subprocess.run([sys.executable, printer, *sources], stdout=header, check=True)
 

@@ -31,7 +31,7 @@ class Mutant:
     old: str
     new: str
     tests: str  # what pytest's -k selects
-    files: tuple[str, ...] = ("tests/test_losses.py",)
+    files: tuple[str, ...] = ("tests/losses/test_losses.py",)
     build: bool = False  # formulas are kernels too
 
     @property
@@ -70,11 +70,11 @@ def kernel(file: str, old: str, new: str, tests: str, **more: Any) -> Mutant:
 
 REGRESSION, BINARY = "losses/regression.py", "losses/binary.py"
 DIVERGENCE, METRIC = "losses/divergence.py", "losses/metric.py"
-LINEAR: dict[str, Any] = {"files": ("tests/test_linear.py",)}
+LINEAR: dict[str, Any] = {"files": ("tests/heads/test_linear.py",)}
 HEADS = "loop_is_the_formula or log_prob or divergence"
-ERRORS: dict[str, Any] = {"files": ("tests/test_errors.py",)}
-REPEAT: dict[str, Any] = {"files": ("tests/test_repeat.py",)}
-AGAIN = "src/fusedloss/cpu/again.py"
+ERRORS: dict[str, Any] = {"files": ("tests/front/test_errors.py",)}
+REPEAT: dict[str, Any] = {"files": ("tests/route/test_repeat.py",)}
+AGAIN = "src/fusedloss/engines/cpu/again.py"
 CE, NLL, TRIPLET = "cross_entropy", "nll_loss", "triplet_margin_loss"
 
 # fmt: off
@@ -101,7 +101,7 @@ MUTANTS = [
     formula("calls.py", "(1 - self.smoothing) * target +", "(1 + self.smoothing) * target +", CE),
     formula("calls.py", "losses = -slope * own", "losses = slope * own", CE),
     formula("calls.py", "reduce.sum_of(torch.where(counted, own_weight, 0))", "reduce.sum_of(own_weight)", CE),
-    Mutant("src/fusedloss/route.py", "(index < 0) | (index >= classes)", "(index < 0) | (index > classes)", "index and formula", **ERRORS),
+    Mutant("src/fusedloss/route/dispatch.py", "(index < 0) | (index >= classes)", "(index < 0) | (index > classes)", "index and formula", **ERRORS),
     formula("calls.py", "flat = self.smoothing / max(log_p.shape[1], 1)", "flat = self.smoothing / max(log_p.shape[1] - 1, 1)", CE),
     formula("calls.py", "difference = a - b + self.eps", "difference = a - b", TRIPLET),
     formula("calls.py", "torch.clamp_min(self.margin + near - far, 0)", "torch.clamp_min(near - far, 0)", TRIPLET),
@@ -153,9 +153,9 @@ MUTANTS = [
     # repeated calls
     Mutant(AGAIN, "if any(g.shape != t.shape", "if any(g.shape == ()", "broadcast", **REPEAT),
     Mutant(AGAIN, "(*places.inputs, place, *places.grads)", "(*places.inputs, place, *places.grads[::-1])", "packs_no", **REPEAT),
-    Mutant("src/fusedloss/route.py", "b.is_contiguous(), learns and b.requires_grad)", "learns and b.requires_grad)", "strides_make", **REPEAT),
-    Mutant("src/fusedloss/autograd.py", "            if _scales_exactly(stored, incoming):\n", "            if True:\n", "do_not_depend", **REPEAT),
-    Mutant("src/fusedloss/autograd.py", "if not plain or _keeps_graph():", "if not plain:", "given_away", **REPEAT),
+    Mutant("src/fusedloss/route/dispatch.py", "b.is_contiguous(), learns and b.requires_grad)", "learns and b.requires_grad)", "strides_make", **REPEAT),
+    Mutant("src/fusedloss/autograd/functions.py", "            if _scales_exactly(stored, incoming):\n", "            if True:\n", "do_not_depend", **REPEAT),
+    Mutant("src/fusedloss/autograd/functions.py", "if not plain or _keeps_graph():", "if not plain:", "given_away", **REPEAT),
     kernel("kernels.cpp", "arguments[places[i]] = pointers[i];", "arguments[places[0]] = pointers[0];", "do_not_depend", **REPEAT),
     # types
     kernel("convert.h", "(u + 0x7fffu + ((u >> 16) & 1u)) >> 16", "u >> 16", "ties_round"),

@@ -22,7 +22,11 @@ THREADS = (*DEBUG, "-fsanitize=thread")
 # valgrind knows no AVX-512.
 PLAIN = (*DEBUG, "-march=x86-64-v2") if platform.machine() in ("x86_64", "AMD64") else DEBUG
 DRIVER = "tests/native/driver.cpp"
-FILES = ("tests/test_losses.py", "tests/test_linear.py", "tests/test_hostile.py")
+FILES = (
+    "tests/losses/test_losses.py",
+    "tests/heads/test_linear.py",
+    "tests/losses/test_hostile.py",
+)
 WORDS = (
     *("each_layout", "specials_go", "more_dimensions"),
     *("loop_is_the_formula", "log_prob", "divergence", "any_call"),

@@ -4,7 +4,8 @@
 """
 
 from . import functional, nn
-from .gpu import synchronize
+from .core.levels import checks
+from .engines.gpu import synchronize
 from .losses import *  # noqa: F403
 from .losses import __all__ as _losses
 from .nn import (
@@ -18,8 +19,7 @@ from .nn import (
     TripletMarginWithDistanceLoss,
 )
 from .patch import patch, patched, unpatch
-from .route import Route, explain
-from .strictness import checks
+from .route.dispatch import Route, explain
 
 __version__ = "0.1.0"
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from . import caches, errors, losses
-from .plain import PLAIN
+from . import losses
+from .core import caches, errors
+from .core.plain import PLAIN
 
 HOME = torch.nn.functional
 NAME = "_fusedloss"  # what the patched functions find us by, in the globals of HOME

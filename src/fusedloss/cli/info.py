@@ -9,8 +9,9 @@ import platform
 
 import torch
 
-from .. import __version__, cpu, gpu
-from ..cpu import load
+from .. import __version__
+from ..engines import cpu, gpu
+from ..engines.cpu import load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 from .binary import binary_cross_entropy, binary_cross_entropy_with_logits
 from .classification import cross_entropy, nll_loss
 from .divergence import kl_div
-from .linear import linear_cross_entropy, linear_kl_div, linear_log_prob
+from .heads import linear_cross_entropy, linear_kl_div, linear_log_prob
 from .metric import triplet_margin_loss, triplet_margin_with_distance_loss
 from .regression import mse_loss
 

@@ -7,13 +7,16 @@ from typing import NoReturn
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .. import advice, errors, route, sharded, strict, strictness
-from .. import formula as m
-from ..calls import PointwiseCall
-from ..define import Loss, Pointwise, normal, plain, register, uniform
-from ..formula import OutsideDomain
-from ..plain import check as check_memory
-from ..reduce import resolve, result_dtype
+from ..core import advice, errors, levels, sharded
+from ..core.plain import check as check_memory
+from ..core.reduce import resolve, result_dtype
+from ..front import strict
+from ..front.definition import Loss, normal, plain, register, uniform
+from ..kinds import torch_m as m
+from ..kinds.formula import Pointwise
+from ..kinds.pointwise import PointwiseCall
+from ..kinds.torch_m import OutsideDomain
+from ..route import dispatch as route
 
 
 def bce(x, t):
@@ -275,7 +278,7 @@ def binary_cross_entropy_with_logits(
     errors.not_narrow(name, "log_sigmoid_cpu", NotImplementedError, input=input, target=target)
     if not target.is_floating_point():
         errors.not_floating(name, RuntimeError, name, target=target)
-    if strictness.strict():
+    if levels.strict():
         strict.check(name, input, target)
     if weight is not None:
         errors.expands(name, input.shape, weight=weight)

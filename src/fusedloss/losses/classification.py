@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .. import advice, errors, route, strict, strictness
-from ..calls import RowsCall
-from ..define import Bounds, Loss, normal, plain, register, uniform
-from ..reduce import resolve, result_dtype
+from ..core import advice, errors, levels
+from ..core.reduce import resolve, result_dtype
+from ..front import strict
+from ..front.definition import Bounds, Loss, normal, plain, register, uniform
+from ..kinds.rows import RowsCall
+from ..route import dispatch as route
 
 INDICES = frozenset(
     {
@@ -331,7 +333,7 @@ def _run(
     weight: Tensor | None,
     settings: tuple[object, ...] | None,
 ) -> Tensor:
-    if strictness.strict():
+    if levels.strict():
         strict.check(name, input, target, reduction=call.reduction, ignore_index=call.ignore_index)
     why = None
     if call.probabilities and input.numel() == 0 and input.shape[min(input.dim() - 1, 1)] == 0:

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .. import advice, errors, route, strict, strictness
-from .. import formula as m
-from ..calls import PointwiseCall
-from ..define import Loss, Pointwise, normal, register
-from ..reduce import REDUCTIONS, promoted, resolve, result_dtype
+from ..core import advice, errors, levels
+from ..core.reduce import REDUCTIONS, promoted, resolve, result_dtype
+from ..front import strict
+from ..front.definition import Loss, normal, register
+from ..kinds import torch_m as m
+from ..kinds.formula import Pointwise
+from ..kinds.pointwise import PointwiseCall
+from ..route import dispatch as route
 
 
 def kl(x, t):
@@ -126,7 +129,7 @@ def kl_div(
     errors.not_narrow(name, "xlogy_cpu", input=input, target=target)
     if target.shape != input.shape:
         errors.broadcast(name, input=input, target=target)
-    if strictness.strict():
+    if levels.strict():
         strict.check(name, input, target, reduction=reduction, log_target=log_target)
     dtype = input.dtype
     if target.dtype != dtype:

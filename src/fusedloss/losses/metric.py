@@ -10,11 +10,14 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .. import errors, route
-from .. import formula as m
-from ..calls import PointwiseCall, TripletCall
-from ..define import Loss, Pointwise, normal, plain, register
-from ..reduce import promoted, resolve, result_dtype, total
+from ..core import errors
+from ..core.reduce import promoted, resolve, result_dtype, total
+from ..front.definition import Loss, normal, plain, register
+from ..kinds import torch_m as m
+from ..kinds.formula import Pointwise
+from ..kinds.pointwise import PointwiseCall
+from ..kinds.triplet import TripletCall
+from ..route import dispatch as route
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .. import errors, route, strict, strictness
-from ..calls import PointwiseCall
-from ..define import Loss, Pointwise, normal, plain, register, uniform
-from ..plain import check as check_memory
-from ..reduce import resolve, result_dtype, sum_of
+from ..core import errors, levels
+from ..core.plain import check as check_memory
+from ..core.reduce import resolve, result_dtype, sum_of
+from ..front import strict
+from ..front.definition import Loss, normal, plain, register, uniform
+from ..kinds.formula import Pointwise
+from ..kinds.pointwise import PointwiseCall
+from ..route import dispatch as route
 
 
 def mse(x, t):
@@ -74,7 +77,7 @@ def mse_loss(
         errors.not_tensors(name, AttributeError, input=input, target=target)
     if not (weight is None or isinstance(weight, Tensor)):
         errors.not_tensors(name, AttributeError, weight=weight)
-    if strictness.strict():
+    if levels.strict():
         strict.check(name, input, target)
     if target.shape != input.shape:
         errors.broadcast(name, input=input, target=target)

@@ -20,11 +20,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ... import __version__, reduce
-from ...cpu.load import FLOATS
-from ...define import REGISTRY, Loss
-from ..selection import UsageError, among, check_writable, chosen_losses
-from ..tables import new_table, short
+from ... import __version__
+from ...core import reduce
+from ...engines.cpu.load import FLOATS
+from ...front.definition import REGISTRY, Loss
+from ..bench.selection import UsageError, among, check_writable, chosen_losses
+from ..bench.tables import new_table, short
 from . import exact, measured
 from .measured import PYTORCH, SUM_BOUND, TRITON, Errors, Path, Sum
 from .probes import Probe, probes

@@ -16,8 +16,11 @@ import torch
 from mpmath import MPContext
 from torch import Tensor
 
-from ... import reduce
-from ...calls import Call, PointwiseCall, RowsCall, TripletCall
+from ...core import reduce
+from ...kinds import Call
+from ...kinds.pointwise import PointwiseCall
+from ...kinds.rows import RowsCall
+from ...kinds.triplet import TripletCall
 
 DIGITS = 50
 mp = MPContext()

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import cpu, gpu, route
-from ...calls import Call
-from ...cpu import load
-from ...define import REGISTRY, Loss
+from ...engines import cpu, gpu
+from ...engines.cpu import load
+from ...front.definition import REGISTRY, Loss
+from ...kinds import Call
+from ...route import dispatch as route
 from . import exact
 from .exact import Exact
 from .probes import Probe, flat
@@ -78,7 +79,7 @@ class Path:
 
 @contextlib.contextmanager
 def _interpreted() -> Iterator[None]:
-    from ...gpu import interpreter
+    from ...engines.gpu import interpreter
 
     interpreter.mend()
     gpu.on_cpu = True

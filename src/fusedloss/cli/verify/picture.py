@@ -9,7 +9,7 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from ...define import REGISTRY
+from ...front.definition import REGISTRY
 from . import exact, measured
 from .probes import Probe
 

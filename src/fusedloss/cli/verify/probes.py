@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from ...define import REGISTRY, Loss, normal, uniform
+from ...front.definition import REGISTRY, Loss, normal, uniform
 
 Tensors = tuple[Tensor, ...]
 Draw = Callable[[int, torch.dtype, Generator], Iterator[Tensors]]

@@ -1,0 +1,217 @@
+"""What `fusedloss bench` prints: ratios first, then times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from .cases import TARGETS, VARIANTS, Target, geometric_mean
+from .harness import Result
+
+MISSING = "-"
+SLOWER = 1.05
+RATIOS = (("ours", "yardstick"), ("eager", "ours"), ("compile", "ours"))
+MEANS = {"table": "of the cases", "sweep": "of the sweep", "": "of all"}
+
+
+def clock(seconds: float | None) -> str:
+    if seconds is None:
+        return MISSING
+    for unit, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if seconds >= unit or name == "µs":
+            return f"{figures(seconds / unit)} {name}"
+    raise AssertionError("the last unit takes everything")
+
+
+def figures(value: float | None) -> str:
+    """Three figures, or all before the point."""
+    if value is None:
+        return MISSING
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def coloured(value: float | None, good: bool, bad: bool) -> str:
+    colour = "red" if bad else "green" if good else ""
+    return f"[{colour}]{figures(value)}[/]" if colour and value else figures(value)
+
+
+def ratio_cell(value: float | None, variant: str) -> str:
+    if value is None:
+        return MISSING
+    if variant == "ours":
+        return coloured(value, value <= 1, False)
+    return coloured(value, value >= 1, value < 1 / SLOWER)
+
+
+def new_table(title: str) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+        min_width=len(title),
+    )
+
+
+def cases_table(results: Sequence[Result], width: int) -> Table:
+    """A row a case; the columns on the right go first where the terminal is narrow."""
+    table = new_table("Forward and backward")
+    table.add_column("\ncase", no_wrap=True)
+    ratios = [pair for pair in RATIOS if any(r.ratio(*pair) for r in results)]
+    for variant, to in ratios:
+        table.add_column(f"{variant} /\n{to}", justify="right", no_wrap=True)
+    times = [v for v in VARIANTS if any(v in r.samples for r in results)]
+    del times[max(1, (width - 26 - 10 * len(ratios)) // 13) :]
+    for variant in times:
+        table.add_column(f"\n{variant}", justify="right", no_wrap=True)
+    memory = [v for v in ("ours", "eager", "compile") if any(v in r.peaks for r in results)]
+    if width < 26 + 10 * len(ratios) + 13 * len(times) + 10 * len(memory):
+        memory = []
+    for variant in memory:
+        table.add_column(f"MB beyond\n{variant}", justify="right", no_wrap=True)
+    for result in results:
+        cells = [ratio_cell(result.ratio(*pair), pair[0]) for pair in ratios]
+        cells += [timed(result, variant) for variant in times]
+        cells += [megabytes(result.excess(variant)) for variant in memory]
+        table.add_row(escape(result.case.title), *cells)
+    return table
+
+
+def timed(result: Result, variant: str) -> str:
+    spread = result.spread(variant)
+    if spread is None:
+        return MISSING
+    return f"{clock(result.median(variant))} [dim]±{min(50 * spread, 99):2.0f}%[/]"
+
+
+def megabytes(value: float | None) -> str:
+    return MISSING if value is None else f"{max(value, 0.0):.1f}"
+
+
+def sweep_tables(results: Sequence[Result]) -> list[Table]:
+    """Loss and dtype down, size across."""
+    sizes = {r.case.numel: r.case.title.rpartition(" ")[2] for r in results}
+    rows: dict[tuple[str, str], dict[int, Result]] = {}
+    for result in results:
+        row = rows.setdefault((result.case.loss, result.case.dtype), {})
+        row[result.case.numel] = result
+
+    def table(title: str, cell: Callable[[Result], str]) -> Table:
+        table = new_table(title)
+        table.add_column("loss", no_wrap=True)
+        table.add_column("dtype", no_wrap=True)
+        for numel in sorted(sizes):
+            table.add_column(sizes[numel], justify="right", no_wrap=True)
+        for (loss, dtype), row in rows.items():
+            cells = [cell(row[n]) if n in row else "" for n in sorted(sizes)]
+            table.add_row(short(loss), dtype, *cells)
+        return table
+
+    found = []
+    for variant, to in RATIOS[1:]:
+        if any(variant in r.samples for r in results):
+
+            def ratio(result: Result, variant: str = variant, to: str = to) -> str:
+                return ratio_cell(result.ratio(variant, to), variant)
+
+            found.append(table(f"{variant} / {to}, by the number of elements", ratio))
+    return [*found, table("time of ours", lambda r: clock(r.median("ours")))]
+
+
+def short(loss: str) -> str:
+    return escape(loss.replace("binary_cross_entropy", "bce").replace("triplet_margin", "triplet"))
+
+
+def means(results: Sequence[Result], group: str) -> dict[str, float | None]:
+    """Geometric means of the ratios in a group, or in all.
+
+    The yardstick is one for large tensors: small ones are a matter of calls, not of bytes.
+    """
+    chosen = [r for r in results if group in ("", r.case.group)]
+    return {
+        f"{variant} / {to}": geometric_mean(
+            r.ratio(variant, to) for r in chosen if to == "ours" or r.case.group != "sweep"
+        )
+        for variant, to in RATIOS
+    }
+
+
+def means_table(results: Sequence[Result]) -> Table:
+    table = new_table("Geometric means")
+    every = means(results, "")
+    table.add_column("")
+    for name, value in every.items():
+        if value is not None:
+            table.add_column(name.replace("/ ", "/\n"), justify="right", no_wrap=True)
+    for group, name in MEANS.items():
+        found = means(results, group)
+        if any(found.values()):
+            cells = [ratio_cell(v, k.split()[0]) for k, v in found.items() if every[k] is not None]
+            table.add_row(name, *cells)
+    return table
+
+
+def judged(results: Sequence[Result]) -> list[tuple[Target, float | None, str]]:
+    """Each target, what was measured, and the word for it."""
+    found = []
+    for target in TARGETS:
+        value = target.measured(results)
+        word = "not measured" if value is None else "met" if target.met(value) else "NOT MET"
+        found.append((target, value, word))
+    return found
+
+
+def targets_table(results: Sequence[Result]) -> Table:
+    table = new_table("Targets")
+    table.add_column("what")
+    table.add_column("target", justify="right")
+    table.add_column("measured", justify="right")
+    table.add_column("")
+    colours = {"met": "green", "NOT MET": "red", "not measured": "dim"}
+    for target, value, word in judged(results):
+        sign = "≥" if target.at_least else "≤"
+        wanted = f"{sign} {target.bound:g}"
+        table.add_row(target.text, wanted, figures(value), f"[{colours[word]}]{word}[/]")
+    return table
+
+
+def against_table(now: Sequence[Result], then: Sequence[Result]) -> Table:
+    """Ours now and then, as it is and relative to eager.
+
+    A case is slower where both say so: the first alone may be the machine.
+    """
+    table = new_table("Now / then")
+    table.add_column("case", no_wrap=True)
+    for name in ("time", "relative to eager", "then", "now", ""):
+        table.add_column(name, justify="right", no_wrap=True)
+    for new, old, time, relative in compared(now, then):
+        values = [v for v in (time, relative) if v is not None]
+        slower, faster = min(values) > SLOWER, max(values) < 1 / SLOWER
+        word = "[red]slower[/]" if slower else "[green]faster[/]" if faster else ""
+        cells = [figures(time), figures(relative)]
+        cells += [clock(old.median("ours")), clock(new.median("ours"))]
+        table.add_row(escape(new.case.title), *cells, word)
+    return table
+
+
+def compared(
+    now: Sequence[Result], then: Sequence[Result]
+) -> list[tuple[Result, Result, float, float | None]]:
+    """The results that both have, with the quotients of time and of time relative to eager."""
+    earlier = {r.case.title: r for r in then}
+    found = []
+    for new in now:
+        old = earlier.get(new.case.title)
+        times = new.median("ours"), old and old.median("ours")
+        if old is None or not times[0] or not times[1]:
+            continue
+        eager = new.ratio("ours", "eager"), old.ratio("ours", "eager")
+        relative = eager[0] / eager[1] if eager[0] and eager[1] else None
+        found.append((new, old, times[0] / times[1], relative))
+    return found

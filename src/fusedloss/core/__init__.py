@@ -1,0 +1,1 @@
+"""What every room stands on: errors, levels of checks, and what a tensor is to us."""

@@ -1,0 +1,56 @@
+"""Keeps apart what torch.compile caches on disk: of patched and plain functions, and of our versions."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch.compiler.config
+
+CONFIG = torch.compiler.config
+KEY = "cache_key_tag"
+
+
+def _version() -> str:
+    """A digest of our sources: what a compiled graph remembers of them must not outlive them."""
+    home = Path(__file__).parent.parent
+    found = hashlib.sha256()
+    for path in sorted(home.rglob("*.py")):
+        name = path.relative_to(home)
+        if name.parts[0] != "cli":
+            found.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
+    return found.hexdigest()[:12]
+
+
+VERSION = _version()
+MARK = f"+fusedloss-{VERSION}"
+
+
+def _marked(config: Any) -> str:
+    """What the user has set, whenever and in whichever thread, and our mark."""
+    return _unmarked(config.__getattr__(KEY)) + MARK
+
+
+def _unmarked(tag: str) -> str:
+    return tag.replace(MARK, "")
+
+
+def mark() -> None:
+    """From here on cached graphs are those of patched functions alone.
+
+    The graph that a cache looks up holds the name of PyTorch's function, not what it does. torch keeps
+    its settings by thread, and users set them: so the mark is added where the tag is read, by a property
+    of the settings' class.
+    """
+    setattr(type(CONFIG), KEY, property(_marked))
+
+
+def unmark() -> None:
+    """The tag is read as the user has set it."""
+    if KEY in vars(type(CONFIG)):
+        delattr(type(CONFIG), KEY)
+    # Whoever saves the tag and puts it back, as mocks do, has stored the mark too.
+    tag = getattr(CONFIG, KEY)
+    if MARK in tag:
+        setattr(CONFIG, KEY, _unmarked(tag))

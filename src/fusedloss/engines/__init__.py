@@ -1,0 +1,1 @@
+"""What runs a call on a device: `cpu`, `gpu`, and `chunks` for heads whose logits never exist as a whole."""

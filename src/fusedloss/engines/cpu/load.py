@@ -1,0 +1,148 @@
+"""Loads the kernel library that was built for this CPU's capability, by torch's own word for it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ...core import errors
+
+# The numbers of csrc/convert.h.
+DTYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.int64: 4,
+    torch.int32: 5,
+    torch.int16: 6,
+    torch.int8: 7,
+    torch.uint8: 8,
+    torch.uint16: 9,
+    torch.uint32: 10,
+    torch.uint64: 11,
+}
+NO_MEMORY, UNREADABLE = -2, -3  # no_memory and unreadable of csrc/kernels.cpp
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# After one 512-bit addition an Intel core runs slower for microseconds, which is what a small loss takes: up to
+# so many elements, kernels of half that width run, which give the same bits.
+SMALL = 4096
+MANY = SMALL + 1
+
+
+def capability() -> str:
+    """`default`, `avx2` or `avx512`; set ATEN_CPU_CAPABILITY before importing torch to force it."""
+    name = torch.backends.cpu.get_cpu_capability().lower()
+    return name if name in ("avx2", "avx512") else "default"
+
+
+def path(small: bool = False) -> Path:
+    # An editable install has two folders: the sources and the built files.
+    from . import __path__ as folders
+
+    narrow = "_narrow" if small and capability() == "avx512" else ""
+    name = f"libfusedloss_{capability()}{narrow}.so"
+    found = [Path(folder) / "lib" / name for folder in folders]
+    return next((p for p in found if p.exists()), found[0])
+
+
+@functools.cache
+def _load(small: bool = False) -> tuple[ctypes.CDLL | None, str | None, str | None]:
+    """The library, why there is none, and why it runs on one thread (if it does)."""
+    try:
+        lib = ctypes.CDLL(str(path(small)))
+    except OSError as error:
+        return None, f"cannot load {path(small)}: {error}", None
+    for name in (
+        "pointwise",
+        "cross_entropy",
+        "linear",
+        "accumulate",
+        "distill",
+        "nll_loss",
+        "triplet",
+    ):
+        function = getattr(lib, f"fusedloss_{name}")
+        function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int64
+    lib.fusedloss_formula.argtypes, lib.fusedloss_formula.restype = (
+        [ctypes.c_int64],
+        ctypes.c_char_p,
+    )
+    lib.fusedloss_again.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+    lib.fusedloss_again.restype = ctypes.c_int64
+    lib.fusedloss_set_parallel_for.argtypes = [ctypes.c_void_p]
+    lib.fusedloss_advise_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    return lib, None, _share_threads(lib)
+
+
+def _share_threads(lib: ctypes.CDLL) -> str | None:
+    """Hands torch's own pool to the library, so that torch.set_num_threads holds for it too."""
+    folder = Path(torch.__file__).parent / "lib"
+    names = ("libtorch_cpu.so", "libtorch_cpu.dylib")
+    try:
+        torch_cpu = ctypes.CDLL(str(next(folder / n for n in names if (folder / n).exists())))
+        function = torch_cpu.torch_parallel_for
+    except (OSError, StopIteration, AttributeError):
+        return f"torch {torch.__version__} does not export torch_parallel_for (it came with 2.10)"
+    lib.fusedloss_set_parallel_for(ctypes.cast(function, ctypes.c_void_p))
+    return None
+
+
+def library(elements: int = MANY) -> ctypes.CDLL:
+    """The kernels for inputs of so many elements."""
+    lib, why, _ = _load(elements <= SMALL)
+    if lib is None:
+        raise RuntimeError(f"fusedloss: {why}")
+    return lib
+
+
+Run = Callable[[str, str, bytes, int], int]  # as `run`: what launches a kernel may be replaced
+
+
+class Pointers(NamedTuple):
+    """Which of a kernel's arguments, in words of 8 bytes, are the pointers of a reduced loss."""
+
+    inputs: tuple[int, ...]
+    total: int
+    grads: tuple[int, ...]
+    incoming: int  # where the gradient is computed in backward
+
+
+def run(kernel: str, loss: str, arguments: bytes, elements: int = MANY) -> int:
+    """What the kernel returns. RuntimeError where it finds no memory."""
+    found: int = getattr(library(elements), kernel)(arguments)
+    if found == NO_MEMORY:
+        errors.fail(RuntimeError, loss, "can't allocate memory for the kernel")
+    return found
+
+
+def address(loss: str, name: str, tensor: torch.Tensor) -> int:
+    """Where the tensor's elements are. Null stands for an absent one, and never for this."""
+    found = tensor.data_ptr()
+    if not found and tensor.numel():
+        errors.fail(RuntimeError, loss, f"{name} {list(tensor.shape)} has no memory to read")
+    return found
+
+
+def problem() -> str | None:
+    """Why there are no CPU kernels, or None."""
+    return _load()[1]
+
+
+def one_thread() -> str | None:
+    """Why the kernels run on one thread, or None."""
+    return _load()[2]
+
+
+@functools.cache
+def formula_numbers() -> dict[str, int]:
+    """The number of each pointwise kernel in the library, by the name of its formula."""
+    numbers: dict[str, int] = {}
+    while name := library().fusedloss_formula(len(numbers)):
+        numbers[name.decode()] = len(numbers)
+    return numbers

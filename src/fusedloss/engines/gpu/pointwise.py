@@ -1,0 +1,304 @@
+"""Pointwise losses through Triton: one kernel for all formulas."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...core import errors, reduce
+from ...kinds.formula import Pointwise
+from ...kinds.pointwise import PointwiseCall
+from . import flags
+from .launch import MOST_PROGRAMS, ceil_div, finish, launch, reporting, scratch
+from .layout import Slot, common_shape, empty_like, gradients, merged
+from .rebind import rebound
+
+BLOCK = 1024
+ONE_PROGRAM = 4 * BLOCK  # as many elements or fewer are summed by the program that computes them
+LOSS = 5  # the first slot that is written to
+MOST_DIMS = 4  # more, after merging what can be merged, are copied first
+
+TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+@dataclass(frozen=True)
+class Outside:
+    """An element outside of a formula's domain."""
+
+    formula: Pointwise
+    shape: torch.Size
+
+    def fail(self, position: int, first: int, second: int) -> NoReturn:
+        assert self.formula.refuse is not None
+        x, t = struct.unpack("=2d", struct.pack("=2q", first, second))
+        self.formula.refuse(errors.position(position, self.shape), x, t)
+
+
+def forward(
+    call: PointwiseCall, tensors: tuple[Slot, ...], needed: Sequence[bool]
+) -> tuple[Tensor, list[Slot]]:
+    """The result, and the gradients that are needed, in the shape that the operands broadcast to."""
+    *operands, weight = tensors
+    shape = common_shape(operands)
+    first = operands[0]
+    assert first is not None
+    flags.raise_pending(first.device)
+    grads = gradients(operands[:2], needed, shape)
+    if call.reduction == "none":
+        result = empty_like(first, shape, call.dtype)
+        _launch(call, operands, weight, None, result, None, grads, shape)
+    else:
+        result = first.new_empty((), dtype=call.dtype)
+        _launch(call, operands, weight, None, None, result, grads, shape)
+    flags.raise_if_eager(first.device)
+    return result, grads
+
+
+def backward(
+    call: PointwiseCall, tensors: tuple[Slot, ...], needed: Sequence[bool], incoming: Tensor
+) -> list[Slot]:
+    *operands, weight = tensors
+    flags.raise_pending(incoming.device)
+    shape = common_shape(operands)
+    grads = gradients(operands[:2], needed, shape)
+    _launch(call, operands, weight, incoming, None, None, grads, shape)
+    return grads
+
+
+def rescale(
+    call: PointwiseCall, tensors: tuple[Slot, ...], grads: Sequence[Slot], incoming: Tensor
+) -> None:
+    """Makes gradients that a forward stored those for `incoming`: does nothing where that is 1."""
+    *operands, weight = tensors
+    flags.raise_pending(incoming.device)
+    _launch(
+        call, operands, weight, incoming, None, None, grads, common_shape(operands), stored=True
+    )
+
+
+def _launch(
+    call: PointwiseCall,
+    operands: Sequence[Slot],
+    weight: Slot,
+    incoming: Slot,
+    losses: Slot,
+    total: Slot,
+    grads: Sequence[Slot],
+    shape: torch.Size,
+    stored: bool = False,
+) -> None:
+    formula = rebound(call.formula)
+    present = [o for o in operands if o is not None]
+    device, numel = present[0].device, shape.numel()
+    x, y, z = (*operands, None)[:3]
+    slots: list[Slot] = [x, y, z, weight, None if stored else incoming, losses, *grads]
+    slots, sizes, strides = _laid_out(slots, shape)
+    blocks = ceil_div(numel, BLOCK)
+    programs = 1 if numel <= ONE_PROGRAM else min(blocks, MOST_PROGRAMS)
+    partial = None
+    if total is not None and programs > 1:
+        partial = scratch(programs, device)
+    denominator: float | Tensor = 1.0
+    if call.reduction == "mean":
+        denominator = float(numel) if call.denominator is None else call.denominator
+    held = isinstance(denominator, Tensor)
+    record = None if formula.domain is None else Outside(call.formula, shape)
+    names = ("x", "y", "z", "weight", "incoming", "loss", "grad0", "grad1")
+    arguments: dict[str, Any] = dict(zip(names, slots, strict=True))
+    if stored:
+        arguments["incoming"] = incoming
+    launch(
+        _kernel,
+        programs,
+        device,
+        **arguments,
+        partial=partial,
+        result=total if partial is None else None,
+        count=numel,
+        blocks=blocks,
+        divisor=denominator if held else None,
+        denominator=1.0 if isinstance(denominator, Tensor) else float(denominator),
+        p0=(*call.params, 0.0, 0.0)[0],
+        p1=(*call.params, 0.0, 0.0)[1],
+        **reporting(device, record),
+        sizes=tuple(sizes),
+        strides=tuple(strides),
+        VALUE=formula.value,
+        GRAD=formula.grad,
+        DOMAIN=formula.domain,
+        COMPUTE=TRITON[reduce.wide(*present)],
+        INDEX=_index_type(sizes, strides),
+        STORED=stored,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+    if partial is not None and total is not None:
+        finish(partial, total, denominator)
+
+
+def _laid_out(
+    slots: list[Slot], shape: torch.Size
+) -> tuple[list[Slot], list[int], list[tuple[int, ...]]]:
+    """Sizes and strides for the kernel: none where all slots are dense. Copies what needs too many."""
+    if all(t is None or (t.shape == shape and t.is_contiguous()) for t in slots):
+        return slots, [], [()] * len(slots)
+    spread = [None if t is None else t.expand(shape) for t in slots]
+    sizes, strides = merged(shape, spread)
+    if len(sizes) > MOST_DIMS:
+        # What is written to has the layout of an input, or is dense.
+        spread = [t if t is None or k >= LOSS else t.contiguous() for k, t in enumerate(spread)]
+        sizes, strides = merged(shape, spread)
+    return spread, sizes, strides
+
+
+def _index_type(sizes: Sequence[int], strides: Sequence[Sequence[int]]) -> tl.dtype:
+    """Of the position of an element, and of offsets into strided tensors."""
+    reach = (sum(abs(n * s) for n, s in zip(sizes, row, strict=False)) for row in strides)
+    farthest = max(math.prod(sizes) + BLOCK, *reach)
+    return tl.int64 if farthest >= 2**31 else tl.int32
+
+
+@triton.jit
+def _offsets(index, sizes, strides):
+    """Where the elements lie, of a tensor with these strides."""
+    rest = index
+    offset = tl.zeros_like(index)
+    for d in tl.static_range(len(sizes) - 1, -1, -1):
+        if d == 0:
+            offset += rest * strides[d]
+        else:
+            offset += (rest % sizes[d]) * strides[d]
+            rest = rest // sizes[d]
+    return offset
+
+
+@triton.jit
+def _pointer(tensor, start, lane, sizes, strides, INDEX: tl.constexpr):
+    if len(strides) == 0:
+        return tensor + start + lane
+    else:  # Triton compiles what follows a return
+        return tensor + _offsets(start.to(INDEX) + lane.to(INDEX), sizes, strides)
+
+
+@triton.jit(do_not_specialize=["record"])
+def _kernel(
+    x,
+    y,
+    z,
+    weight,
+    incoming,
+    loss,
+    grad0,
+    grad1,
+    partial,
+    result,
+    count,
+    blocks,
+    divisor,
+    denominator: tl.float64,
+    p0: tl.float64,
+    p1: tl.float64,
+    claim,
+    words,
+    record,
+    sizes,
+    strides,
+    VALUE: tl.constexpr,
+    GRAD: tl.constexpr,
+    DOMAIN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    INDEX: tl.constexpr,
+    STORED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    lane = tl.arange(0, BLOCK)
+    by = tl.full((), denominator, tl.float64)
+    if divisor is not None:
+        by = tl.load(divisor).to(tl.float64)
+    scale = tl.where(by == 0.0, float("nan"), 1.0 / by).to(COMPUTE)
+    p = tl.full((), p0, COMPUTE)
+    q = tl.full((), p1, COMPUTE)
+    end = blocks
+    if STORED:
+        arrived = tl.load(incoming).to(COMPUTE)
+        end = tl.where(arrived == 1.0, 0, blocks)
+        scale *= arrived
+    total = tl.zeros((BLOCK,), tl.float64)
+    if DOMAIN is not None:
+        outside = tl.full((BLOCK,), -1, tl.int32)
+    for block in range(tl.program_id(0), end, tl.num_programs(0)):
+        start = tl.full((), block, tl.int64) * BLOCK
+        inside = lane < count - start
+        a = tl.load(_pointer(x, start, lane, sizes, strides[0], INDEX), mask=inside, other=0.5)
+        b = tl.load(_pointer(y, start, lane, sizes, strides[1], INDEX), mask=inside, other=0.5)
+        a = a.to(COMPUTE)
+        b = b.to(COMPUTE)
+        c = a
+        if z is not None:
+            c = tl.load(_pointer(z, start, lane, sizes, strides[2], INDEX), mask=inside, other=0.5)
+            c = c.to(COMPUTE)
+        factor = tl.full((BLOCK,), 1.0, COMPUTE)
+        if weight is not None:
+            factor = tl.load(
+                _pointer(weight, start, lane, sizes, strides[3], INDEX), mask=inside, other=0.0
+            ).to(COMPUTE)
+        if DOMAIN is not None:
+            lies = DOMAIN(a, b, c, p, q)
+            outside = tl.where(lies | (outside >= 0), outside, block)
+            a = tl.where(lies, a, float("nan"))
+        if (loss is not None) | (partial is not None) | (result is not None):
+            value = VALUE(a, b, c, p, q) * factor
+            if loss is not None:
+                tl.store(
+                    _pointer(loss, start, lane, sizes, strides[5], INDEX),
+                    value.to(loss.dtype.element_ty),
+                    mask=inside,
+                )
+            total += tl.where(inside, value, 0.0).to(tl.float64)
+        if (grad0 is not None) | (grad1 is not None):
+            slopes = GRAD(a, b, c, p, q)
+            factor *= scale
+            if (incoming is not None) and not STORED:
+                factor *= tl.load(
+                    _pointer(incoming, start, lane, sizes, strides[4], INDEX),
+                    mask=inside,
+                    other=0.0,
+                ).to(COMPUTE)
+            if grad0 is not None:
+                tl.store(
+                    _pointer(grad0, start, lane, sizes, strides[6], INDEX),
+                    (slopes[0] * factor).to(grad0.dtype.element_ty),
+                    mask=inside,
+                )
+            if grad1 is not None:
+                tl.store(
+                    _pointer(grad1, start, lane, sizes, strides[7], INDEX),
+                    (slopes[1] * factor).to(grad1.dtype.element_ty),
+                    mask=inside,
+                )
+    if partial is not None:
+        tl.store(partial + tl.program_id(0), tl.sum(total))
+    if result is not None:
+        tl.store(result, (tl.sum(total) / by).to(result.dtype.element_ty))
+    if DOMAIN is not None:
+        far = tl.full((BLOCK,), 0x7FFFFFFFFFFFFFFF, tl.int64)
+        where = tl.min(tl.where(outside < 0, far, outside.to(tl.int64) * BLOCK + lane))
+        if where != 0x7FFFFFFFFFFFFFFF:
+            first = tl.load(_pointer(x, where, tl.zeros_like(where), sizes, strides[0], INDEX))
+            second = tl.load(_pointer(y, where, tl.zeros_like(where), sizes, strides[1], INDEX))
+            flags.report(
+                claim,
+                words,
+                record,
+                where,
+                first.to(tl.float64).to(tl.int64, bitcast=True),
+                second.to(tl.float64).to(tl.int64, bitcast=True),
+            )

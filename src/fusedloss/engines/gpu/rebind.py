@@ -1,0 +1,53 @@
+"""A formula as a Triton function: the same source, its `m` the namespace of `gpu/m.py`."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import linecache
+import textwrap
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ...kinds.formula import Pointwise
+from . import m
+
+OPERANDS, PARAMS = 3, 2  # what the kernel hands to every formula, used or not
+
+
+class Rebound(NamedTuple):
+    value: Any
+    grad: Any
+    domain: Any | None
+
+
+@functools.cache
+def rebound(formula: Pointwise) -> Rebound:
+    domain = formula.domain and _triton(formula.domain, formula)
+    return Rebound(_triton(formula.value, formula), _triton(formula.grad, formula), domain)
+
+
+def _triton(function: Callable[..., Any], formula: Pointwise) -> Any:
+    names = [
+        *formula.operands,
+        *(f"_operand{k}" for k in range(len(formula.operands), OPERANDS)),
+        *formula.params,
+        *(f"_param{k}" for k in range(len(formula.params), PARAMS)),
+    ]
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    (definition,) = tree.body
+    assert isinstance(definition, ast.FunctionDef)
+    definition.args = ast.arguments([], [ast.arg(name) for name in names], None, [], [], None, [])
+    if ast.get_docstring(definition):
+        del definition.body[0]
+    source = ast.unparse(ast.fix_missing_locations(tree)) + "\n"
+    # Triton reads the source of what it compiles.
+    path = f"<{function.__module__}.{function.__name__} for Triton>"
+    linecache.cache[path] = (len(source), None, source.splitlines(True), path)
+    scope: dict[str, Any] = {"m": m, "tl": tl, "__name__": function.__module__}
+    exec(compile(source, path, "exec"), scope)
+    return triton.jit(scope[function.__name__])

@@ -1,0 +1,90 @@
+"""The records that everything hangs on: the formula of a pointwise loss, and the row of a public loss.
+
+Kernels, documentation, tests and benchmarks read these records; none of them repeats a formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+Options = Callable[[tuple[Tensor, ...], Generator], dict[str, Any]]
+
+
+def plain(_tensors: tuple[Tensor, ...], _generator: Generator) -> dict[str, Any]:
+    """The option set with every keyword at its default."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The greatest error of (value, gradient) of one element or row, in ulps as docs/accuracy.md defines them.
+
+    `fusedloss verify` holds every path to them.
+    """
+
+    float32: tuple[float, float] = (2.0, 2.0)
+    float64: tuple[float, float] = (2.0, 2.0)
+    formula: tuple[float, float] = (2.0, 2.0)  # in either type
+    triton: tuple[float, float] | None = (
+        None  # float32 on a GPU, where sums over classes are float32
+    )
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One public loss: what tests, documentation and benchmarks need to know of it.
+
+    `example(shape, dtype, generator)` draws the tensor arguments from the loss's domain;
+    `options` names the keyword sets to try, each made from those tensors. `differentiable` are the
+    positions of the arguments that receive gradients. `extensions` are option sets that PyTorch lacks.
+    """
+
+    function: Callable[..., Tensor]
+    module: str
+    example: Callable[[tuple[int, ...], torch.dtype, Generator], tuple[Tensor, ...]]
+    options: Mapping[str, Options] = field(default_factory=lambda: {"plain": plain})
+    reductions: tuple[str, ...] = ("none", "mean", "sum")
+    differentiable: tuple[int, ...] = (0, 1)
+    rows: bool = False  # one axis of the example is a row of classes or features
+    variant: str = ""  # tells rows of one function apart
+    extensions: Mapping[str, Options] = field(default_factory=dict)
+    bounds: Bounds = Bounds()
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}[{self.variant}]" if self.variant else self.name
+
+    @property
+    def torch_function(self) -> Callable[..., Tensor]:
+        return getattr(torch.nn.functional, self.name)
+
+
+REGISTRY: dict[str, Loss] = {}
+
+
+def register(loss: Loss) -> Loss:
+    if loss.key in REGISTRY:
+        raise ValueError(f"register: {loss.key} is registered already")
+    REGISTRY[loss.key] = loss
+    return loss
+
+
+def uniform(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: Generator, low: float, high: float
+) -> Tensor:
+    """A sample between `low` and `high`: the building block of the examples."""
+    values = torch.rand(shape, dtype=torch.float64, generator=generator)
+    return (low + (high - low) * values).to(dtype)
+
+
+def normal(shape: tuple[int, ...], dtype: torch.dtype, generator: Generator) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)

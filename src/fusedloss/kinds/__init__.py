@@ -1,0 +1,14 @@
+"""A loss with all its settings, free of its tensors: what a kernel runs, and its formula.
+
+There is one class for each kernel family. The tensors travel beside a call, where autograd sees
+them. A call is made anew each time and never changed; to freeze the classes would triple the time
+that it takes.
+"""
+
+from .pointwise import PointwiseCall
+from .rows import RowsCall
+from .triplet import TripletCall
+
+Call = PointwiseCall | RowsCall | TripletCall
+
+__all__ = ["Call", "PointwiseCall", "RowsCall", "TripletCall"]

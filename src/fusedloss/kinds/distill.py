@@ -1,0 +1,182 @@
+"""A divergence of a head from a teacher's with all its settings, and its formula.
+
+After the tensors of `call.py`, whose target may be None, there travel the teacher's: input (N, E),
+linear_weight (C, 1, E) and linear_bias (C, 1), or else logits (N, C). There is one head.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from ..core import reduce, sharded
+from . import torch_m as formula
+from .heads import LinearCall, Rows, Slot, capped
+
+KINDS = ("forward", "reverse", "js")
+
+
+@dataclass(slots=True)
+class DistillCall(LinearCall):
+    divergence: str
+    beta: float
+    temperature: float
+    teacher_softcap: float  # 0: none
+    soft_weight: float
+    hard_weight: float
+
+    family: ClassVar[str] = "distill"
+    gradients: ClassVar[int] = 3
+    logits: ClassVar[int] = 2
+
+    learned: ClassVar[tuple[str, ...]] = (*LinearCall.learned, "temperature")
+    of_rows: ClassVar[tuple[int, ...]] = (0, 7, 10)
+    arguments: ClassVar[tuple[str, ...]] = (
+        *LinearCall.arguments,
+        "teacher_input",
+        "teacher_weight",
+        "teacher_bias",
+        "teacher_logits",
+    )
+
+    def by_formula(self, *tensors: Slot) -> tuple[Tensor, ...]:
+        input, linear_weight, linear_bias, target, *rest = self.masked(tensors)
+        assert input is not None and linear_weight is not None
+        x = _linear(input, linear_weight, linear_bias)
+        teacher_input, teacher_weight, teacher_bias, teacher = rest[3:]
+        if teacher is None:
+            assert teacher_input is not None and teacher_weight is not None
+            teacher = _linear(teacher_input, teacher_weight, teacher_bias)
+        losses = self.divergences(
+            x.to(reduce.wide(x)), teacher, None if target is None else target[:, 0]
+        )
+        return self.results(Rows(losses.unsqueeze(1)), tensors)
+
+    def divergences(self, x: Tensor, teacher: Tensor, target: Slot) -> Tensor:
+        """Of each row, from the logits (N, C) of both."""
+        x, t = capped(x, self.softcap), capped(teacher.to(x.dtype), self.teacher_softcap)
+        counted = self.counted(target)
+        if counted is not None:
+            x, t = (torch.where(counted.unsqueeze(1), each, 0) for each in (x, t))
+        losses = self.soft_weight * self.soft(x, t)
+        if target is not None:
+            index = target.to(torch.int64).clamp(0, x.shape[1] - 1).unsqueeze(1)
+            own = formula.gather(formula.log_probabilities(x, 1), index).squeeze(1)
+            losses = losses - self.hard_weight * own
+        return losses if counted is None else torch.where(counted, losses, 0)
+
+    def soft(self, x: Tensor, t: Tensor) -> Tensor:
+        """The divergence of each row from the logits of both."""
+        if sharded.is_sharded(x) or sharded.is_sharded(t):
+            return self.of_shards(x, t)
+        ours, theirs = _softmax(x, self.temperature), _softmax(t, self.temperature)
+        d = _log_ratios(ours, theirs)
+        if self.divergence == "forward":
+            return _weighted(theirs, d)
+        if self.divergence == "reverse":
+            return _weighted(ours, -d)
+        to_teacher, to_student, shifted = _to_mixture(d, ours, self.beta)
+        losses = self.beta * _weighted(theirs, to_teacher)
+        return losses + (1 - self.beta) * _weighted(ours, to_student, shifted)
+
+    def of_shards(self, x: Tensor, t: Tensor) -> Tensor:
+        """The same where the classes may lie on several devices, which share log-probabilities."""
+        s, t = (formula.log_probabilities(each / self.temperature, 1) for each in (x, t))
+        if self.divergence == "forward":
+            return _relative_entropy(t, s)
+        if self.divergence == "reverse":
+            return _relative_entropy(s, t)
+        m = torch.logaddexp(t + math.log(self.beta), s + math.log(1 - self.beta))
+        losses = self.beta * _relative_entropy(t, m)
+        return losses + (1 - self.beta) * _relative_entropy(s, m)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Slot) -> Tensor:
+    return F.linear(input, weight[:, 0], None if bias is None else bias[:, 0])
+
+
+def _relative_entropy(p: Tensor, q: Tensor) -> Tensor:
+    """Of rows of log-probabilities; a class without probability in p does not count."""
+    absent = p == -math.inf
+    gap = p.masked_fill(absent, 0) - q.masked_fill(absent, 0)
+    return (p.exp() * gap).sum(1)
+
+
+class _Softmax(NamedTuple):
+    """Of rows (N, C), relative to their largest class: a common offset costs no digits."""
+
+    largest: Tensor  # the class, (N, 1)
+    gaps: Tensor  # what the others are behind it
+    others: Tensor  # the sum of their exps, (N, 1)
+    p: Tensor
+
+
+def _softmax(x: Tensor, temperature: float) -> _Softmax:
+    largest = x.detach().argmax(1, keepdim=True)
+    # Its own gap has no derivative: through it, digits would be lost near certainty. NaN stays.
+    gaps = x - x.gather(1, largest)
+    gaps = gaps.scatter(1, largest, gaps.detach().gather(1, largest)) / temperature
+    e = gaps.exp()
+    others = e.scatter(1, largest, 0).sum(1, keepdim=True)
+    return _Softmax(largest, gaps, others, e / (1 + others))
+
+
+def _log_ratios(s: _Softmax, t: _Softmax) -> Tensor:
+    """log p_t - log p_s, 0 for a class that has no probability in either."""
+    more = t.others >= s.others
+    difference = torch.where(more, t.others - s.others, s.others - t.others)
+    size = torch.log1p(difference / (1 + torch.where(more, s.others, t.others)))
+    d = (t.gaps - s.gaps) - torch.where(more, size, -size)
+    return d.masked_fill((s.p == 0) & (t.p == 0), 0)
+
+
+def _weighted(softmax: _Softmax, gaps: Tensor, shifted: Slot = None) -> Tensor:
+    """The sums of p gaps; a class without probability does not count.
+
+    Of what the gaps are beyond that of the largest class, so that no digits are lost near certainty;
+    `shifted` differ from the gaps by a number for each row.
+    """
+    own, rest = _own(softmax, gaps), gaps if shifted is None else shifted
+    beyond = (rest - _own(softmax, rest)).masked_fill(softmax.p == 0, 0)
+    return (softmax.p * beyond).sum(1) + own.squeeze(1)
+
+
+def _own(softmax: _Softmax, gaps: Tensor) -> Tensor:
+    own = gaps.gather(1, softmax.largest)
+    return torch.where(own.isfinite(), own, 0)
+
+
+def _to_mixture(d: Tensor, s: _Softmax, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """log p_t - log m and log p_s - log m from d = log p_t - log p_s: nothing of them underflows.
+
+    Where p_s is far above p_t, the second is near -log(1 - beta) for all classes: the third is without
+    that, then.
+    """
+    teachers = d >= 0
+    size = torch.where(teachers, d, -d)
+    of_teacher, of_student = torch.full_like(d, beta), torch.full_like(d, 1 - beta)
+    large = torch.where(teachers, of_teacher, of_student)
+    small = torch.where(teachers, of_student, of_teacher)
+    e = (-size).exp()
+    # Far off, expm1 rounds to -1 and its derivative to 0.
+    close = size < 0.5
+    missing = small * torch.where(close, torch.expm1(-torch.where(close, size, 0)), e - 1)
+    near = missing > -0.5
+    larger = -torch.where(
+        near, torch.log1p(torch.where(near, missing, 0)), (large + small * e).log()
+    )
+    # The smaller one from beta (e^d - 1) itself, which has its digits where beta is near 0.
+    excess = large * torch.expm1(torch.where(size < 60, size, 60))
+    inside = excess < 1
+    smaller = torch.where(inside, -torch.log1p(torch.where(inside, excess, 0)), larger - size)
+    student = torch.where(teachers, smaller, larger)
+    lost = -math.log1p(-beta)
+    shifted = d.gather(1, s.largest) < -0.7
+    beyond = torch.where(teachers, student - lost, -torch.log1p(beta / (1 - beta) * e))
+    teacher = torch.where(teachers, larger, smaller)
+    return teacher, student, torch.where(shifted, beyond, student)

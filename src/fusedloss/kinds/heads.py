@@ -1,0 +1,196 @@
+"""A loss over a linear head with all its settings, and its formula: logits in full, by torch operations.
+
+The tensors that travel beside a call, N rows of D features, C classes and K heads of them:
+input (N, D), linear_weight (C, K, D), linear_bias (C, K), target (N, K) or (N, C, K), weight (C),
+sample_weight (N, K), denominator (); all but the first, the second and the target may be None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
+from torch.nn import functional as F  # noqa: N812
+
+from ..core import reduce
+from . import torch_m as formula
+from .rows import RowsCall
+
+Slot = Tensor | None
+Slots = tuple[Slot, ...]
+
+
+class Rows(NamedTuple):
+    """What is known of each row, (N, K); the last three only where statistics are asked for."""
+
+    loss: Tensor
+    lse: Slot = None
+    entropy: Slot = None
+    correct: Slot = None  # 1 where no class is above the target's
+
+    def each(self, f: Callable[[Tensor], Tensor]) -> Rows:
+        return Rows(f(self.loss), *(None if t is None else f(t) for t in self[1:]))
+
+
+@dataclass(slots=True)
+class LinearCall:
+    loss: str
+    probabilities: bool
+    reduction: str
+    ignore_index: int
+    smoothing: float
+    z_loss: float
+    softcap: float  # 0: none
+    logit_scale: float
+    statistics: bool
+    memory_budget: int  # 0: the default
+    chunk_rows: int  # the most rows a chunk; 0: as many as the budget holds
+    dtype: torch.dtype  # of the result
+
+    family: ClassVar[str] = "linear"
+    logits: ClassVar[int] = 1  # of each row and class, in a chunk
+    gradients: ClassVar[int] = 4  # by the first four tensors, unless the target is of indices
+
+    learned: ClassVar[tuple[str, ...]] = ("softcap", "logit_scale")  # what may be a tensor
+    of_rows: ClassVar[tuple[int, ...]] = (0,)  # which tensors the logits of a row are made of
+    arguments: ClassVar[tuple[str, ...]] = (
+        "input",
+        "linear_weight",
+        "linear_bias",
+        "target",
+        "weight",
+        "sample_weight",
+        "denominator",
+    )
+
+    @property
+    def learns(self) -> bool:
+        """Whether a setting is a tensor that is differentiated by: the formula serves it."""
+        return any(isinstance(getattr(self, name), Tensor) for name in self.learned)
+
+    def by_formula(self, *tensors: Slot) -> tuple[Tensor, ...]:
+        input, linear_weight, linear_bias, target, weight, *_ = self.masked(tensors)
+        assert input is not None and linear_weight is not None and target is not None
+        classes, heads = linear_weight.shape[:2]
+        bias = None if linear_bias is None else linear_bias.flatten()
+        x = F.linear(input, linear_weight.flatten(0, 1), bias).reshape(-1, classes, heads)
+        return self.results(self.rows(x.to(reduce.wide(x)), target, weight), tensors)
+
+    def rows(self, x: Tensor, target: Tensor, weight: Slot) -> Rows:
+        """From the logits (N, C, K), in the type to compute in."""
+        x = capped(scaled(x, self.logit_scale), self.softcap)
+        rows = RowsCall(
+            "cross_entropy", self.probabilities, "none", self.ignore_index, self.smoothing, x.dtype
+        )
+        losses = rows.by_formula(x, target, weight)
+        if not (self.z_loss or self.statistics):
+            return Rows(losses)
+        counted = self.counted(target)
+        if counted is not None:
+            x = torch.where(counted.unsqueeze(1), x, 0)
+        lse = x.logsumexp(1)
+        if self.z_loss:
+            losses = losses + self.z_loss * _where(counted, lse.square())
+        if not self.statistics:
+            return Rows(losses)
+        entropy = lse - (x.softmax(1) * x).sum(1)
+        index = target.to(torch.int64).clamp(0, x.shape[1] - 1).unsqueeze(1)
+        correct = (formula.gather(x, index).squeeze(1) == x.amax(1)).to(x.dtype)
+        return Rows(losses, *(_where(counted, t) for t in (lse, entropy, correct)))
+
+    def counted(self, target: Slot) -> Slot:
+        """Which rows are not ignored; None where all count."""
+        if self.probabilities or target is None:
+            return None
+        # A smaller type would wrap `ignore_index` around, into a class.
+        return target.to(torch.int64) != self.ignore_index
+
+    def masked(self, tensors: Slots) -> Slots:
+        """With 0 for what rows hold that do not count: as 0 * inf it would make a gradient NaN."""
+        target, sample_weight = tensors[3], tensors[5]
+        kept = self.counted(target)
+        if sample_weight is not None and not _is_differentiated(sample_weight):
+            weighed = sample_weight != 0
+            kept = weighed if kept is None else kept & weighed
+        if kept is None:
+            return tensors
+        some, own = kept.any(1).unsqueeze(1), list(tensors)
+        for k in self.of_rows:
+            own[k] = None if (held := own[k]) is None else torch.where(some, held, 0)
+        if self.probabilities and target is not None:
+            own[3] = torch.where(kept.unsqueeze(1), target, 0)
+        return tuple(own)
+
+    def scale(self, tensors: Slots, incoming: Slot = None) -> Slot:
+        """What each row's loss counts in the result, (N, K) or (); None where that is 1."""
+        scale: Slot = None
+        for factor in (incoming, tensors[5]):
+            if factor is not None:
+                factor = factor.to(reduce.exact(factor))
+                scale = factor if scale is None else scale * factor
+        if self.reduction == "mean":
+            return (1 if scale is None else scale) / self.divisor(tensors)
+        return scale
+
+    def divisor(self, tensors: Slots, add: Callable[..., Tensor] = torch.sum) -> Tensor:
+        """What 'mean' divides by."""
+        input, linear_weight, _, target, weight, _, denominator = tensors[:7]
+        assert input is not None and linear_weight is not None
+        if denominator is not None:
+            return denominator.to(reduce.exact(denominator))
+        exact, counted = reduce.exact(input), self.counted(target)
+        if counted is None:
+            rows = input.shape[0] * linear_weight.shape[1]
+            return torch.full((), rows, dtype=exact, device=input.device)
+        if weight is None or target is None:
+            return counted.sum().to(exact)
+        index = target.to(torch.int64).clamp(0, max(weight.shape[0] - 1, 0))
+        return add(torch.where(counted, weight[index], 0), dtype=exact)
+
+    def results(
+        self, rows: Rows, tensors: Slots, add: Callable[..., Tensor] = torch.sum
+    ) -> tuple[Tensor, ...]:
+        """What the call returns: the loss, or with statistics those of each row."""
+        if self.statistics:
+            return tuple(t.to(self.dtype).contiguous() for t in rows if t is not None)
+        sample_weight = tensors[5]
+        losses = rows.loss if sample_weight is None else rows.loss * sample_weight
+        if self.reduction == "none":
+            return (losses.to(self.dtype).contiguous(),)
+        total = add(losses)
+        if self.reduction == "mean":
+            total = total / self.divisor(tensors, add)
+        return (total.to(self.dtype),)
+
+
+def scaled(x: Tensor, scale: Tensor | float) -> Tensor:
+    return x * scale if isinstance(scale, Tensor) or scale != 1 else x
+
+
+def capped(x: Tensor, softcap: Tensor | float) -> Tensor:
+    if isinstance(softcap, Tensor) or softcap:
+        return softcap * torch.tanh(x / softcap)
+    return x
+
+
+def _is_differentiated(tensor: Tensor) -> bool:
+    """By autograd or a transform around, which wrap what is not differentiated, too; in doubt, it is."""
+    if torch.compiler.is_compiling():
+        return tensor.requires_grad
+    if forward_ad._current_level >= 0:
+        return (
+            _functorch.is_functorch_wrapped_tensor(tensor)
+            or forward_ad.unpack_dual(tensor).tangent is not None
+        )
+    while not tensor.requires_grad and _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
+def _where(counted: Slot, values: Tensor) -> Tensor:
+    return values if counted is None else torch.where(counted, values, 0)

@@ -1,0 +1,81 @@
+"""A pointwise loss with all its settings, and its formula."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..core import reduce
+from . import torch_m
+from .alone import lifted, lowered
+from .formula import Pointwise
+
+ARGUMENTS = {"x": "input", "t": "target", "w": "pos_weight"}  # by the operands of formulas
+
+
+@dataclass(slots=True)
+class PointwiseCall:
+    """Tensors: the formula's operands, then a weight or None. They broadcast."""
+
+    formula: Pointwise
+    params: tuple[float, ...]
+    reduction: str
+    denominator: Tensor | float | None  # of 'mean'; the number of losses where None
+    dtype: torch.dtype  # of the result
+
+    family: ClassVar[str] = "pointwise"
+    gradients: ClassVar[int] = 2  # how many of the tensors the kernel differentiates by
+
+    @property
+    def name(self) -> str:
+        return f"pointwise/{self.formula.name}"
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What the caller calls the tensors."""
+        names = (ARGUMENTS.get(name, name) for name in self.formula.operands)
+        return (*names, "weight")
+
+    @property
+    def stores_gradients(self) -> bool:
+        return self.reduction != "none"
+
+    def reads(self, k: int, needed: Sequence[bool]) -> bool:
+        """Whether the gradients that are needed depend on what tensor k holds."""
+        return not (k == 0 and self.formula.linear and not any(needed[1:]))
+
+    def by_formula(self, *tensors: Tensor) -> Tensor:
+        *operands, weight = tensors
+        alone = not any(o.dim() for o in operands)
+        compute = reduce.wide(*operands)
+        names = dict(zip(self.formula.params, self.params, strict=True))
+        given = tuple(lifted(o.to(compute), alone) for o in operands)
+        losses = torch_m.apply(self.formula, given, names)
+        if weight is not None:
+            losses = losses * weight.to(compute)
+        result = reduce.total(losses, self.reduction, self.denominator)
+        return lowered(result, alone).to(self.dtype)
+
+    def gradients_by_formula(
+        self, tensors: Sequence[Tensor | None], needed: Sequence[bool], incoming: Tensor
+    ) -> list[Tensor | None]:
+        """Those of the operands, by the formula's own gradient; of the shape that all broadcast to."""
+        *operands, weight = tensors
+        given = [t for t in operands if t is not None]
+        compute = reduce.wide(*given)
+        names = dict(zip(self.formula.params, self.params, strict=True))
+        wide = torch.broadcast_tensors(*(t.to(compute) for t in given))
+        scale = incoming.to(compute)
+        if self.reduction == "mean":
+            scale = scale / (wide[0].numel() if self.denominator is None else self.denominator)
+        if weight is not None:
+            scale = scale * weight.to(compute)
+        slopes = zip(self.formula.grad(*wide, **names), given, needed, strict=False)
+        return [(s * scale).to(t.dtype) if need else None for s, t, need in slopes]
+
+    def spread(self, incoming: Tensor) -> Tensor:
+        return incoming

@@ -1,0 +1,108 @@
+"""A loss of rows of classes with all its settings, and its formula: cross entropy, and the likelihood."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..core import reduce
+from ..core.layout import empty_of_rows
+from . import torch_m
+from .alone import lifted, lowered
+
+
+@dataclass(slots=True)
+class RowsCall:
+    """Tensors: input, target (class indices or probabilities), and the class weight or None."""
+
+    loss: str
+    probabilities: bool
+    reduction: str
+    ignore_index: int
+    smoothing: float
+    dtype: torch.dtype
+
+    family: ClassVar[str] = "rows"
+    gradients: ClassVar[int] = 2
+    arguments: ClassVar[tuple[str, ...]] = ("input", "target", "weight")
+
+    @property
+    def name(self) -> str:
+        return f"rows/{self.loss}"
+
+    @property
+    def stores_gradients(self) -> bool:
+        return self.loss == "cross_entropy" and self.reduction != "none"
+
+    def reads(self, k: int, needed: Sequence[bool]) -> bool:
+        """Whether the gradients that are needed depend on what tensor k holds."""
+        return not (k == 0 and self.loss == "nll_loss")
+
+    def shape(self, input: Tensor, target: Tensor, weight: Tensor | None = None) -> torch.Size:
+        """Of the unreduced losses."""
+        if not self.probabilities:
+            return target.shape if input.dim() > 1 else input.shape[:0]
+        return input.shape[: min(input.dim() - 1, 1)] + input.shape[2:]
+
+    def empty_gradient(self, tensor: Tensor) -> Tensor:
+        """Laid out as the kernels lay out the gradient by this tensor."""
+        return empty_of_rows(tensor)
+
+    def by_formula(self, input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        compute = reduce.wide(input, target) if self.probabilities else reduce.wide(input)
+        alone = input.dim() == 1
+        x = lifted(input.to(compute), alone)
+        if weight is not None:
+            weight = weight.to(compute)
+        if self.probabilities:
+            q = lifted(target.to(compute), alone)
+            result = self._soft(torch_m.log_softmax(x, 1), q, weight)
+        else:
+            result = self._hard(x, target.reshape(1) if alone else target, weight)
+        return lowered(result, alone).to(self.dtype)
+
+    def _soft(self, log_p: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        part = (1 - self.smoothing) * target + self.smoothing / max(log_p.shape[1], 1)
+        if weight is not None:
+            part = part * weight.reshape(-1, *(1,) * (log_p.dim() - 2))
+        # A class without probability does not count, not even where its log-probability is -inf.
+        absent = (part == 0) & (log_p == -torch_m.inf)
+        losses = -(part * log_p.masked_fill(absent, 0)).sum(1)
+        # Without classes there are no rows either: PyTorch's mean over none is NaN.
+        return reduce.total(losses, self.reduction, None if log_p.shape[1] else math.nan)
+
+    def _hard(self, x: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        index = target.to(torch.int64)
+        counted = index != self.ignore_index
+        outside = counted & ((index < 0) | (index >= x.shape[1]))
+        index = index.where(counted & ~outside, 0).unsqueeze(1)
+        # What an ignored row holds reaches neither the loss nor, as 0 * inf, a gradient.
+        log_p = torch.where(counted.unsqueeze(1), x, 0)
+        if self.loss == "cross_entropy":
+            log_p = torch_m.log_softmax(log_p, 1)
+        own = torch_m.gather(log_p, index).squeeze(1)
+        own_weight = torch.ones_like(own) if weight is None else weight[index.squeeze(1)]
+        slope = own_weight
+        if self.loss == "nll_loss":  # its derivative is 0, and has a graph as PyTorch's has
+            slope = torch.where(torch.zeros_like(counted), own, own_weight)
+        losses = -slope * own
+        if self.smoothing > 0:
+            spread = log_p
+            if weight is not None:
+                spread = log_p * weight.reshape(-1, *(1,) * (log_p.dim() - 2))
+            flat = self.smoothing / max(log_p.shape[1], 1)
+            losses = (1 - self.smoothing) * losses - flat * spread.sum(1)
+        # On the CPU the index was checked; elsewhere NaN says so, and no device-side assertion.
+        losses = torch.where(counted, losses.masked_fill(outside, float("nan")), 0)
+        denominator = None
+        if self.reduction == "mean":
+            denominator = reduce.sum_of(torch.where(counted, own_weight, 0))
+        return reduce.total(losses, self.reduction, denominator)
+
+    def spread(self, incoming: Tensor) -> Tensor:
+        return incoming.unsqueeze(min(incoming.dim(), 1))

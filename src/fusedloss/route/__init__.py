@@ -1,0 +1,1 @@
+"""Which path a call takes, and why."""

@@ -1,0 +1,317 @@
+"""`fusedloss bench`: it runs end to end, its files hold, and wrong arguments are told. No speed."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("rich")
+
+import torch
+from torch._inductor.exc import InvalidCxxCompiler
+from torch.nn import functional as F  # noqa: N812
+
+from fusedloss.cli import main
+from fusedloss.cli.bench import cases, selection, tables
+from fusedloss.cli.bench import command as bench
+from fusedloss.cli.bench import harness as measure
+from fusedloss.cli.bench import overhead as calls
+from fusedloss.front.definition import REGISTRY
+from fusedloss.route import dispatch as route
+
+TINY = measure.Plan(("ours", "eager", "yardstick"), 1, 0.0, 1e-5, 2)
+
+
+def run(*words: str | Path) -> int:
+    return main(["bench", *map(str, words)])
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def time_case(case: cases.Case, plan: measure.Plan = TINY) -> measure.Result:
+    return measure.time_case(case, plan, lambda phase, done: None)
+
+
+def in_this_process(job: measure.Job) -> Iterator[measure.Event]:
+    """Stands for `measure.stream`."""
+    for index, case in enumerate(job.cases):
+        yield "progress", index, ("sampling", 0.5)
+        yield "result", index, 1000 if job.memory else time_case(case)
+
+
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small cases, measured once or twice in this process."""
+    small = tuple(replace(case, shape=tuple(min(n, 5) for n in case.shape)) for case in cases.CASES)
+    monkeypatch.setattr(selection, "CASES", small)
+    monkeypatch.setattr(bench, "stream", in_this_process)
+
+
+class Checker(HTMLParser):
+    """No reference leaves the file, and no number in a plot is missing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        for name, value in attrs:
+            assert name not in ("src", "href", "xlink:href"), f"{tag} refers to {value}"
+            assert "nan" not in (value or "") and "inf" not in (value or ""), (tag, name, value)
+
+
+def test_a_run_end_to_end(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In processes of their own, as a user runs it."""
+    words = (
+        "--sizes",
+        "15",
+        "2x3x4",
+        "--only",
+        "mse",
+        "nll",
+        "--dtype",
+        "float32",
+        "--threads",
+        "1",
+    )
+    assert run(*words, "--variants", "eager", "yardstick", "--quick") == 0
+    document = json.loads((here / "fusedloss-bench.json").read_text())
+    assert document["complete"] and document["machine"]["threads"] == 1
+    assert len(document["results"]) == 4
+    for fields in document["results"]:
+        result = measure.Result.from_json(fields)
+        assert set(result.samples) == {"ours", "eager", "yardstick", "held"}
+        assert len(set(map(len, result.samples.values()))) == 1, "a round has a sample of each"
+        for pair in (("ours", "yardstick"), ("eager", "ours")):
+            ratio = result.ratio(*pair)
+            assert ratio is not None and math.isfinite(ratio) and ratio > 0
+        assert result.same_bits and not result.wrong
+        assert result.to_json() == fields
+    page = (here / "fusedloss-bench.html").read_text()
+    checker = Checker()
+    checker.feed(page)
+    assert checker.seen.count("svg") == 2
+    printed = capsys.readouterr().out
+    assert "eager / ours" in printed and "Geometric means" in printed
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_memory_in_its_own_process() -> None:
+    case = cases.Case("", "mse_loss", (1024, 1024))
+    job = measure.Job((case,), TINY, memory="yardstick")
+    ((*_, peak),) = [event for event in measure.stream(job) if event[0] == "result"]
+    assert peak == pytest.approx(4 * 1024**2, abs=500_000)
+
+
+def test_a_process_that_dies_is_told() -> None:
+    case = cases.Case("", "no such loss", (3, 5))
+    ((*_, why),) = [e for e in measure.stream(measure.Job((case,), TINY)) if e[0] == "result"]
+    assert why == "KeyError: 'no such loss'"
+
+
+@pytest.mark.usefixtures("quickly")
+def test_all_cases(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (
+        "--no-sweep",
+        "--targets",
+        "--picture",
+        "a.svg",
+        "--variants",
+        "ours",
+        "eager",
+        "yardstick",
+    )
+    assert run(*words, "--output", "a.json", "--html", "a.html") == 0
+    document = json.loads((here / "a.json").read_text())
+    assert [r["case"]["title"] for r in document["results"]] == [c.title for c in cases.CASES]
+    for fields in document["results"]:
+        result = measure.Result.from_json(fields)
+        assert set(result.peaks) == {"ours", "eager", "yardstick"}
+        assert ("plain" in result.samples) == bool(result.case.against_plain)
+    assert (here / "a.svg").read_text().count("<path") > len(cases.CASES)
+    printed = capsys.readouterr().out
+    assert "NOT MET" in printed or "met" in printed
+    by_text = dict(
+        re.findall(r"^(\S.*?) +[≤≥] [\d.]+ +[\d.-]+ +(not measured|met|NOT MET)", printed, re.M)
+    )
+    assert len(by_text) == len(cases.TARGETS)
+    unmeasured = {text for text, word in by_text.items() if word == "not measured"}
+    assert unmeasured == {t.text for t in cases.TARGETS if "compile" in t.text or "3x5" in t.text}
+
+
+def test_calls(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(calls, "QUICK", (0.0, 1e-5, 2))
+    monkeypatch.setattr(calls, "imports", lambda times: [(1.5, 0.08)] * times)
+    before = F.mse_loss, torch._C._nn.mse_loss, route.autograd.repeat
+    assert run("--calls", "--quick", "--threads", "1", "--output", "a.json") == 0
+    assert before == (F.mse_loss, torch._C._nn.mse_loss, route.autograd.repeat), "put back"
+    document = json.loads((here / "a.json").read_text())
+    assert {r["loss"] for r in document["results"]} == calls.OPERATORS.keys()
+    for r in document["results"]:
+        assert r["ours_before"] > 0 and 0 < r["torch_before"] < r["torch"]
+    printed = capsys.readouterr().out
+    assert "beyond" in printed and "import fusedloss after it: 80 ms" in printed
+
+
+def test_imports_are_timed() -> None:
+    ((of_torch, of_ours),) = calls.imports(1)
+    assert 0 < of_ours < of_torch
+
+
+@pytest.mark.usefixtures("quickly")
+def test_against(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--sizes", "15", "--only", "mse", "--dtype", "float64")
+    assert run(*words, "--output", "then.json") == 0
+    then = json.loads((here / "then.json").read_text())
+    for fields in then["results"]:
+        fields["samples"]["ours"] = [s / 100 for s in fields["samples"]["ours"]]
+    (here / "then.json").write_text(json.dumps(then))
+    capsys.readouterr()
+    assert run(*words, "--against", "then.json") == 0
+    assert re.search(r"mse_loss float64 15 .*slower", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--only", "huber"), "--only: must be among .*mse_loss.*, got 'huber'"),
+        (("--dtype", "int8"), "--dtype: must be among float32, .*, got 'int8'"),
+        (("--sizes", "7Q"), "--sizes: must be among 15, 256, .* got '7Q'"),
+        (("--sizes", "0x5"), "--sizes: must be among 15, 256, .* got '0x5'"),
+        (("--sizes", "100000x1000"), "--sizes: .* at most 64M elements, got '100000x1000'"),
+        (("--sizes", "15", "--no-sweep"), "--no-sweep: "),
+        (("--variants", "jax"), "--variants: must be among ours, .*, got 'jax'"),
+        (("--threads", "0"), "--threads: must be an integer from 1 to 4096, got '0'"),
+        (("--output", "no/such/folder.json"), "--output: .*folder.json.*No such file"),
+        (("--html", "."), "--html: .*Is a directory"),
+        (("--picture", "a.gif"), r"--picture: must end in \.svg or \.png, got 'a.gif'"),
+        (("--linear", "--picture", "no/such.svg"), "--picture: .*No such file"),
+        (("--against", "missing.json"), "--against: .*missing.json.*No such file"),
+        (("--against", "other.json"), "--against: .*other.json.*KeyError"),
+        (("--against", "broken.json"), "--against: .*broken.json.*JSONDecodeError"),
+    ],
+)
+def test_wrong_arguments(
+    words: tuple[str, ...],
+    message: str,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One line, exit code 2, nothing measured and no file made."""
+    monkeypatch.setattr(bench, "stream", lambda job: pytest.fail("something was measured"))
+    (here / "other.json").write_text("{}")
+    (here / "broken.json").write_text("{")
+    assert run(*words) == 2
+    captured = capsys.readouterr()
+    assert re.fullmatch(f"fusedloss bench: {message}.*\n", captured.err)
+    assert not captured.out
+    assert {p.name for p in here.iterdir()} == {"other.json", "broken.json"}
+
+
+def test_ctrl_c_keeps_what_is_done(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(job: measure.Job) -> Iterator[measure.Event]:
+        yield "result", 0, time_case(job.cases[0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "stream", interrupted)
+    assert run("--sizes", "15", "256", "--only", "mse", "--dtype", "float32") == 130
+    assert "Interrupted: 1 of 2 cases done." in capsys.readouterr().out
+    document = json.loads((here / "fusedloss-bench.json").read_text())
+    assert not document["complete"] and len(document["results"]) == 1
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(function: Any) -> Any:
+        raise RuntimeError("backend='inductor' raised") from InvalidCxxCompiler
+
+    monkeypatch.setattr(measure, "compiled", fail)
+    plan = measure.Plan(("ours", "compile"), 1, 0.0, 1e-5, 2)
+    result = time_case(cases.Case("", "mse_loss", (3, 5)), plan)
+    assert result.skipped == {"compile": measure.NO_COMPILER}
+    assert list(result.samples) == ["ours"]
+
+
+def test_no_compiler_is_said_once(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stream(job: measure.Job) -> Iterator[measure.Event]:
+        for index, case in enumerate(job.cases):
+            result = time_case(case)
+            if "compile" in job.plan.variants:
+                result.skipped["compile"] = measure.NO_COMPILER
+            yield "result", index, result
+
+    monkeypatch.setattr(bench, "stream", stream)
+    assert run("--sizes", "15", "--only", "mse", "nll", "--dtype", "float32") == 0
+    assert capsys.readouterr().out.count(measure.NO_COMPILER) == 1
+
+
+def test_a_wrong_result_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = REGISTRY["mse_loss"]
+
+    @functools.wraps(row.function)
+    def twice(*args: Any, **kwargs: Any) -> Any:
+        return 2 * row.function(*args, **kwargs)
+
+    monkeypatch.setitem(REGISTRY, "mse_loss", replace(row, function=twice))
+    result = time_case(cases.Case("", "mse_loss", (3, 5)))
+    assert result.wrong and result.difference == pytest.approx(1)
+
+
+def test_gradients_too_small_for_their_type_are_not_wrong() -> None:
+    assert not time_case(cases.Case("", "mse_loss", (1024, 1024), "float16")).wrong
+
+
+def test_every_loss_is_swept() -> None:
+    points = list(cases.sweep(REGISTRY, cases.DTYPES, cases.SIZES))
+    assert len({p.title for p in points}) == len(points)
+    assert {p.loss for p in points} == set(REGISTRY)
+    assert {c.loss for c in cases.TABLE} <= set(REGISTRY)
+    assert all(max(p.shape) and p.numel <= cases.LARGEST for p in points)
+
+
+@pytest.mark.parametrize("key", REGISTRY)
+def test_a_yardstick_moves_the_bytes(key: str) -> None:
+    """It makes as many results as the loss has gradients, of their shape, and again in place."""
+    import torch
+
+    work = measure.Workload(cases.Case("", key, (4, 6)))
+    rod = cases.yardstick(REGISTRY[key], work.bare)
+    fresh = rod.fresh(*work.bare)
+    assert [t.shape for t in fresh] == [leaf.shape for leaf in work.leaves]
+    held = [torch.full_like(t, 7.0) for t in fresh]
+    rod.held(held, *work.bare)
+    assert all(map(torch.equal, held, fresh))
+
+
+def test_a_ratio_is_taken_within_rounds() -> None:
+    case = cases.Case("", "mse_loss", (3, 5))
+    result = measure.Result(case, {"ours": [1.0, 20.0, 3.0], "eager": [2.0, 40.0, 9.0]})
+    assert result.ratio("eager", "ours") == 2.0
+    assert result.quartiles("ours") == (2.0, 3.0, 11.5)
+    assert result.ratio("ours", "compile") is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "-"), (2.0, "2.00 s"), (0.01234, "12.3 ms"), (2.5e-4, "250 µs"), (5e-8, "0.05 µs")],
+)
+def test_clock(seconds: float | None, text: str) -> None:
+    assert tables.clock(seconds) == text

@@ -1,0 +1,98 @@
+"""`fusedloss bench --linear` and `fusedloss demo --lm`: they run end to end, and memory stays in its budget."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("rich")
+
+from fusedloss.cli import main
+from fusedloss.cli.bench import heads as linear
+from fusedloss.cli.bench.heads import MEBI, Case, in_a_process
+from fusedloss.cli.demo import lm
+
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc"
+)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def in_this_process(function: Any, *args: Any) -> Any:
+    return 1000 if function is linear.peak else function(*args)
+
+
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "budget"), [("ours", 64), ("forward", 16), ("eager", None)], ids=str
+)
+def test_memory_stays_in_its_budget(variant: str, budget: int | None) -> None:
+    """Beside the gradients, of rows whose logits would be 131 MB."""
+    case = Case("", 1024, 64, 32000, "float32")
+    gradients = 0 if variant == "forward" else case.gradients
+    beyond = (in_a_process(linear.peak, case, variant, 2) - gradients) / MEBI
+    assert 0 < beyond <= budget if budget else beyond > 2 * case.logits / MEBI
+
+
+def test_bench(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    small = [Case("classes", 8, 4, v, dtype) for v in (16, 32) for dtype in ("float32", "bfloat16")]
+    monkeypatch.setattr(linear, "cases", lambda quick: small)
+    monkeypatch.setattr(linear, "in_a_process", in_this_process)
+    words = ("--quick", "--threads", "1", "--output", "out.json", "--picture", "out.svg")
+    assert main(["bench", "--linear", *words]) == 0
+    document = json.loads((here / "out.json").read_text())
+    assert document["complete"] and document["kind"] == "linear"
+    assert [len(r["samples"]["ours"]) for r in document["results"]] == [2] * 4
+    assert "ours / products" in capsys.readouterr().out
+    assert (here / "out.svg").read_text().count("<path") > 4
+
+
+def test_a_failing_case_is_told(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(linear, "cases", lambda quick: [Case("", 8, 4, 16, "no type")])
+    monkeypatch.setattr(linear, "why_not", lambda case, variant: None)
+    assert main(["bench", "--linear", "--output", "out.json"]) == 1
+    assert "no type" in capsys.readouterr().out
+
+
+def test_language_model(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    pytest.importorskip("tokenizers")
+    text = lm.corpus()[:60_000]
+    monkeypatch.setattr(lm, "corpus", lambda: text)
+    monkeypatch.setattr(lm, "in_a_process", lambda f, *args: f(*args))
+    monkeypatch.setattr(lm, "RATE", 0.5)
+    for name, size in {"VOCABULARY": 600, "FEATURES": 16, "CONTEXT": 16, "QUICK_STEPS": 30}.items():
+        monkeypatch.setattr(lm, name, size)
+    assert main(["demo", "--lm", "--quick"]) == 0
+    report = json.loads((here / "fusedloss-lm.json").read_text())
+    assert report["vocabulary"] == 600
+    curves = [way["losses"] for way in report["ways"].values()]
+    assert len(curves) >= 2 and all(min(curve) < curve[0] - 0.05 for curve in curves)
+    assert (here / "fusedloss-lm.png").stat().st_size > 10_000
+    assert "The loss curves agree" in capsys.readouterr().out
+
+
+def test_a_wrong_gradient_is_found(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tokenizers")
+    ours = lm.fusedloss.linear_cross_entropy
+
+    def wrong(*args: Any) -> Any:
+        loss = ours(*args)
+        return loss.detach() - 0.5 * (loss.detach() - loss)
+
+    monkeypatch.setattr(lm.fusedloss, "linear_cross_entropy", wrong)
+    text = lm.corpus()[:60_000]
+    monkeypatch.setattr(lm, "corpus", lambda: text)
+    monkeypatch.setattr(lm, "in_a_process", lambda f, *args: f(*args))
+    monkeypatch.setattr(lm, "RATE", 0.5)
+    for name, size in {"VOCABULARY": 600, "FEATURES": 16, "CONTEXT": 16, "QUICK_STEPS": 30}.items():
+        monkeypatch.setattr(lm, name, size)
+    assert main(["demo", "--lm", "--quick", "--no-plot"]) == 1

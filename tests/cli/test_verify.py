@@ -1,0 +1,242 @@
+"""`fusedloss verify`: what it measures, what it refuses, and the page that it writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedloss.cli import main
+from fusedloss.cli.verify import exact, measured
+from fusedloss.cli.verify.command import DTYPES, QUANTITIES, QUICK, bound, figure
+from fusedloss.cli.verify.probes import probes
+from fusedloss.engines import cpu
+from fusedloss.front.definition import REGISTRY
+from fusedloss.kinds import torch_m as formula
+from fusedloss.route import dispatch as route
+
+PAGE = Path(__file__).parent.parent.parent / "docs" / "accuracy.md"
+FORMULA = measured.Path("formula")
+
+
+def test_quick_passes_and_covers_everything(tmp_path: Path) -> None:
+    file = tmp_path / "verify.json"
+    assert main(["verify", "--quick", "--json", str(file)]) == 0
+    document = json.loads(file.read_text())
+    paths = [path.name for path in measured.paths(every=False)]
+    assert {(r["loss"], r["dtype"], r["quantity"], r["path"]) for r in document["errors"]} == {
+        (loss, dtype, quantity, path)
+        for loss in REGISTRY
+        for dtype in QUICK
+        for quantity in QUANTITIES
+        for path in paths
+    }
+    for row in document["errors"]:
+        assert row["exceeded"] == 0 and row["count"] > 0
+        path = next(p for p in measured.paths(every=False) if p.name == row["path"])
+        assert row["bound"] == bound(REGISTRY[row["loss"]], torch.float32, row["quantity"], path)
+    assert {s["loss"] for s in document["sums"]} == set(REGISTRY)
+
+
+Forward = Callable[..., tuple[Tensor, list[Tensor | None]]]
+
+
+def plant(engine: Any, monkeypatch: pytest.MonkeyPatch, spoil: Callable[..., Any]) -> None:
+    forward: Forward = engine.forward
+
+    def spoilt(call: Any, tensors: Any, needed: Any) -> Any:
+        return spoil(call, *forward(call, tensors, needed))
+
+    monkeypatch.setattr(engine, "forward", spoilt)
+    # A repeated call goes straight to the kernel.
+    monkeypatch.setattr(route, "_known", {})
+    monkeypatch.setattr(cpu.again, "prepare", lambda *_: None)
+
+
+WRONG = 1 + 2.0**-20  # 8 ulp of float32
+
+
+def wrong_value(call: Any, value: Tensor, grads: list[Tensor]) -> Any:
+    return value * WRONG, grads
+
+
+def wrong_gradient(call: Any, value: Tensor, grads: list[Tensor | None]) -> Any:
+    return value, [None if g is None else g * WRONG for g in grads]
+
+
+def wrong_sum(call: Any, value: Tensor, grads: list[Tensor]) -> Any:
+    return (value if call.reduction == "none" else value * WRONG), grads
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (wrong_value, "value, avx2|value, default|value, avx512"),
+        (wrong_gradient, "gradient, "),
+        (wrong_sum, "sum of 65,536 terms"),
+    ],
+)
+def test_a_planted_error_fails(
+    spoil: Callable[..., Any],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["verify", "--quick", "--only", "mse", "--dtype", "float32"]
+    assert main(arguments) == 0
+    plant(cpu.pointwise, monkeypatch, spoil)
+    assert main(arguments) == 1
+    assert re.search(rf"^mse_loss, float32, ({words}).* beyond", capsys.readouterr().out, re.M)
+
+
+@pytest.mark.parametrize("key", REGISTRY)
+def test_the_reference_is_the_formula(key: str) -> None:
+    """50 digits and float64 torch agree on the bulk: neither misreads the definition."""
+    for probe in probes(key, torch.float64, 40):
+        call = measured.captured(probe)
+        if call is None or probe.kind != "bulk":
+            continue
+        wanted = exact.reference(*call)
+        with FORMULA.chosen():
+            for how, results in measured.answer(probe, FORMULA):
+                for result, want in zip(results, wanted, strict=True):
+                    if result is not None:
+                        torch.testing.assert_close(
+                            result,
+                            want.high,
+                            rtol=1e-12,
+                            atol=1e-13,
+                            msg=lambda m: f"{how}: {m}",  # noqa: B023
+                        )
+
+
+def test_every_name_of_the_formulas_has_its_digits() -> None:
+    names = set(formula.__all__) - {"apply"}
+    for name in names:
+        assert hasattr(exact.m, name)
+    one = exact.mp.mpf(1)
+    assert abs(exact.m.log_sigmoid(200 * one) + exact.mp.exp(-200 * one)) < 1e-170
+    assert exact.m.log(0 * one) == -exact.mp.inf and exact.mp.isnan(exact.m.log(-one))
+    assert exact.mp.isnan(exact.m.maximum(exact.mp.nan, 1.0))
+
+
+INF = math.inf
+
+
+@pytest.mark.parametrize(
+    ("dtype", "found", "want", "error"),
+    [
+        (torch.float32, 1 + 2.0**-23, 1.0, 1.0),
+        (torch.float32, 1.0, 1 - 2.0**-25, 0.5),
+        (torch.float32, 0.0, 2.0**-150, 0.125),  # 4 of the smallest numbers are an ulp
+        (torch.float64, 1 + 2.0**-52, 1.0, 1.0),
+        (torch.bfloat16, 1 + 2.0**-7, 1.0, 1.0),
+        (torch.float16, INF, 70000.0, 0.0),
+        (torch.float16, 65504.0, 70000.0, 0.0),
+        (torch.float16, -INF, 70000.0, INF),
+        (torch.float32, math.nan, 1.0, INF),
+        (torch.float32, math.nan, math.nan, 0.0),
+        (torch.float32, 1.0, math.nan, INF),
+        (torch.float32, INF, INF, 0.0),
+    ],
+)
+def test_ulps(dtype: torch.dtype, found: float, want: float, error: float) -> None:
+    nothing = torch.zeros(1, dtype=torch.float64)
+    wanted = exact.Exact(torch.tensor([want], dtype=torch.float64), nothing, nothing)
+    compute = torch.float64 if dtype is torch.float64 else torch.float32
+    got, _ = measured.errors(torch.tensor([found], dtype=dtype), wanted, 2.0, compute)
+    assert got.item() == error
+
+
+def test_the_unit_is_what_a_rounding_of_the_inputs_does() -> None:
+    x = torch.tensor([[30.25, 0.5, -1.0]])
+    probe = next(probes("cross_entropy", torch.float32, 20))
+    call, _ = measured.captured(probe) or pytest.fail("no call")
+    value, gradient = exact.reference(call, (x, torch.tensor([0]), None))
+    p = x.double().softmax(1)[0]
+    moved = x.double()[0].abs() * 2.0**-23  # 1 and -1 are exact
+    moved[2] = 0
+    others = p[1] + p[2]
+    torch.testing.assert_close(value.unit[0], others * moved[0] + p[1] * moved[1])
+    torch.testing.assert_close(
+        gradient.unit[0, 1], p[1] * (moved[0] * p[0] + moved[1] * (1 - p[1]))
+    )
+
+
+def table_rows() -> Iterator[list[str]]:
+    for line in PAGE.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 8 and cells[0].startswith("`"):
+            yield cells
+
+
+def test_the_page_states_the_bounds_of_the_records() -> None:
+    seen = set()
+    for loss, dtype, quantity, ours, ours_bound, formulas, formula_bound, _ in table_rows():
+        row, compute = (
+            REGISTRY[loss.strip("`")],
+            torch.float64 if dtype == "float64" else torch.float32,
+        )
+        half = "½ + {}*" if DTYPES[dtype] in (torch.bfloat16, torch.float16) else "{}"
+        kernel = bound(row, compute, quantity, measured.Path("avx2"))
+        assert ours_bound == half.format(f"{kernel:g}")
+        assert formula_bound == half.format(f"{bound(row, compute, quantity, FORMULA):g}")
+        if half == "{}":
+            assert float(ours.split()[0]) <= float(ours_bound)
+            assert float(formulas.split()[0]) <= float(formula_bound)
+        seen.add((row.key, dtype, quantity))
+    assert seen == {(k, d, q) for k in REGISTRY for d in DTYPES for q in QUANTITIES}
+    assert f"within {figure(measured.SUM_BOUND).rstrip('0').rstrip('.')} ulp" in PAGE.read_text()
+
+
+def test_the_page_states_the_bounds_of_triton() -> None:
+    row = REGISTRY["cross_entropy[probabilities]"]
+    value, gradient = (
+        bound(row, torch.float32, quantity, measured.Path(measured.TRITON))
+        for quantity in QUANTITIES
+    )
+    assert [r.key for r in REGISTRY.values() if r.bounds.triton] == [row.key]
+    assert f"held to {value:g} ulp and {gradient:g} of its gradient" in " ".join(
+        PAGE.read_text().split()
+    )
+
+
+def test_missing_mpmath_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [n for n in sys.modules if n.startswith("fusedloss.cli.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "mpmath", None)
+    assert main(["verify", "--quick"]) == 2
+    assert "needs mpmath" in (words := capsys.readouterr().err) and "fusedloss[verify]" in words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--only", "nothing"], "--only: must be among"),
+        (["--dtype", "int8"], "--dtype: must be among"),
+        (["--json", "/nowhere/x.json"], "--json: must be a file that can be written"),
+        (["--markdown", "no such page"], "--markdown: must be a page with the lines"),
+        (["--markdown", __file__], "--markdown: must be a page with the lines"),
+    ],
+)
+def test_wrong_arguments(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", *arguments]) == 2
+    assert words in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_picture(tmp_path: Path) -> None:
+    file = tmp_path / "accuracy.png"
+    assert main(["verify", "--picture", str(file)]) == 0
+    assert file.read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,111 @@
+"""The GPU kernels: interpreted on the CPU, compiled for GPUs that need not be there, and run on one.
+
+TRITON_INTERPRET counts when triton is imported, so that the checks run in processes of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from gpu_kernels import CALLS, TARGETS, Call, Step, compiled, everything, recorded
+
+TESTS = Path(__file__).parent.parent
+# Of test_losses.py: what does not run kernels, or runs them over too much to interpret.
+NOT = "not formula and not threads and not more_dimensions and not autocast"
+EVERY = {"losses/test_losses.py": "160", "route/test_repeat.py": "10"}
+
+PARTS = {
+    "options": ("engines/gpu_checks.py", "test_option"),
+    "checks": ("engines/gpu_checks.py", "not test_option"),
+    "linear": ("engines/gpu_linear.py", ""),
+    "repeated": ("route/test_repeat.py", "bits_of_a_call"),
+    "losses": ("losses/test_losses.py", f"{NOT} and not depend_on_its_batch"),
+}
+
+
+def pytest_in(mode: str, file: str, keep: str, **environment: str) -> str:
+    """The summary of a run of pytest in a process of its own, in which all must pass."""
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    variables |= {"FUSEDLOSS_TEST_GPU": mode, **environment}
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, str(TESTS / file), "-k", keep], env=variables, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    found = re.search(r"\d+ passed.*", done.stdout)
+    assert found is not None, done.stdout[-2000:]
+    return found[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
+def test_interpreted(part: str, record_property: Callable[[str, object], None]) -> None:
+    file, keep = PARTS[part]
+    every = {"FUSEDLOSS_TEST_EVERY": EVERY.get(file, "1")}
+    summary = pytest_in("interpreted", file, keep, TRITON_INTERPRET="1", **every)
+    record_property(f"GPU kernels interpreted, {part}", summary)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("part", PARTS)
+def test_on_a_gpu(part: str, record_property: Callable[[str, object], None]) -> None:
+    file, keep = PARTS[part]
+    record_property(f"GPU kernels on a GPU, {part}", pytest_in("cuda", file, keep))
+
+
+# `make nightly` compiles all calls for all targets, with their backward.
+COMPILED = [
+    (call, target)
+    for k, call in enumerate(c for c in CALLS if c.hot)
+    for target in ("sm_90", ("sm_80", "sm_100", "gfx942")[k % 3])
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("call", "target"), COMPILED, ids=[f"{call}-{target}" for call, target in COMPILED]
+)
+def test_compiles_without_a_spill(
+    call: Call | Step, target: str, record_property: Callable[[str, object], None]
+) -> None:
+    with recorded() as found:
+        call.forward()
+    assert found
+    for kernel in found:
+        numbers = compiled(kernel, TARGETS[target])
+        record_property(f"{target} {kernel}", str(numbers))
+        assert numbers.spills == 0, f"{kernel} spills registers on {target}"
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("target", TARGETS)
+def test_everything_compiles(target: str, record_property: Callable[[str, object], None]) -> None:
+    """1,274 kernels of a second or two each."""
+    kernels = [(kernel, compiled(kernel, TARGETS[target])) for kernel in everything()]
+    spilling = [f"{kernel}: {numbers}" for kernel, numbers in kernels if numbers.spills]
+    record_property(f"kernels for {target}", f"{len(kernels)}, {len(spilling)} with spills")
+    for line in spilling:
+        record_property(f"{target} spills", line)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bench_says_that_there_is_no_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rich")
+    from fusedloss.cli import main
+
+    assert main(["bench", "--device", "cuda", "--output", str(tmp_path / "out.json")]) == 2
+    assert "torch finds no GPU" in capsys.readouterr().out
+    assert main(["bench", "--device", "cuda", "--only", "nothing"]) == 2

@@ -1,0 +1,250 @@
+"""The printer of formulas as C++: what it prints, and what it refuses, by file and line."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fusedloss.engines.cpu import printer
+
+TINY = """
+def tiny(x, t, *, beta):
+    \"\"\"The docstring is not printed.\"\"\"
+    gap = m.abs(x - t)
+    return m.where(gap < beta, gap * 2, m.inf)
+
+
+def tiny_grad(x, t, *, beta):
+    return -m.exp(x), t / 3.0
+
+
+def tiny_domain(x, t, *, beta):
+    return (x >= 0.0) & (t != 1)
+
+
+TINY = Pointwise(tiny, tiny_grad, domain=tiny_domain)
+"""
+
+PRINTED = """
+template <class T>
+struct tiny {  // losses/tiny.py:2
+    static constexpr int operands = 2;
+    static constexpr bool has_domain = true;
+    static constexpr int stages = 1;
+    static constexpr bool of_parts = false;
+    static constexpr int needs[] = {0, 1, 0};  // as bits
+    T beta;
+    explicit tiny([[maybe_unused]] const double* params) {
+        beta = T(params[0]);
+    }
+    template <int k>
+    inline T stage(T x, T t, T, T s0, T s1) const {
+        if constexpr (k == 0) return math::exp(x);
+        return T(0);
+    }
+    inline T value(T x, T t, T, T s0, T s1) const {
+        const T gap = math::abs((x - t));
+        return math::where((gap < beta), (gap * T(2)), std::numeric_limits<T>::infinity());
+    }
+    inline void grad(T x, T t, T, T s0, T s1, T& d0, T& d1) const {
+        d0 = (-s0);
+        d1 = (t / T(3.0));
+    }
+    inline auto domain(T x, T t, T) const {
+        return ((x >= T(0.0)) & (t != T(1)));
+    }
+};
+"""
+
+
+def test_prints_a_formula() -> None:
+    text = printer.header({"losses/tiny.py": TINY})
+    assert PRINTED.strip() in text
+    assert text.rstrip().endswith("#define FUSEDLOSS_FORMULAS(X) X(tiny)")
+
+
+@pytest.mark.parametrize(("ending", "found"), [(", domain=f_domain)", "true"), (")", "false")])
+def test_finds_logarithms_of_both_parts(ending: str, found: str) -> None:
+    source = """
+def f(x, t):
+    return m.log(x) + m.log1p(-x)
+def f_grad(x, t):
+    return x, t
+def f_domain(x, t):
+    return (x >= 0.0) & (x <= 1.0)
+F = Pointwise(f, f_grad"""
+    assert f"bool of_parts = {found};" in printer.header({"f.py": source + ending})
+
+
+def test_prints_the_derivatives_of_two_operands() -> None:
+    source = """
+def f(x, t, w):
+    return x
+def f_grad(x, t, w):
+    return x, t, print
+F = Pointwise(f, f_grad)
+"""
+    text = printer.header({"f.py": source})
+    assert "inline void grad(T x, T t, T w, T s0, T s1, T& d0, T& d1) const" in text
+    assert "print" not in text.replace("Printed by", "").replace("printer", "")
+
+
+def test_stages_what_is_shared_once() -> None:
+    """sigmoid and log_sigmoid share exp(-|x|); a local variable is put in; a third call stays."""
+    source = """
+def f(x, t):
+    twice = 2.0 * x
+    return m.log_sigmoid(twice) + m.exp(t)
+def f_grad(x, t):
+    return m.sigmoid(-(2.0 * x)), m.log(t)
+F = Pointwise(f, f_grad)
+"""
+    text = printer.header({"f.py": source})
+    assert "if constexpr (k == 0) return math::exp_minus_abs((T(2.0) * x));" in text
+    assert "if constexpr (k == 1) return math::log1p_unit(s0);" in text
+    assert "return (math::log_sigmoid(twice, s1) + math::exp(t));" in text
+    assert "d0 = math::sigmoid((-(T(2.0) * x)), s0);" in text
+    assert "d1 = math::log(t);" in text
+    assert "needs[] = {3, 1, 0};" in text
+
+
+def test_names_every_formula_of_the_losses() -> None:
+    """The build runs `python printer.py FILES...`, which needs neither torch nor the package."""
+    folder = Path(printer.__file__).parent.parent / "losses"
+    files = sorted(str(path) for path in folder.glob("[a-z]*.py"))
+    command = [sys.executable, "-I", "-S", printer.__file__, *files]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    defined = set()
+    for path in files:
+        defined |= set(re.findall(r"^\w+ = Pointwise\((\w+),", Path(path).read_text(), re.M))
+    assert len(defined) >= 5
+    assert set(re.findall(r"X\((\w+)\)", done.stdout)) == defined
+    assert all(f"struct {name} {{" in done.stdout for name in defined)
+
+
+REFUSED = [
+    ("return x ** 2", r"cannot print `x \*\* 2`"),
+    ("return x // t", "cannot print `x // t`"),
+    ("return x % t", "cannot print `x % t`"),
+    ("return x @ t", "cannot print `x @ t`"),
+    ("return not x", "cannot print `not x`"),
+    ("return +x", r"cannot print `\+x`"),
+    ("return x and t", "cannot print `x and t`"),
+    ("return x if t else t", "cannot print `x if t else t`"),
+    ("return 0.0 < x < 1.0", "cannot print `0.0 < x < 1.0`"),
+    ("return x is t", "cannot print `x is t`"),
+    ("return True", "cannot print `True`"),
+    ("return 'x'", "cannot print `'x'`"),
+    ("return None", "cannot print `None`"),
+    ("return", "cannot print `return`"),
+    ("return 1j", "cannot print `1j`"),
+    ("return m.tan(x)", r"cannot print `m.tan\(x\)`"),
+    ("return m.pi", "cannot print `m.pi`"),
+    ("return torch.exp(x)", r"cannot print `torch.exp\(x\)`"),
+    ("return exp(x)", r"cannot print `exp\(x\)`"),
+    ("return m.maximum(x, b=0.0)", r"cannot print `m.maximum\(x, b=0.0\)`"),
+    ("return x.exp()", r"cannot print `x.exp\(\)`"),
+    ("return x[0]", r"cannot print `x\[0\]`"),
+    ("return lambda: x", "cannot print `lambda: x`"),
+    ("return [x]", r"cannot print `\[x\]`"),
+    ("return x, t", r"cannot print `\(x, t\)`"),
+    ("return 1.0 + m.sum(x)", r"cannot print `m.sum\(x\)`"),
+    ("x += 1.0", r"cannot print `x \+= 1.0`"),
+    ("a = b = x", "cannot print `a = b = x`"),
+    ("a, b = x, t", r"cannot print `a, b = \(x, t\)`"),
+    ("if x > t: return x", "cannot print `if x > t:`"),
+    ("for _ in x: pass", "cannot print `for _ in x:`"),
+    ("while x: pass", "cannot print `while x:`"),
+    ("m.exp(x)", r"cannot print `m.exp\(x\)`"),
+    ("pass", "cannot print `pass`"),
+    ("import math", "cannot print `import math`"),
+    ("assert x", "cannot print `assert x`"),
+    ("def g(): return x", r"cannot print `def g\(\):`"),
+]
+
+
+@pytest.mark.parametrize(("statement", "message"), REFUSED, ids=[s for s, _ in REFUSED])
+def test_names_the_line_that_it_cannot_print(statement: str, message: str) -> None:
+    source = f"""
+def value(x, t):
+    gap = x - t
+    {statement}
+
+
+def grad(x, t):
+    return x, t
+
+
+LOSS = Pointwise(value, grad)
+"""
+    with pytest.raises(printer.CannotPrint, match=f"^losses/bad.py:4: {message}"):
+        printer.header({"losses/bad.py": source})
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        pytest.param(
+            "def f(x, t): return x\ndef g(x, y): return x, y\nF = Pointwise(f, g)",
+            "^bad.py:2: g and f take different operands",
+            id="grad",
+        ),
+        pytest.param(
+            "def f(x, t): return x\ndef g(x, t): return x, t\ndef d(x): return x > 0\n"
+            "F = Pointwise(f, g, domain=d)",
+            "^bad.py:3: d and f take different operands",
+            id="domain",
+        ),
+        pytest.param(
+            "def f(x): return x\ndef g(x): return x, x\nF = Pointwise(f, g)",
+            "^bad.py:1: f takes 1 operands, not 2 or 3",
+            id="one operand",
+        ),
+        pytest.param(
+            "def f(a, b, c, d): return a\ndef g(a, b, c, d): return a, b\nF = Pointwise(f, g)",
+            "^bad.py:1: f takes 4 operands, not 2 or 3",
+            id="four operands",
+        ),
+        pytest.param(
+            "def f(x, t): return x\nF = Pointwise(f, elsewhere)",
+            "^bad.py:2: `elsewhere` is not a function of this file",
+            id="no such function",
+        ),
+        pytest.param(
+            "def f(x, t): return x\nF = Pointwise(f, lambda x, t: (x, t))",
+            "^bad.py:2: `lambda x, t: .*` is not a function of this file",
+            id="lambda",
+        ),
+        pytest.param(
+            "def f(x, t): return x\ndef g(x, t): return x\nF = Pointwise(f, g)",
+            "^bad.py:2: cannot print `return x`",
+            id="grad without a pair",
+        ),
+        pytest.param(
+            "def f(x, t): return x\ndef g(x, t): return x,\nF = Pointwise(f, g)",
+            "^bad.py:2: ",
+            id="grad of one operand alone",
+        ),
+        pytest.param(
+            "def f(x, t): a = x\ndef g(x, t): return x, t\nF = Pointwise(f, g)",
+            "^bad.py:1: ",
+            id="no return",
+        ),
+        pytest.param("def f(x, t): return x\nF = Pointwise(f)", "^bad.py:2: ", id="grad forgotten"),
+    ],
+)
+def test_names_what_does_not_fit(source: str, message: str) -> None:
+    with pytest.raises(printer.CannotPrint, match=message):
+        printer.header({"bad.py": source})
+
+
+def test_fails_the_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bad.py"
+    path.write_text("def f(x, t): return x ** 2\ndef g(x, t): return x, t\nF = Pointwise(f, g)")
+    assert printer.main([str(path)]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("bad.py:1: ") and not captured.out

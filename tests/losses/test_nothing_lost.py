@@ -1,0 +1,254 @@
+"""What runs under PyTorch without NaN runs here, with the exceptions that docs/compatibility.md lists."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from conftest import FLOATS
+from torch import Tensor
+from torch.nn import functional as theirs
+
+from fusedloss import functional as ours
+from fusedloss.front.definition import REGISTRY
+
+PAGE = Path(__file__).parent.parent.parent / "docs" / "compatibility.md"
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+EVERY = (*FLOATS * 3, *INTEGERS, torch.complex64)
+SHAPES: list[tuple[int, ...]] = [
+    *((), (0,), (1,), (4,), (3, 4), (3, 1), (1, 4), (0, 4), (3, 0)),
+    *((2, 3, 4), (2, 1, 4), (2, 3, 0), (1, 3, 4), (2, 3, 2, 2), (2, 3, 1, 2), (2, 2, 3, 2, 2)),
+]
+
+Call = tuple[str, list[Tensor], dict[str, Any]]
+EXCEPTIONS: dict[str, Callable[[Call], bool]] = {
+    "a negative `label_smoothing` of `cross_entropy`": lambda call: (
+        call[2].get("label_smoothing", 0) < 0
+    ),
+    "`p` of 0 or below in `triplet_margin_loss`": lambda call: call[2].get("p", 2) <= 0,
+    "`mse_loss` of complex tensors, which takes a weight in PyTorch": lambda call: (
+        call[0] == "mse_loss" and any(t.is_complex() for t in tensors_of(call))
+    ),
+    "`mse_loss` of integer tensors with an integer weight": lambda call: (
+        call[0] == "mse_loss" and all(t.dtype in INTEGERS for t in tensors_of(call))
+    ),
+    "a complex class weight beside probabilities in `cross_entropy`": lambda call: (
+        call[0] == "cross_entropy" and "weight" in call[2] and call[2]["weight"].is_complex()
+    ),
+    "an empty `input` of integers in `cross_entropy`": lambda call: (
+        call[0] == "cross_entropy" and call[1][0].dtype in INTEGERS and not call[1][0].numel()
+    ),
+}
+DISTANCES = (
+    None,
+    torch.nn.PairwiseDistance(p=3, keepdim=True),
+    lambda a, b: (a - b).abs().sum(-1),
+    lambda a, b: 1 - torch.cosine_similarity(a, b, -1),
+    lambda a, b: (a - b).abs().sum(),
+)
+
+
+def tensors_of(call: Call) -> list[Tensor]:
+    return [*call[1], *(v for v in call[2].values() if isinstance(v, Tensor))]
+
+
+class Draw:
+    """Arguments of all kinds, most of them such as PyTorch takes."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def chance(self, share: float) -> bool:
+        return self.random.random() < share
+
+    def types(self, floating: float) -> tuple[torch.dtype, ...]:
+        return FLOATS if self.chance(floating) else EVERY
+
+    def tensor(
+        self, shape: tuple[int, ...], types: tuple[torch.dtype, ...] = EVERY, low: float = 0.05
+    ) -> Tensor:
+        dtype = self.random.choice(types)
+        if dtype in INTEGERS:
+            return torch.randint(0, 2, shape, generator=self.generator).to(dtype)
+        real = torch.complex64 if dtype.is_complex else torch.float64
+        unit = torch.rand(shape, generator=self.generator, dtype=real)
+        return (low + 0.9 * unit).to(dtype)
+
+    def like(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape that may go with another."""
+        if self.chance(0.6):
+            return shape
+        if self.chance(0.4):
+            return shape[1:]
+        if self.chance(0.5):
+            return tuple(1 if self.chance(0.5) else n for n in shape)
+        return self.random.choice(SHAPES)
+
+    def alike(self, tensors: list[Tensor], share: float) -> list[Tensor]:
+        """Of one type, in a share of all cases."""
+        first = tensors[0].dtype
+        if self.chance(share) and (first.is_complex or not any(t.is_complex() for t in tensors)):
+            return [t.to(first) for t in tensors]
+        return tensors
+
+    def call(self, loss: str) -> Call:
+        shape = self.random.choice(SHAPES)
+        options: dict[str, Any] = {"reduction": self.random.choice(["mean", "sum", "none"])}
+        if loss != "triplet_margin_with_distance_loss":
+            for legacy in ("size_average", "reduce"):
+                if self.chance(0.05):
+                    options[legacy] = self.chance(0.5)
+        tensors = getattr(self, loss)(shape, options)
+        return loss, tensors, options
+
+    def mse_loss(self, shape: tuple[int, ...], options: dict[str, Any]) -> list[Tensor]:
+        if self.chance(0.5):
+            options["weight"] = self.tensor(self.like(shape))
+        return [self.tensor(shape), self.tensor(self.like(shape))]
+
+    def binary_cross_entropy(self, shape: tuple[int, ...], options: dict[str, Any]) -> list[Tensor]:
+        if self.chance(0.5):
+            options["weight"] = self.tensor(self.like(shape))
+        input, target = (
+            self.tensor(shape, self.types(0.7)),
+            self.tensor(self.like(shape), self.types(0.8)),
+        )
+        return self.alike([input, target], 0.6)
+
+    def binary_cross_entropy_with_logits(
+        self, shape: tuple[int, ...], options: dict[str, Any]
+    ) -> list[Tensor]:
+        if self.chance(0.5):
+            options["pos_weight"] = self.tensor(self.like(shape))
+        return self.binary_cross_entropy(shape, options)
+
+    def kl_div(self, shape: tuple[int, ...], options: dict[str, Any]) -> list[Tensor]:
+        options["log_target"] = self.chance(0.4)
+        if self.chance(0.2):
+            options["reduction"] = "batchmean"
+        low = -2 if options["log_target"] else 0.05
+        target = self.tensor(self.like(shape), self.types(0.8), low)
+        return [self.tensor(shape, self.types(0.8), -2), target]
+
+    def nll_loss(self, shape: tuple[int, ...], options: dict[str, Any]) -> list[Tensor]:
+        input = self.tensor(shape, self.types(0.8), -2)
+        if self.chance(0.4):
+            options["ignore_index"] = self.random.choice([0, 1, -1, -100, 5])
+        if self.chance(0.4):
+            wanted = (*shape[1:2], *shape[:1], 1)[:1]
+            types = (input.dtype,) if self.chance(0.7) else EVERY
+            options["weight"] = self.tensor(wanted if self.chance(0.8) else (1, *wanted), types)
+        indices = shape[:1][: max(len(shape) - 1, 0)] + shape[2:]
+        if self.chance(0.7):
+            return [input, self.tensor(indices, INTEGERS)]
+        return [input, self.tensor(self.like(shape), self.types(0.8))]
+
+    def cross_entropy(self, shape: tuple[int, ...], options: dict[str, Any]) -> list[Tensor]:
+        if self.chance(0.5):
+            options["label_smoothing"] = self.random.choice([0, 0.1, 1.0, 1, True, -0.2, 1.2])
+        return self.nll_loss(shape, options)
+
+    def triplet_margin_loss(self, shape: tuple[int, ...], options: dict[str, Any]) -> list[Tensor]:
+        options["p"] = self.random.choice([1, 2, 2.0, 3, 0.5, float("inf"), 0, -1])
+        options["eps"] = self.random.choice([1e-6, 0, 0.1, -1e-6])
+        return self.triplet(shape, options)
+
+    def triplet_margin_with_distance_loss(
+        self, shape: tuple[int, ...], options: dict[str, Any]
+    ) -> list[Tensor]:
+        options["distance_function"] = self.random.choice(DISTANCES)
+        return self.triplet(shape, options)
+
+    def triplet(self, shape: tuple[int, ...], options: dict[str, Any]) -> list[Tensor]:
+        options["margin"] = self.random.choice([1.0, 0.5, 2, True, 1e-3])
+        options["swap"] = self.chance(0.4)
+        # Differences of bytes wrap around in PyTorch.
+        types = tuple(t for t in self.types(0.6) if t is not torch.uint8)
+        tensors = [
+            self.tensor(self.like(shape) if self.chance(0.3) else shape, types) for _ in "apn"
+        ]
+        return self.alike(tensors, 0.5)
+
+
+def outcome(face: Any, call: Call) -> tuple[Tensor, list[Tensor | None]] | Exception:
+    name, tensors, options = call
+    inputs = [
+        t.detach().clone().requires_grad_(t.is_floating_point() or t.is_complex()) for t in tensors
+    ]
+    try:
+        value = getattr(face, name)(*inputs, **options)
+        if value.requires_grad:
+            (value.abs() if value.is_complex() else value).sum().backward()
+        return value.detach(), [t.grad for t in inputs]
+    except Exception as error:
+        return error
+
+
+def wraps_around(call: Call) -> bool:
+    """PyTorch subtracts 1 from it in uint8."""
+    pos_weight = call[2].get("pos_weight")
+    return pos_weight is not None and pos_weight.dtype is torch.uint8
+
+
+LOSSES = sorted({loss.name for loss in REGISTRY.values()})
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(20_000, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_runs_under_torch_runs_here(loss: str, count: int) -> None:
+    draw, ran = Draw(1), 0
+    for _ in range(count):
+        call = draw.call(loss)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = outcome(theirs, call)
+            if isinstance(expected, Exception):
+                continue
+            value, grads = expected
+            if any(t is not None and t.isnan().any() for t in (value, *grads)) or wraps_around(
+                call
+            ):
+                continue
+            found = outcome(ours, call)
+        where = f"{[(t.dtype, list(t.shape)) for t in call[1]]} {call[2]}"
+        if isinstance(found, Exception):
+            assert any(excepted(call) for excepted in EXCEPTIONS.values()), f"{where}: {found!r}"
+            continue
+        ran += 1
+        assert (found[0].dtype, found[0].shape) == (value.dtype, value.shape), where
+        # Half types are rounded in other places here, which a power or a hinge may magnify.
+        coarse = any(t.dtype in FLOATS[2:] for t in tensors_of(call))
+        for a, e in zip((found[0], *found[1]), (value, *grads), strict=True):
+            assert (a is None) == (e is None), where
+            if a is not None and e is not None and not coarse:
+                torch.testing.assert_close(
+                    a, e, rtol=1e-3, atol=1e-4, msg=lambda m, w=where: f"{w}: {m}"
+                )
+    assert ran > count / 20
+
+
+def test_every_exception_is_one() -> None:
+    """PyTorch gives a number, we refuse, and the page says so."""
+    section = PAGE.read_text().split("These are all the exceptions:")[1].split("\n\nUnder")[0]
+    assert re.findall(r"^- (.+)$", section, re.MULTILINE) == list(EXCEPTIONS)
+    x, ones = torch.rand(3, 4), torch.ones(3, 4, dtype=torch.int64)
+    index, empty = torch.tensor([0, 1, 2]), torch.ones(0, 4, dtype=torch.int64)
+    calls: list[Call] = [
+        ("cross_entropy", [x, index], {"label_smoothing": -0.1}),
+        ("triplet_margin_loss", [x, x + 1, x - 1], {"p": -1}),
+        ("mse_loss", [x.to(torch.complex64), x], {"weight": x}),
+        ("mse_loss", [ones, ones], {"weight": ones}),
+        ("cross_entropy", [x, x], {"weight": x[0].to(torch.complex64)}),
+        ("cross_entropy", [empty, x[:0]], {"reduction": "sum"}),
+    ]
+    for call, excepted in zip(calls, EXCEPTIONS.values(), strict=True):
+        assert excepted(call)
+        assert isinstance(outcome(theirs, call), tuple)
+        assert isinstance(outcome(ours, call), Exception)
