@@ -36,6 +36,22 @@ class Bounds:
 
 
 @dataclass(frozen=True)
+class BenchCase:
+    """A case of `fusedloss bench`: the loss forward and backward at one shape, with one option set."""
+
+    title: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    option: str = ""
+    group: str = "table"  # or "beyond" the caches, "options", "gpu"
+    quick: bool = True  # of the table: in a quick run too
+    compiled: bool = False  # by torch.compile in a quick run and on a GPU too
+    beside: str | None = None  # the loss whose default form is measured beside it
+    # The targets: times at most so many times those of another variant, or of what moves the same bytes.
+    at_most: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Loss:
     """One public loss: what tests, documentation and benchmarks need to know of it.
 
@@ -54,6 +70,7 @@ class Loss:
     variant: str = ""  # tells rows of one function apart
     extensions: Mapping[str, Options] = field(default_factory=dict)
     bounds: Bounds = Bounds()
+    bench: tuple[BenchCase, ...] = ()
 
     @property
     def name(self) -> str:

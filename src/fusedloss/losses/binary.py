@@ -11,7 +11,7 @@ from ..core import advice, errors, levels, sharded
 from ..core.plain import check as check_memory
 from ..core.reduce import resolve, result_dtype
 from ..front import strict
-from ..front.definition import Loss, normal, plain, register, uniform
+from ..front.definition import BenchCase, Loss, normal, plain, register, uniform
 from ..kinds import torch_m as m
 from ..kinds.formula import Pointwise
 from ..kinds.pointwise import PointwiseCall
@@ -324,6 +324,12 @@ register(
         _example,
         {"plain": plain, "weight": lambda t, g: {"weight": _weight(t, g)}},
         extensions={"exact_grad": lambda t, g: {"exact_grad": True}},
+        bench=(
+            BenchCase("BCE 4M", (4096, 1024), at_most={"x - y": 1.7}),
+            BenchCase("BCE 16M", (16384, 1024), group="beyond", at_most={"x - y": 0.6}),
+            BenchCase("BCE 64M", (64, 1 << 20), group="gpu"),
+            BenchCase("BCE 64M bf16", (64, 1 << 20), "bfloat16", group="gpu"),
+        ),
     )
 )
 register(
@@ -337,5 +343,11 @@ register(
             "pos_weight": lambda t, g: {"pos_weight": _weight(t, g)},
             "both": lambda t, g: {"weight": _weight(t, g), "pos_weight": _weight(t, g)},
         },
+        bench=(
+            BenchCase("BCE with logits 4M", (4096, 1024), compiled=True, at_most={"x - y": 1.7}),
+            BenchCase("BCE with logits 16M", (16384, 1024), group="beyond", at_most={"x - y": 0.6}),
+            BenchCase("BCE with logits 64M", (64, 1 << 20), group="gpu", compiled=True),
+            BenchCase("BCE with logits 64M bf16", (64, 1 << 20), "bfloat16", group="gpu"),
+        ),
     )
 )

@@ -9,7 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from ..core import advice, errors, levels
 from ..core.reduce import resolve, result_dtype
 from ..front import strict
-from ..front.definition import Bounds, Loss, normal, plain, register, uniform
+from ..front.definition import BenchCase, Bounds, Loss, normal, plain, register, uniform
 from ..kinds.rows import RowsCall
 from ..route import dispatch as route
 
@@ -388,6 +388,56 @@ register(
         rows=True,
         # The formula's gradient is torch's, of log_softmax in the type computed in.
         bounds=Bounds(float32=(2, 3), float64=(8, 8), formula=(4, 64)),
+        bench=(
+            BenchCase("CE 4096x1024", (4096, 1024), compiled=True, at_most={"clone()": 1.5}),
+            BenchCase("CE 1024x32000", (1024, 32000), at_most={"clone()": 0.6}),
+            BenchCase("CE 256x128256", (256, 128256), quick=False, at_most={"clone()": 0.6}),
+            BenchCase(
+                *("CE smoothing 1024x32000", (1024, 32000), "float32", "label_smoothing"),
+                quick=False,
+                beside="cross_entropy",
+                at_most={"plain": 1.1},
+            ),
+            BenchCase("CE bf16 1024x32000", (1024, 32000), "bfloat16", at_most={"clone()": 1.0}),
+            BenchCase("CE 8x21x256x256", (8, 21, 256, 256), at_most={"clone()": 1.0}),
+            BenchCase(
+                *("CE weight 1024x32000", (1024, 32000), "float32", "weight", "options"),
+                beside="cross_entropy",
+                at_most={"plain": 1.1},
+            ),
+            BenchCase(
+                *(
+                    "CE ignore_index 1024x32000",
+                    (1024, 32000),
+                    "float32",
+                    "ignore_index",
+                    "options",
+                ),
+                beside="cross_entropy",
+                at_most={"plain": 1.1},
+            ),
+            BenchCase(
+                "CE 8192x128256 bf16", (8192, 128256), "bfloat16", group="gpu", compiled=True
+            ),
+            BenchCase(
+                "CE 32768x32768 bf16", (32768, 32768), "bfloat16", group="gpu", compiled=True
+            ),
+            BenchCase("CE 16x21x512x512", (16, 21, 512, 512), group="gpu", compiled=True),
+            BenchCase("CE 16x21x512x512 bf16", (16, 21, 512, 512), "bfloat16", group="gpu"),
+            BenchCase("CE 8192x32000", (8192, 32000), group="gpu"),
+            BenchCase("CE 8192x32000 bf16", (8192, 32000), "bfloat16", group="gpu"),
+            BenchCase(
+                *(
+                    "CE smoothing 8192x32000 bf16",
+                    (8192, 32000),
+                    "bfloat16",
+                    "label_smoothing",
+                    "gpu",
+                ),
+            ),
+            BenchCase("CE 65536x1024", (65536, 1024), group="gpu"),
+            BenchCase("CE 1048576x21", (1048576, 21), group="gpu"),
+        ),
     )
 )
 register(
@@ -403,6 +453,10 @@ register(
         },
         differentiable=(0,),
         rows=True,
+        bench=(
+            BenchCase("NLL 4096x1024", (4096, 1024), at_most={"eager": 1.0}),
+            BenchCase("NLL 65536x1024", (65536, 1024), group="gpu"),
+        ),
     )
 )
 register(
@@ -419,5 +473,13 @@ register(
         rows=True,
         variant="probabilities",
         bounds=Bounds(float32=(2, 3), float64=(8, 128), formula=(8, 64), triton=(4, 16)),
+        bench=(
+            BenchCase(
+                *("CE probabilities 1024x32000", (1024, 32000), "float32", "plain", "options"),
+                beside="cross_entropy",
+                at_most={"plain": 1.6},
+            ),
+            BenchCase("CE probabilities 8192x32000 bf16", (8192, 32000), "bfloat16", group="gpu"),
+        ),
     )
 )

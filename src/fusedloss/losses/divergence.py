@@ -9,7 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from ..core import advice, errors, levels
 from ..core.reduce import REDUCTIONS, promoted, resolve, result_dtype
 from ..front import strict
-from ..front.definition import Loss, normal, register
+from ..front.definition import BenchCase, Loss, normal, register
 from ..kinds import torch_m as m
 from ..kinds.formula import Pointwise
 from ..kinds.pointwise import PointwiseCall
@@ -152,7 +152,20 @@ def _log_example(shape, dtype, generator):
     return x.log_softmax(-1).to(dtype), t.log_softmax(-1).to(dtype)
 
 
-register(Loss(kl_div, "KLDivLoss", _example, reductions=("none", "batchmean", "mean", "sum")))
+register(
+    Loss(
+        kl_div,
+        "KLDivLoss",
+        _example,
+        reductions=("none", "batchmean", "mean", "sum"),
+        bench=(
+            BenchCase("KL 4M", (4096, 1024), at_most={"x - y": 1.15}),
+            BenchCase("KL 16M", (16384, 1024), group="beyond", at_most={"x - y": 0.45}),
+            BenchCase("KL 8192x32000", (8192, 32000), group="gpu", compiled=True),
+            BenchCase("KL 8192x32000 bf16", (8192, 32000), "bfloat16", group="gpu"),
+        ),
+    )
+)
 register(
     Loss(
         kl_div,
@@ -161,5 +174,9 @@ register(
         {"log_target": lambda tensors, generator: {"log_target": True}},
         reductions=("none", "batchmean", "mean", "sum"),
         variant="log_target",
+        bench=(
+            BenchCase("KL log_target 4M", (4096, 1024), at_most={"x - y": 1.7}),
+            BenchCase("KL log_target 16M", (16384, 1024), group="beyond", at_most={"x - y": 0.6}),
+        ),
     )
 )

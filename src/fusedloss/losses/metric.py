@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..core import errors
 from ..core.reduce import promoted, resolve, result_dtype, total
-from ..front.definition import Loss, normal, plain, register
+from ..front.definition import BenchCase, Loss, normal, plain, register
 from ..kinds import torch_m as m
 from ..kinds.formula import Pointwise
 from ..kinds.pointwise import PointwiseCall
@@ -318,6 +318,15 @@ register(
         },
         differentiable=(0, 1, 2),
         rows=True,
+        bench=(
+            BenchCase(
+                *("triplet 16384x256", (16384, 256)),
+                compiled=True,
+                at_most={"compile": 0.8, "eager": 0.2},
+            ),
+            BenchCase("triplet 65536x512", (65536, 512), group="gpu", compiled=True),
+            BenchCase("triplet 65536x512 bf16", (65536, 512), "bfloat16", group="gpu"),
+        ),
     )
 )
 register(
@@ -334,5 +343,6 @@ register(
         },
         differentiable=(0, 1, 2),
         rows=True,
+        bench=(BenchCase("triplet, own distance 16384x256", (16384, 256), group="options"),),
     )
 )

@@ -10,7 +10,7 @@ from ..core import errors, levels
 from ..core.plain import check as check_memory
 from ..core.reduce import resolve, result_dtype, sum_of
 from ..front import strict
-from ..front.definition import Loss, normal, plain, register, uniform
+from ..front.definition import BenchCase, Loss, normal, plain, register, uniform
 from ..kinds.formula import Pointwise
 from ..kinds.pointwise import PointwiseCall
 from ..route import dispatch as route
@@ -139,5 +139,11 @@ register(
                 "weight": uniform(tensors[0].shape, tensors[0].dtype, generator, 0.1, 2)
             },
         },
+        bench=(
+            BenchCase("MSE 4M", (4096, 1024), compiled=True, at_most={"x - y": 1.15}),
+            BenchCase("MSE 16M", (16384, 1024), group="beyond", at_most={"x - y": 0.45}),
+            BenchCase("MSE 64M", (64, 1 << 20), group="gpu", compiled=True),
+            BenchCase("MSE 64M bf16", (64, 1 << 20), "bfloat16", group="gpu"),
+        ),
     )
 )
