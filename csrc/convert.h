@@ -6,12 +6,11 @@
 #include <cstring>
 #include <type_traits>
 
+// Printed by engines/abi.py.
+#include "args.h"
 #include "intrinsics.h"
 
 namespace fusedloss {
-
-// The numbers are shared with cpu/load.py.
-enum DType : int64_t { F32, F64, BF16, F16, I64, I32, I16, I8, U8, U16, U32, U64 };
 
 inline int64_t size_of(int64_t dtype) {
     switch (dtype) {

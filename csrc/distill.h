@@ -15,22 +15,6 @@
 
 namespace fusedloss {
 
-struct CappedLogits : Logits {
-    double softcap;
-};
-
-// Packed by cpu/linear.py; the field order is shared with it.
-struct DistillArgs {
-    int64_t n, c;
-    int64_t kind;           // 0 forward, 1 reverse, 2 js
-    int64_t differentiate;  // the student's logits become their gradient
-    double beta, temperature, soft_weight, hard_weight;
-    CappedLogits student, teacher;
-    const int64_t* label;  // of the hard term, or null
-    const double* incoming;
-    double* loss;
-};
-
 // exp(x) for x <= 0, raised, times `by`; `out` may be `x`.
 template <class T>
 FUSEDLOSS_LOOP void exps_of(const T* x, T by, int64_t n, T* out) {
@@ -161,8 +145,8 @@ public:
     void operator()(int64_t n) {
         student = teacher = Softmax<T>();
         blocks(a.c, [&](int64_t c, int64_t count) {
-            read(a.student, n, c, count, s);
-            read(a.teacher, n, c, count, t);
+            read(a.student, a.softcap, n, c, count, s);
+            read(a.teacher, a.teacher_softcap, n, c, count, t);
             student.add(s, c, count, by, out);
             teacher.add(t, c, count, by, out);
         });
@@ -172,12 +156,12 @@ public:
         double own = 0;
         own_gap = T(0);
         mixture.shifted = false;
-        if (student.top >= 0 && a.kind != 0) {
+        if (student.top >= 0 && a.of_student) {
             relate(n, student.top, 1);
-            own_gap = a.kind == 1 ? -d[0] : mixture(d[0]).student;
+            own_gap = !a.of_teacher ? -d[0] : mixture(d[0]).student;
             if (!std::isfinite(own_gap)) own_gap = T(0);
             own = double(own_gap);
-            mixture.shifted = a.kind == 2 && d[0] < T(-0.7);
+            mixture.shifted = a.of_teacher && d[0] < T(-0.7);
             if (mixture.shifted) own_gap = mixture(d[0]).student;
         }
         double forward = 0, mean = 0;
@@ -186,11 +170,11 @@ public:
             exps_of(s, T(1), count, p);
             exps_of(t, T(1), count, q);
             bend(count);
-            if (a.kind != 1) {
-                weigh_gaps(q, a.kind == 0 ? d : to_teacher, T(0), out, count);
+            if (a.of_teacher) {
+                weigh_gaps(q, a.of_student ? to_teacher : d, T(0), out, count);
                 forward += ordered_sum(out, count);
             }
-            if (a.kind != 0) {
+            if (a.of_student) {
                 weigh_gaps(p, d, own_gap, out, count);
                 mean += ordered_sum(out, count);
             }
@@ -199,9 +183,9 @@ public:
         mean /= student.raised_sum();
         const double reverse = mean + own;
         const double most = -a.beta * std::log(a.beta) - (1 - a.beta) * std::log1p(-a.beta);
-        const double soft = a.kind == 0   ? forward
-                            : a.kind == 1 ? reverse
-                                          : std::min(a.beta * forward + (1 - a.beta) * reverse, most);
+        const double soft = !a.of_student   ? forward
+                            : !a.of_teacher ? reverse
+                                            : std::min(a.beta * forward + (1 - a.beta) * reverse, most);
         const RowSums<T> hard = a.label ? hard_sums(n) : RowSums<T>();
         a.loss[n] = a.soft_weight * soft + (a.label ? a.hard_weight * hard.own_loss() : 0.0);
         if (a.differentiate) differentiate(n, mean, hard);
@@ -222,19 +206,19 @@ private:
     }
 
     // x' of a stretch of a row.
-    void read(const CappedLogits& x, int64_t n, int64_t c, int64_t count, T* to) {
+    void read(const Logits& x, double softcap, int64_t n, int64_t c, int64_t count, T* to) {
         const T* found = load_logits(x, n, c, count, to);
         if (found != to) std::copy_n(found, count, to);
-        if (x.softcap > 0) {
+        if (softcap > 0) {
             std::copy_n(to, count, out);
-            cap_into(out, T(1 / x.softcap), T(x.softcap), count, to);
+            cap_into(out, T(1 / softcap), T(softcap), count, to);
         }
     }
 
     // Reads s and t, relative to the maxima and divided by the temperature, and d.
     void relate(int64_t n, int64_t c, int64_t count) {
-        read(a.student, n, c, count, s);
-        read(a.teacher, n, c, count, t);
+        read(a.student, a.softcap, n, c, count, s);
+        read(a.teacher, a.teacher_softcap, n, c, count, t);
         gaps_to(s, T(student.origin()), by, count, s);
         gaps_to(t, T(teacher.origin()), by, count, t);
         log_ratios(t, s, difference, count, d);
@@ -242,8 +226,8 @@ private:
 
     // d becomes what p_s weighs: l p_s - l p_t, or l p_s - l m.
     void bend(int64_t count) {
-        if (a.kind == 1) scale_and_shift(d, T(-1), T(0), count);
-        if (a.kind == 2) mixture_gaps(d, mixture, count, to_teacher);
+        if (a.of_student && !a.of_teacher) scale_and_shift(d, T(-1), T(0), count);
+        if (a.of_student && a.of_teacher) mixture_gaps(d, mixture, count, to_teacher);
     }
 
     // Of the hard term.
@@ -252,7 +236,7 @@ private:
         const int64_t y = a.label[n];
         T max = -std::numeric_limits<T>::infinity();
         blocks(a.c, [&](int64_t c, int64_t count) {
-            read(a.student, n, c, count, s);
+            read(a.student, a.softcap, n, c, count, s);
             const T top = greatest(s, count, max);
             const T origin = top == -std::numeric_limits<T>::infinity() ? T(0) : top;
             if (top > max && sums.raised_sum() > 0) {
@@ -274,14 +258,15 @@ private:
 
     void differentiate(int64_t n, double mean, const RowSums<T>& hard) {
         const double g = a.incoming ? a.incoming[n] : 1.0;
-        const double scale = g * a.soft_weight / a.temperature * (a.kind == 2 ? 1 - a.beta : 1.0);
+        const double scale =
+            g * a.soft_weight / a.temperature * (a.of_teacher && a.of_student ? 1 - a.beta : 1.0);
         const double of_s = scale / student.sum(), of_t = scale / teacher.sum();
         const T unit = too_small<T>(of_s) || too_small<T>(of_t) ? math::lowered<T> : T(1);
         const double down = double(math::lowered<T>) / double(unit);
         blocks(a.c, [&](int64_t c, int64_t count) {
             relate(n, c, count);
             exps_of(s, unit, count, p);
-            if (a.kind == 0) {
+            if (!a.of_student) {
                 exps_of(t, unit, count, q);
                 differences(p, q, d, T(of_s * down), T(of_t * down), out, count);
             } else {
@@ -292,8 +277,8 @@ private:
                 scale_and_shift(out, T(of_s * down), T(0), count);
             }
             std::copy_n(out, count, q);  // `read` needs `out`
-            if (a.label || a.student.softcap > 0) read(a.student, n, c, count, s);
-            if (a.student.softcap > 0) std::copy_n(s, count, t);
+            if (a.label || a.softcap > 0) read(a.student, a.softcap, n, c, count, s);
+            if (a.softcap > 0) std::copy_n(s, count, t);
             if (a.label) {
                 const double hard_scale = g * a.hard_weight;
                 soften_by(s, T(hard.max), hard_scale / hard.sum(), T(0), count);
@@ -302,8 +287,8 @@ private:
                     s[y - c] = T(-hard_scale * (hard.others / hard.raised_sum()));
                 take(q, T(-1), s, count);
             }
-            if (a.student.softcap > 0) uncap(q, t, T(1 / a.student.softcap), count);
-            store(a.student.memory(n, c), a.student.dtype, 1, count, q);
+            if (a.softcap > 0) uncap(q, t, T(1 / a.softcap), count);
+            store(memory(a.student, n, c), a.student.dtype, 1, count, q);
         });
     }
 };

@@ -15,7 +15,7 @@ inline void own_classes(const Rows<T>& rows, const Grid& grid, int64_t first, in
     const int64_t ignored = rows.a.ignore_index, along = grid.stride[2], across = grid.stride[1];
     rows.runs(first, size, [&](int64_t at, int64_t n, int64_t d0, int64_t count) {
         rows.labels(n, d0, count, y);
-        const int64_t start = grid.row(n, d0);
+        const int64_t start = row_start(grid, n, d0);
         for (int64_t i = 0; i < count; ++i) {
             if (const int64_t next = i + 16; next < count && y[next] != ignored)
                 ahead(start + next * along + y[next] * across);
@@ -81,7 +81,7 @@ void nll_gradient(const Rows<T>& rows) {
 // Returns -1, or the position (n * d) of the first class index that is out of range.
 template <class T>
 int64_t nll(RowsArgs a) {
-    a.lay_along_d();
+    lay_along_d(a);
     Rows<T> rows(a);
     if (const int64_t bad = rows.check(); bad >= 0) return bad;
     if (a.loss.data || a.total.data)

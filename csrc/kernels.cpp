@@ -38,11 +38,6 @@ constexpr struct {
 #undef ROW
 };
 
-// Returned where scratch memory could not be had: no exception may leave through the C ABI.
-constexpr int64_t no_memory = -2;
-// Returned where a pointer is that of a tensor without memory: null, or an offset from it.
-constexpr int64_t unreadable = -3;
-
 // Below it lies no memory of this process; most keep 4 GiB free there, the others their code from 4 MiB on.
 uint64_t lowest_address() {
     const std::unique_ptr<char[]> block(new char[64]);
@@ -50,14 +45,13 @@ uint64_t lowest_address() {
     return reinterpret_cast<uint64_t>(block.get()) >= usual ? usual : least;
 }
 
-template <class F>
-int64_t guarded(F&& f) {
-    try {
-        return f();
-    } catch (...) {
-        return no_memory;
-    }
-}
+using Kernel = int64_t (*)(const void*);
+constexpr Kernel by_number[] = {
+#define ROW(name, Args) \
+    [](const void* a) { return fusedloss::kernels::name(*static_cast<const fusedloss::Args*>(a)); },
+    FUSEDLOSS_KERNELS(ROW)
+#undef ROW
+};
 
 }  // namespace
 
@@ -75,46 +69,47 @@ EXPORT const char* fusedloss_formula(int64_t number) {
     return number >= 0 && number < count ? formulas[number].name : nullptr;
 }
 
-EXPORT int64_t fusedloss_pointwise(const fusedloss::PointwiseArgs* a) {
-    return guarded([&] { return formulas[a->formula].run(*a); });
+namespace fusedloss::kernels {
+
+int64_t pointwise(const PointwiseArgs& a) { return ::formulas[a.formula].run(a); }
+
+int64_t cross_entropy(const RowsArgs& a) {
+    const bool wide = any_double(a.input, a.probabilities ? a.target : a.input);
+    return wide ? fusedloss::cross_entropy<double>(a) : fusedloss::cross_entropy<float>(a);
 }
 
-EXPORT int64_t fusedloss_cross_entropy(const fusedloss::RowsArgs* a) {
-    const bool wide = any_double(a->input, a->probabilities ? a->target : a->input);
-    return guarded(
-        [&] { return wide ? fusedloss::cross_entropy<double>(*a) : fusedloss::cross_entropy<float>(*a); });
-}
+int64_t nll_loss(const RowsArgs& a) { return any_double(a.input, a.grad) ? nll<double>(a) : nll<float>(a); }
 
-EXPORT int64_t fusedloss_linear(const fusedloss::LinearArgs* a) {
-    return guarded([&] {
-        a->logits.dtype == fusedloss::F64 ? fusedloss::linear_rows<double>(*a)
-                                          : fusedloss::linear_rows<float>(*a);
-        return int64_t(0);
-    });
-}
-
-EXPORT int64_t fusedloss_accumulate(const fusedloss::AccumulateArgs* a) {
-    fusedloss::accumulate(*a);
-    return 0;
-}
-
-EXPORT int64_t fusedloss_distill(const fusedloss::DistillArgs* a) {
-    return guarded([&] {
-        a->student.dtype == fusedloss::F64 ? fusedloss::distill_rows<double>(*a)
-                                           : fusedloss::distill_rows<float>(*a);
-        return int64_t(0);
-    });
-}
-
-EXPORT int64_t fusedloss_nll_loss(const fusedloss::RowsArgs* a) {
-    const bool wide = any_double(a->input, a->grad);
-    return guarded([&] { return wide ? fusedloss::nll<double>(*a) : fusedloss::nll<float>(*a); });
-}
-
-EXPORT int64_t fusedloss_triplet(const fusedloss::TripletArgs* a) {
+int64_t triplet(const TripletArgs& a) {
     bool wide = false;
-    for (const fusedloss::Matrix& input : a->input) wide |= input.dtype == fusedloss::F64;
-    return guarded([&] { return wide ? fusedloss::triplet<double>(*a) : fusedloss::triplet<float>(*a); });
+    for (const Matrix& input : a.input) wide |= input.dtype == F64;
+    return wide ? fusedloss::triplet<double>(a) : fusedloss::triplet<float>(a);
+}
+
+int64_t linear(const LinearArgs& a) {
+    a.logits.dtype == F64 ? linear_rows<double>(a) : linear_rows<float>(a);
+    return fine;
+}
+
+int64_t distill(const DistillArgs& a) {
+    a.student.dtype == F64 ? distill_rows<double>(a) : distill_rows<float>(a);
+    return fine;
+}
+
+int64_t accumulate(const AccumulateArgs& a) {
+    fusedloss::accumulate(a);
+    return fine;
+}
+
+}  // namespace fusedloss::kernels
+
+// The kernel with this number; no exception may leave through the C ABI.
+EXPORT int64_t fusedloss_run(int64_t kernel, const void* arguments) {
+    try {
+        return by_number[kernel](arguments);
+    } catch (...) {
+        return fusedloss::no_memory;
+    }
 }
 
 // A call like an earlier one. `plan`: which kernel, how many words its arguments have, how many of these are
@@ -124,18 +119,12 @@ EXPORT int64_t fusedloss_again(const int64_t* plan, const int64_t* pointers) {
     const int64_t kernel = plan[0], words = plan[1], count = plan[2];
     const int64_t* places = plan + 3;
     int64_t arguments[most];
-    if (words > most) return no_memory;
+    if (words > most) return fusedloss::no_memory;
     std::copy_n(places + count, words, arguments);
     static const uint64_t lowest = lowest_address();
     for (int64_t i = 0; i < count; ++i) {
-        if (uint64_t(pointers[i]) < lowest) return unreadable;
+        if (uint64_t(pointers[i]) < lowest) return fusedloss::unreadable;
         arguments[places[i]] = pointers[i];
     }
-    const void* a = arguments;
-    switch (kernel) {
-        case 0: return fusedloss_pointwise(static_cast<const fusedloss::PointwiseArgs*>(a));
-        case 1: return fusedloss_cross_entropy(static_cast<const fusedloss::RowsArgs*>(a));
-        case 2: return fusedloss_nll_loss(static_cast<const fusedloss::RowsArgs*>(a));
-        default: return fusedloss_triplet(static_cast<const fusedloss::TripletArgs*>(a));
-    }
+    return fusedloss_run(kernel, arguments);
 }

@@ -10,38 +10,9 @@
 
 namespace fusedloss {
 
-// Rows of logits. `low`, of the same type and strides or null, is what rounding took from them.
-struct Logits {
-    void* data;
-    const void* low;
-    int64_t dtype, stride;  // from row to row
+inline int64_t offset_of(const Logits& x, int64_t n, int64_t c) { return n * x.stride + c; }
 
-    int64_t offset(int64_t n, int64_t c) const { return n * stride + c; }
-    void* memory(int64_t n, int64_t c) const { return at(data, dtype, offset(n, c)); }
-};
-
-// Packed by cpu/linear.py; the field order is shared with it.
-struct LinearArgs {
-    int64_t n, c;            // rows, classes in all
-    int64_t first, columns;  // the classes that are given: [first, first + columns)
-    int64_t finish;          // these are the last ones
-    int64_t differentiate;   // the logits become their gradient
-    double smoothing, z_loss, softcap, logit_scale;
-    Logits logits;
-    const int64_t* label;  // or null, and `target` holds probabilities
-    Grid target;
-    const void* weight;  // of each class, in the type that is computed in
-    // Of each row, or null:
-    const double* incoming;  // the gradients of the three results
-    const double* incoming_lse;
-    const double* incoming_entropy;
-    double* sums;
-    double* loss;
-    double* lse;
-    double* entropy;
-    double* correct;  // 1 where no class is above the target's
-    Grid grad_target;
-};
+inline void* memory(const Logits& x, int64_t n, int64_t c) { return at(x.data, x.dtype, offset_of(x, n, c)); }
 
 // What is gathered of a row.
 template <class T>
@@ -49,7 +20,7 @@ struct LinearSums : RowSums<T> {
     double top = -std::numeric_limits<double>::infinity();
     double products = 0;  // sum of exp(x - max) (x - max), raised
 };
-static_assert(sizeof(LinearSums<float>) == 8 * sizeof(double), "SUMS of cpu/linear.py");
+static_assert(sizeof(LinearSums<float>) == linear_sums * sizeof(double));
 
 // Within 2 ULP: a rational approximation near 0 (Cephes), else from exp(-2 |u|).
 template <class T>
@@ -92,8 +63,8 @@ FUSEDLOSS_LOOP void add_low(T* __restrict x, const bf16* __restrict low, int64_t
 // `count` logits of row n from class c on, in `buffer` or where they lie.
 template <class T>
 inline const T* load_logits(const Logits& x, int64_t n, int64_t c, int64_t count, T* buffer) {
-    const T* found = load<T>(x.memory(n, c), x.dtype, 1, count, buffer);
-    if (x.low) add_low(buffer, static_cast<const bf16*>(x.low) + x.offset(n, c), count);
+    const T* found = load<T>(memory(x, n, c), x.dtype, 1, count, buffer);
+    if (x.low) add_low(buffer, static_cast<const bf16*>(x.low) + offset_of(x, n, c), count);
     return found;
 }
 
@@ -194,7 +165,7 @@ private:
         const T* w = weight ? weight + a.first + c : nullptr;
         if (!a.label) {
             const int64_t offset = n * a.target.stride[0] + (a.first + c) * a.target.stride[1];
-            load_strided<T>(a.target.at(offset), a.target.dtype, a.target.stride[1], count, q_buffer);
+            load_strided<T>(memory(a.target, offset), a.target.dtype, a.target.stride[1], count, q_buffer);
         } else if (w) {
             std::fill_n(q_buffer, count, T(0));
         } else {
@@ -222,7 +193,7 @@ private:
             if (s.mass != 0) s.dot += s.mass * (s.max - double(origin));
             max = top;
             s.max = double(origin);
-            const void* next = a.logits.memory(n, c + count);
+            const void* next = memory(a.logits, n, c + count);
             exp_of_difference(x, origin, count, e_buffer, next, size_of(a.logits.dtype));
             if (a.entropy || a.incoming_entropy) s.products += dot<T>(e_buffer, x, s.max, count);
             if (y >= c && y < c + count) {
@@ -275,7 +246,7 @@ private:
         for (int64_t c = 0; c < a.columns; c += row_block) {
             const int64_t count = std::min(row_block, a.columns - c);
             const T* x = capped(n, c, count);
-            T* e = direct ? static_cast<T*>(a.logits.memory(n, c)) : e_buffer;
+            T* e = direct ? static_cast<T*>(memory(a.logits, n, c)) : e_buffer;
             // x' is needed again where it bends the gradient.
             if ((tilted != 0 || a.softcap > 0) && x != x_buffer) std::copy_n(x, count, x_buffer);
             if (e != x) std::copy_n(x, count, e);
@@ -298,7 +269,7 @@ private:
                       g * double(soft) * (weight ? double(weight[y]) : 1.0));
             }
             if (a.softcap > 0) uncap(e, x_buffer, T(1 / a.softcap), count);
-            if (!direct) store(a.logits.memory(n, c), a.logits.dtype, 1, count, e);
+            if (!direct) store(memory(a.logits, n, c), a.logits.dtype, 1, count, e);
         }
     }
 
@@ -311,7 +282,8 @@ private:
             if (weight)
                 for (int64_t i = 0; i < count; ++i) e_buffer[i] *= weight[a.first + c + i];
             const int64_t offset = n * a.grad_target.stride[0] + (a.first + c) * a.grad_target.stride[1];
-            store(a.grad_target.at(offset), a.grad_target.dtype, a.grad_target.stride[1], count, e_buffer);
+            store(memory(a.grad_target, offset), a.grad_target.dtype, a.grad_target.stride[1], count,
+                  e_buffer);
         }
     }
 };
@@ -325,23 +297,15 @@ void linear_rows(const LinearArgs& a) {
     });
 }
 
-// Packed by cpu/linear.py; the field order is shared with it. Sums of the products of chunks.
-struct AccumulateArgs {
-    int64_t rows, columns;
-    int64_t stride;  // of the sums, from row to row
-    int64_t add;     // or the terms take the place of what was there
-    float* sums;
-    const bf16* terms;
-};
-
 FUSEDLOSS_LOOP inline void add_terms(float* __restrict sums, const bf16* __restrict terms, int64_t n) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) sums[i] += float(terms[i]);
 }
 
+// Sums of the products of chunks.
 inline void accumulate(const AccumulateArgs& a) {
     parallel(a.rows, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, a.columns)), [&](int64_t r) {
-        const bf16* terms = a.terms + r * a.columns;
+        const bf16* terms = static_cast<const bf16*>(a.terms) + r * a.columns;
         if (a.add)
             add_terms(a.sums + r * a.stride, terms, a.columns);
         else

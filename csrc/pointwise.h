@@ -12,29 +12,7 @@
 namespace fusedloss {
 
 constexpr int64_t max_inputs = 3;
-constexpr int64_t max_dims = 16;
 constexpr int64_t vector = 16;  // elements: of the widest unit, and a multiple of all others
-
-// Packed by cpu/pointwise.py; the field order is shared with it. Null data means absent.
-struct Array {
-    void* data;
-    int64_t dtype;
-};
-
-struct PointwiseArgs {
-    int64_t formula;
-    int64_t numel;
-    int64_t ndim;
-    Array input[max_inputs];
-    Array multiplier[2];  // the weight, which multiplies value and gradient; the incoming gradient
-    Array loss;           // the unreduced losses
-    Array total;          // their sum over `denominator`
-    Array grad[2];
-    double denominator;
-    double grad_scale;
-    double params[2];
-    int64_t layout[];  // sizes[ndim], then strides[ndim] for each slot
-};
 
 // The order of the strides in `layout`: three inputs, two multipliers, the losses, two gradients.
 enum Slot { INPUT = 0, MULTIPLIER = 3, LOSS = 5, GRAD = 6 };

@@ -18,40 +18,20 @@
 
 namespace fusedloss {
 
-// A tensor seen as (n, c, d); for one value a row the class stride is unused. Null data means absent.
-struct Grid {
-    void* data;
-    int64_t dtype;
-    int64_t stride[3];
+// Where row (n, d) begins, in elements.
+inline int64_t row_start(const Grid& grid, int64_t n, int64_t d) {
+    return n * grid.stride[0] + d * grid.stride[2];
+}
 
-    int64_t row(int64_t n, int64_t d) const { return n * stride[0] + d * stride[2]; }
-    void* at(int64_t offset) const { return fusedloss::at(data, dtype, offset); }
-};
+inline void* memory(const Grid& grid, int64_t offset) { return at(grid.data, grid.dtype, offset); }
 
-// Packed by cpu/rows.py; the field order is shared with it.
-struct RowsArgs {
-    int64_t n, c, d;
-    int64_t probabilities;  // the target holds them, else class indices
-    int64_t mean;           // divide by the weights of the counted rows (indices) or by their number
-    int64_t ignore_index;
-    double smoothing;
-    Grid input;
-    Grid target;
-    Grid weight;    // of the type that the kernel computes in, dense
-    Grid incoming;  // a gradient for each row
-    Grid loss;      // unreduced
-    Grid total;
-    Grid grad;
-    Grid grad_target;
-
-    // (N, C, 1) is (1, C, N): positions lie along d, for their stretches to be long.
-    void lay_along_d() {
-        if (d != 1) return;
-        for (Grid* grid : {&input, &target, &incoming, &loss, &grad, &grad_target})
-            grid->stride[2] = grid->stride[0];
-        std::swap(n, d);
-    }
-};
+// (N, C, 1) is (1, C, N): positions lie along d, for their stretches to be long.
+inline void lay_along_d(RowsArgs& a) {
+    if (a.d != 1) return;
+    for (Grid* grid : {&a.input, &a.target, &a.incoming, &a.loss, &a.grad, &a.grad_target})
+        grid->stride[2] = grid->stride[0];
+    std::swap(a.n, a.d);
+}
 
 constexpr int64_t row_block = 1024;  // classes at a time
 template <class T>
@@ -93,10 +73,10 @@ struct Rows {
 
     int64_t positions() const { return a.n * a.d; }
     int64_t label(int64_t n, int64_t d) const {
-        return load_index(a.target.data, a.target.dtype, a.target.row(n, d));
+        return load_index(a.target.data, a.target.dtype, row_start(a.target, n, d));
     }
     void labels(int64_t n, int64_t d, int64_t count, int64_t* y) const {
-        load_indices(a.target.data, a.target.dtype, a.target.row(n, d), a.target.stride[2], count, y);
+        load_indices(a.target.data, a.target.dtype, row_start(a.target, n, d), a.target.stride[2], count, y);
     }
     // f(i, n, d, count) for the stretches of one n that positions [first, first + size) fall into.
     template <class F>
@@ -146,7 +126,7 @@ struct Rows {
 
     double incoming(int64_t n, int64_t d) const {
         const double g =
-            a.incoming.data ? load_one(a.incoming.data, a.incoming.dtype, a.incoming.row(n, d)) : 1.0;
+            a.incoming.data ? load_one(a.incoming.data, a.incoming.dtype, row_start(a.incoming, n, d)) : 1.0;
         return a.mean ? g / denominator : g;
     }
 };
@@ -332,7 +312,7 @@ public:
 
     // The loss of row (n, d); writes the gradients that are asked for.
     double operator()(int64_t n, int64_t d) {
-        const int64_t x_row = a.input.row(n, d), g_row = a.grad.row(n, d);
+        const int64_t x_row = row_start(a.input, n, d), g_row = row_start(a.grad, n, d);
         int64_t y = -1;
         if (!a.probabilities) {
             y = r.label(n, d);
@@ -373,14 +353,14 @@ private:
     alignas(64) T x_buffer[most], q_buffer[most], e_buffer[most];
 
     const T* input(int64_t x_row, int64_t c, int64_t count) {
-        return load<T>(a.input.at(x_row + c * a.input.stride[1]), a.input.dtype, a.input.stride[1], count,
-                       x_buffer);
+        return load<T>(memory(a.input, x_row + c * a.input.stride[1]), a.input.dtype, a.input.stride[1],
+                       count, x_buffer);
     }
     // b_c of the soft part, for classes from c on; null where it is `soft` for all.
     const T* soft_part(int64_t n, int64_t d, int64_t c, int64_t count) {
         const T* w = r.weight ? r.weight + c : nullptr;
         if (a.probabilities) {
-            const void* from = a.target.at(a.target.row(n, d) + c * a.target.stride[1]);
+            const void* from = memory(a.target, row_start(a.target, n, d) + c * a.target.stride[1]);
             if (!w && r.soft == T(0))
                 return load<T>(from, a.target.dtype, a.target.stride[1], count, q_buffer);
             load_strided<T>(from, a.target.dtype, a.target.stride[1], count, q_buffer);
@@ -397,7 +377,7 @@ private:
         if (!a.grad.data) return;
         std::fill_n(e_buffer, std::min(a.c, block), T(0));
         for (int64_t c = 0; c < a.c; c += block)
-            store(a.grad.at(g_row + c * a.grad.stride[1]), a.grad.dtype, a.grad.stride[1],
+            store(memory(a.grad, g_row + c * a.grad.stride[1]), a.grad.dtype, a.grad.stride[1],
                   std::min(block, a.c - c), e_buffer);
     }
 
@@ -421,7 +401,7 @@ private:
             shift[size_t(b)] = origin;
             s.max = double(origin);
             T* __restrict e = keep ? keep + c : e_buffer;
-            const void* next = a.input.at(x_row + (c + count) * a.input.stride[1]);
+            const void* next = memory(a.input, x_row + (c + count) * a.input.stride[1]);
             exp_of_difference(x, origin, count, e, next, size_of(a.input.dtype));
             if (y >= c && y < c + count) {
                 s.own = double(e[y - c]);
@@ -460,7 +440,7 @@ private:
 
     // e_c becomes g (B p_c - b_c), that of the own class `slope`, and goes to where the gradient is.
     void finish(T* row, int64_t n, int64_t d, double scale, const OwnSums<T>& s, T g, int64_t own, T slope) {
-        const int64_t g_row = a.grad.row(n, d);
+        const int64_t g_row = row_start(a.grad, n, d);
         const bool soft = a.probabilities || r.soft != T(0);
         for (int64_t c = 0, b = 0; c < a.c; c += block, ++b) {
             const int64_t count = std::min(block, a.c - c);
@@ -473,7 +453,7 @@ private:
                 scale_and_shift(row + c, factor, g * r.soft, count);
             if (own >= c && own < c + count) row[own] = slope;
             if (!scratch.empty())
-                store(a.grad.at(g_row + c * a.grad.stride[1]), a.grad.dtype, a.grad.stride[1], count,
+                store(memory(a.grad, g_row + c * a.grad.stride[1]), a.grad.dtype, a.grad.stride[1], count,
                       row + c);
         }
     }
@@ -487,8 +467,9 @@ private:
             log_shares(part, x, scale, top, rest, count, e_buffer);
             if (r.weight)
                 for (int64_t i = 0; i < count; ++i) e_buffer[i] *= r.weight[c + i];
-            const int64_t offset = a.grad_target.row(n, d) + c * a.grad_target.stride[1];
-            store(a.grad_target.at(offset), a.grad_target.dtype, a.grad_target.stride[1], count, e_buffer);
+            const int64_t offset = row_start(a.grad_target, n, d) + c * a.grad_target.stride[1];
+            store(memory(a.grad_target, offset), a.grad_target.dtype, a.grad_target.stride[1], count,
+                  e_buffer);
         }
     }
 };
@@ -798,8 +779,8 @@ private:
         std::fill_n(p.incoming, count, 1.0 / by);
         std::fill(p.incoming + count, p.incoming + padded, 0.0);
         if (!a.incoming.data) return;
-        load_strided<double>(a.incoming.at(a.incoming.row(n, d0)), a.incoming.dtype, a.incoming.stride[2],
-                             count, p.incoming);
+        load_strided<double>(memory(a.incoming, row_start(a.incoming, n, d0)), a.incoming.dtype,
+                             a.incoming.stride[2], count, p.incoming);
         for (int64_t i = 0; i < count && a.mean; ++i) p.incoming[i] /= by;
     }
 
@@ -825,7 +806,7 @@ private:
     bool dense(const Grid& grid) const { return grid.dtype == dtype_of<T> && grid.stride[2] == 1; }
 
     static T* stretch(const Grid& grid, int64_t n, int64_t d0, int64_t c) {
-        return static_cast<T*>(grid.data) + grid.row(n, d0) + c * grid.stride[1];
+        return static_cast<T*>(grid.data) + row_start(grid, n, d0) + c * grid.stride[1];
     }
 
     // What is read or written after class c: the next class, or the next tile.
@@ -836,27 +817,27 @@ private:
     bool holds_rows(const Grid& grid) const { return grid.stride[1] == 1 && grid.stride[2] == a.c; }
 
     void load_tile(const Grid& grid, int64_t n, int64_t d0, int64_t count, T* to) {
-        const int64_t first = grid.row(n, d0);
+        const int64_t first = row_start(grid, n, d0);
         if (holds_rows(grid)) {
             for (int64_t i = 0; i < count; i += strip) {
                 const int64_t rows = std::min(strip, count - i);
-                const T* from = load(grid.at(first + i * a.c), grid.dtype, 1, rows * a.c, by_rows(grid));
+                const T* from = load(memory(grid, first + i * a.c), grid.dtype, 1, rows * a.c, by_rows(grid));
                 transpose(from, a.c, rows, a.c, to + i, width);
             }
             return;
         }
         for (int64_t c = 0; c < a.c; ++c)
-            load_strided<T>(grid.at(first + c * grid.stride[1]), grid.dtype, grid.stride[2], count,
+            load_strided<T>(memory(grid, first + c * grid.stride[1]), grid.dtype, grid.stride[2], count,
                             to + c * width);
     }
 
     void store_tile(const Grid& grid, int64_t n, int64_t d0, int64_t count) {
-        const int64_t first = grid.row(n, d0);
+        const int64_t first = row_start(grid, n, d0);
         if (holds_rows(grid)) {
             const bool direct = grid.dtype == dtype_of<T>;
             for (int64_t i = 0; i < count; i += strip) {
                 const int64_t rows = std::min(strip, count - i);
-                void* at = grid.at(first + i * a.c);
+                void* at = memory(grid, first + i * a.c);
                 T* to = direct ? static_cast<T*>(at) : by_rows(grid);
                 transpose(tile.data() + i, width, a.c, rows, to, a.c);
                 if (!direct) store(at, grid.dtype, 1, rows * a.c, to);
@@ -864,7 +845,7 @@ private:
             return;
         }
         for (int64_t c = 0; c < a.c; ++c)
-            store(grid.at(first + c * grid.stride[1]), grid.dtype, grid.stride[2], count, at(c));
+            store(memory(grid, first + c * grid.stride[1]), grid.dtype, grid.stride[2], count, at(c));
     }
 
     // Memory for a strip of the tile's rows, one behind the other, where they must be converted.
@@ -897,14 +878,14 @@ private:
     void target_gradient(int64_t n, int64_t d0, int64_t count) {
         alignas(64) T x[most];
         for (int64_t c = 0; c < a.c; ++c) {
-            load_strided<T>(a.input.at(a.input.row(n, d0) + c * a.input.stride[1]), a.input.dtype,
+            load_strided<T>(memory(a.input, row_start(a.input, n, d0) + c * a.input.stride[1]), a.input.dtype,
                             a.input.stride[2], count, x);
             const T scale = r.hard * (r.weight ? r.weight[c] : T(1));
             for (int64_t i = 0; i < count; ++i) {
                 const bool absent = part(c)[i] == T(0) && x[i] == -std::numeric_limits<T>::infinity();
                 x[i] = absent ? T(0) : p.g[i] * scale * ((p.max[i] - x[i]) + T(p.log_sum[i]));
             }
-            store(a.grad_target.at(a.grad_target.row(n, d0) + c * a.grad_target.stride[1]),
+            store(memory(a.grad_target, row_start(a.grad_target, n, d0) + c * a.grad_target.stride[1]),
                   a.grad_target.dtype, a.grad_target.stride[2], count, x);
         }
     }
@@ -913,7 +894,7 @@ private:
 // Returns -1, or the position (n * d) of the first class index that is out of range.
 template <class T>
 int64_t cross_entropy(RowsArgs a) {
-    a.lay_along_d();
+    lay_along_d(a);
     Rows<T> rows(a);
     if (!a.probabilities) {
         if (const int64_t bad = rows.check(); bad >= 0) return bad;

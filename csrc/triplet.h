@@ -9,27 +9,7 @@
 
 namespace fusedloss {
 
-// Rows of features. Null data means absent.
-struct Matrix {
-    void* data;
-    int64_t dtype;
-    int64_t row_stride, stride;
-
-    void* row(int64_t i) const { return at(data, dtype, i * row_stride); }
-};
-
-// Packed by cpu/triplet.py; the field order is shared with it.
-struct TripletArgs {
-    int64_t rows, features;
-    int64_t swap;
-    double margin, p, eps;
-    double denominator, grad_scale;
-    Matrix input[3];  // anchor, positive, negative
-    Matrix incoming;  // a gradient for each row
-    Matrix loss;      // unreduced
-    Matrix total;
-    Matrix grad[3];
-};
+inline void* memory(const Matrix& m, int64_t i) { return at(m.data, m.dtype, i * m.row_stride); }
 
 // out = f v + g w
 template <class T>
@@ -183,9 +163,9 @@ int64_t triplet(const TripletArgs& a) {
                 const Matrix& grad = a.grad[k];
                 if (!grad.data) return;
                 const bool direct = grad.dtype == dtype_of<T> && grad.stride == 1;
-                T* out = direct ? static_cast<T*>(grad.row(row)) : rows[k].data();
+                T* out = direct ? static_cast<T*>(memory(grad, row)) : rows[k].data();
                 combine(out, terms..., f);
-                if (!direct) store(grad.row(row), grad.dtype, grad.stride, f, out);
+                if (!direct) store(memory(grad, row), grad.dtype, grad.stride, f, out);
             };
             const bool wanted = a.grad[0].data || a.grad[1].data || a.grad[2].data;
             for (int64_t b = begin; b < end; ++b) {
@@ -194,7 +174,7 @@ int64_t triplet(const TripletArgs& a) {
                     const int64_t row = first + i;
                     const T* x[3];
                     for (int k = 0; k < 3; ++k)
-                        x[k] = load<T>(a.input[k].row(row), a.input[k].dtype, a.input[k].stride, f,
+                        x[k] = load<T>(memory(a.input[k], row), a.input[k].dtype, a.input[k].stride, f,
                                        rows[k].data());
                     const double near = to_positive(x[0], x[1]);
                     double far = to_negative(x[0], x[2]), other = 0, by_far = 1;

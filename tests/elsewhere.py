@@ -55,12 +55,14 @@ def flags(library: Path = PATHS[0]) -> list[str]:
 
 def print_formulas(root: Path) -> None:
     """Prints the header that the kernels include, into a folder of its own for -I."""
-    headers = root / "formulas"
+    headers, package = root / "formulas", root / "src/fusedloss"
     headers.mkdir(exist_ok=True)
-    sources = sorted((root / "src/fusedloss/losses").glob("[a-z]*.py"))
-    printer = root / "src/fusedloss/engines/cpu/printer.py"
-    with (headers / "formulas.h").open("w") as header:
-        subprocess.run([sys.executable, printer, *sources], stdout=header, check=True)
+    sources = sorted((package / "losses").glob("[a-z]*.py"))
+    printed = {"args.h": ["engines/abi.py"], "formulas.h": ["engines/cpu/printer.py", *sources]}
+    for name, (script, *arguments) in printed.items():
+        with (headers / name).open("w") as header:
+            command = [sys.executable, package / script, *arguments]
+            subprocess.run(command, stdout=header, check=True)
 
 
 def link(root: Path, source: str, to: Path, *extra: str) -> None:

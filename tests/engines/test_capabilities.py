@@ -51,7 +51,11 @@ def test_capability(capability: str, record_property: Callable[[str, object], No
         pytest.skip(f"this CPU has no {', '.join(sorted(lacking))}")
     done = subprocess.run(
         [sys.executable, __file__],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+        env={
+            **os.environ,
+            "ATEN_CPU_CAPABILITY": capability,
+            "PYTHONPATH": str(Path(__file__).parent.parent),
+        },
         capture_output=True,
         text=True,
     )

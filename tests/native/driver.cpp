@@ -273,8 +273,8 @@ void pointwise_call(Random& r) {
         for (size_t d = 0; d < ndim; ++d)
             layout[ndim * (s + 1) + d] = slots[s]->strides.size() ? slots[s]->strides[d] : flat ? 1 : 0;
 
-    const int64_t outside =
-        on_both(name, false, [&] { return fusedloss_pointwise(&a); }, {&loss, &total, &grads[0], &grads[1]});
+    const int64_t outside = on_both(name, false, [&] { return fusedloss_run(POINTWISE, &a); },
+                                    {&loss, &total, &grads[0], &grads[1]});
     require(outside < 0 || special, name + ": refused an element of the domain");
     if (outside >= 0 || special || !numel) return;
     for (const Tensor* t : {&loss, &total, &grads[0], &grads[1]})
@@ -342,14 +342,15 @@ void rows_call(Random& r, bool nll) {
     a.grad_target = grid(grad_target);
 
     const std::string name = nll ? "nll_loss" : "cross_entropy";
+    const Number kernel = nll ? NLL_LOSS : CROSS_ENTROPY;
     const bool repeated = r.chance(30);
     const auto run = [&] {
         if (repeated)
             return again(
-                nll ? 2 : 1, a,
+                kernel, a,
                 {offsetof(RowsArgs, input), offsetof(RowsArgs, target), offsetof(RowsArgs, total),
                  offsetof(RowsArgs, grad), offsetof(RowsArgs, grad_target), offsetof(RowsArgs, incoming)});
-        return nll ? fusedloss_nll_loss(&a) : fusedloss_cross_entropy(&a);
+        return fusedloss_run(kernel, &a);
     };
     const int64_t bad = on_both(name, true, run, {&loss, &total, &grad, &grad_target});
     require(bad < 0 || outside, name + ": refused a class index in range");
@@ -387,12 +388,12 @@ void triplet_call(Random& r) {
     a.total = matrix(total);
     const bool repeated = r.chance(30);
     const auto run = [&] {
-        return repeated ? again(3, a,
+        return repeated ? again(TRIPLET, a,
                                 {offsetof(TripletArgs, input[0]), offsetof(TripletArgs, input[1]),
                                  offsetof(TripletArgs, input[2]), offsetof(TripletArgs, total),
                                  offsetof(TripletArgs, grad[0]), offsetof(TripletArgs, grad[1]),
                                  offsetof(TripletArgs, grad[2])})
-                        : fusedloss_triplet(&a);
+                        : fusedloss_run(TRIPLET, &a);
     };
     on_both("triplet", false, run, {&loss, &total, &grads[0], &grads[1], &grads[2]});
     if (special || a.p < 1) return;
@@ -481,7 +482,7 @@ void linear_call(Random& r) {
             a.columns = a.c * (k + 1) / parts - a.first;
             a.finish = k + 1 == parts;
             a.logits = head.from(a.first);
-            fusedloss_linear(&a);
+            require(fusedloss_run(LINEAR, &a) == fine, "linear: no memory");
         }
         return int64_t(-1);
     };
@@ -497,7 +498,8 @@ void distill_call(Random& r) {
     const int64_t most = budget(r);
     a.c = std::max<int64_t>(1, size(r, std::min<int64_t>(most, 4200)));
     a.n = size(r, most / a.c);
-    a.kind = r.below(3);
+    a.of_teacher = r.chance(66);
+    a.of_student = !a.of_teacher || r.chance(50);
     a.differentiate = r.chance(50);
     a.beta = r.uniform(0.1, 0.9);
     a.temperature = r.chance(50) ? 1.0 : 2.5;
@@ -505,8 +507,10 @@ void distill_call(Random& r) {
     a.hard_weight = 0.25;
     const bool special = r.chance(20);
     Head student(r, a.n, a.c, special), teacher(r, a.n, a.c, special);
-    a.student = {student.from(0), r.chance(30) ? 3.0 : 0.0};
-    a.teacher = {teacher.from(0), r.chance(30) ? 3.0 : 0.0};
+    a.student = student.from(0);
+    a.teacher = teacher.from(0);
+    a.softcap = r.chance(30) ? 3.0 : 0.0;
+    a.teacher_softcap = r.chance(30) ? 3.0 : 0.0;
     Tensor label, incoming, loss = make(r, F64, {a.n}, DENSE, untouched);
     if (r.chance(50)) label = labels(r, a.n, a.c);
     if (r.chance(50)) incoming = floats(r, F64, {a.n}, DENSE, -1, 1, special);
@@ -516,7 +520,7 @@ void distill_call(Random& r) {
     teacher.fill();
     const auto run = [&] {
         student.fill();
-        fusedloss_distill(&a);
+        require(fusedloss_run(DISTILL, &a) == fine, "distill: no memory");
         return int64_t(-1);
     };
     on_both("distill", false, run, {&student.logits, &loss});

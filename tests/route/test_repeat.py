@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss
 from fusedloss import functional
-from fusedloss.engines import cpu
+from fusedloss.engines import abi, cpu
 from fusedloss.front.definition import REGISTRY, Loss
 from fusedloss.route import dispatch as route
 
@@ -181,7 +181,7 @@ def test_a_kernel_without_memory_runs_once_more(monkeypatch: pytest.MonkeyPatch)
         run(function, inputs, {}, (0,))
         (again,) = (entry[1] for key, entry in route._known.items() if key[0] == function.__name__)
         for launch in filter(None, (again.launch, again.launch_backward)):
-            monkeypatch.setattr(launch, "run", lambda *_: cpu.load.NO_MEMORY)
+            monkeypatch.setattr(launch, "run", lambda *_: abi.NO_MEMORY)
         assert_same_bits(run(function, inputs, {}, (0,)), expected)
 
 

@@ -20,7 +20,7 @@ from ..autograd import functions as autograd
 from ..autograd import operators as ops
 from ..core import errors, levels, plain, sharded
 from ..core.plain import PLAIN
-from ..engines import cpu, gpu
+from ..engines import abi, cpu, gpu
 from ..engines.cpu.again import Again
 from ..engines.cpu.load import FLOATS
 from ..kinds import Call
@@ -29,7 +29,6 @@ from ..kinds.rows import RowsCall
 if TYPE_CHECKING:
     from ..kinds.heads import LinearCall
 
-MOST_DIMS = 16  # max_dims of csrc/pointwise.h
 MOST_KNOWN = 1024
 CONSTANTS = (str, bool, int, float, type)
 
@@ -316,8 +315,8 @@ def _kernel_gap(
             continue
         if tensor.dtype not in FLOATS and k != indices:
             return f"there are no kernels for {tensor.dtype}"
-        if tensor.dim() > MOST_DIMS:
-            return f"there are no kernels for more than {MOST_DIMS} dimensions"
+        if tensor.dim() > abi.MAX_DIMS:
+            return f"there are no kernels for more than {abi.MAX_DIMS} dimensions"
         if k >= call.gradients and tensor.requires_grad:
             return "a weight requires a gradient"
         if on_gpu and not tensor.numel():

@@ -17,7 +17,7 @@ from ...core import errors
 from ...core.reduce import wide
 from ...kinds.distill import DistillCall
 from ...kinds.heads import LinearCall, Rows, Slot, Slots
-from .. import gpu
+from .. import abi, gpu
 from ..cpu import linear as kernel
 from . import steps
 from .products import HALVES, TILE_BYTES, Direct, products
@@ -214,7 +214,7 @@ class _Loop:
         """The results of some rows; their logits come in stretches of classes."""
         x, target = product.rows(self.input[rows]), self.targets(head, rows)
         results = self.results.each(lambda t: t[:, head][rows])
-        sums = torch.empty(n, kernel.SUMS, dtype=torch.float64)
+        sums = torch.empty(n, abi.LINEAR_SUMS, dtype=torch.float64)
         for first in range(0, self.classes, self.plan.classes):
             columns = min(self.plan.classes, self.classes - first)
             logits, low = self.matrices(n, columns)

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from ...core.plain import PLAIN, Unreadable
 from ...kinds import Call
-from .load import UNREADABLE, library
+from ..abi import FINE, UNREADABLE
+from .load import NUMBERS, library
 
-KERNELS = ("pointwise", "cross_entropy", "nll_loss", "triplet")  # numbered in csrc/kernels.cpp
-FINE = -1  # what these return unless they find an input wrong
 Slot = Tensor | None
 
 _empty_like = torch.empty_like
@@ -131,7 +130,7 @@ def prepare(
         at = (*places.inputs, place, *places.grads)[: len(given)]
         if any(words[k] != t.data_ptr() for k, t in zip(at, given, strict=True)):
             return None  # the kernel was given a copy
-        head = (KERNELS.index(kernel.removeprefix("fusedloss_")), len(words), len(at), *at)
+        head = (NUMBERS[kernel], len(words), len(at), *at)
         plan = struct.pack(f"={len(head)}q", *head) + arguments
         return Launch(library(elements).fusedloss_again, plan, struct.Struct(f"={len(at)}q").pack)
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import struct
-
 from torch import Tensor
 
-from ...kinds.distill import KINDS, DistillCall
+from ...kinds.distill import DistillCall
 from ...kinds.heads import LinearCall, Rows, Slot
+from .. import abi
 from .load import DTYPES, library, run
 
-SUMS = 8  # doubles of LinearSums in csrc/linear.h
-ABSENT = (0, 0, 0, 0, 0)
+PACK, PACK_DISTILL = abi.LINEAR.packer(), abi.DISTILL.packer()
+PACK_ACCUMULATE = abi.ACCUMULATE.packer()
 
 
 def step(
@@ -35,20 +34,32 @@ def step(
     what rounding took from the logits.
     """
     n, columns = logits.shape
-    last = first + columns == (classes or columns)
-    arguments = struct.pack(
-        "=6q4d24q",
-        *(n, classes or columns, first, columns, last, incoming is not None),
-        *(call.smoothing, call.z_loss, call.softcap, call.logit_scale),
-        *_logits(logits, low),
-        0 if call.probabilities else target.data_ptr(),
-        *(_grid(target) if call.probabilities else ABSENT),
-        _pointer(weight),
-        *map(_pointer, incoming[:3] if incoming else (None,) * 3),
-        *map(_pointer, (sums, *results)),
-        *_grid(grad_target),
+    arguments = PACK(
+        n=n,
+        c=classes or columns,
+        first=first,
+        columns=columns,
+        finish=first + columns == (classes or columns),
+        differentiate=incoming is not None,
+        smoothing=call.smoothing,
+        z_loss=call.z_loss,
+        softcap=call.softcap,
+        logit_scale=call.logit_scale,
+        logits=_logits(logits, low),
+        label=0 if call.probabilities else target.data_ptr(),
+        target=_grid(target if call.probabilities else None),
+        weight=_pointer(weight),
+        incoming=_pointer(incoming and incoming.loss),
+        incoming_lse=_pointer(incoming and incoming.lse),
+        incoming_entropy=_pointer(incoming and incoming.entropy),
+        sums=_pointer(sums),
+        loss=_pointer(results.loss),
+        lse=_pointer(results.lse),
+        entropy=_pointer(results.entropy),
+        correct=_pointer(results.correct),
+        grad_target=_grid(grad_target),
     )
-    run("fusedloss_linear", call.loss, arguments)
+    run("linear", call.loss, arguments)
 
 
 def distill(
@@ -65,23 +76,39 @@ def distill(
     n, classes = logits.shape
     if teacher.stride(1) != 1:
         teacher = teacher.contiguous()
-    arguments = struct.pack(
-        "=4q4d4qd4qd3q",
-        *(n, classes, KINDS.index(call.divergence), incoming is not None),
-        *(call.beta, call.temperature, call.soft_weight, call.hard_weight),
-        *(*_logits(logits, low), call.softcap),
-        *(*_logits(teacher, teacher_low), call.teacher_softcap),
-        *(_pointer(target), _pointer(incoming and incoming.loss), _pointer(results.loss)),
+    arguments = PACK_DISTILL(
+        n=n,
+        c=classes,
+        of_teacher=call.divergence != "reverse",
+        of_student=call.divergence != "forward",
+        differentiate=incoming is not None,
+        beta=call.beta,
+        temperature=call.temperature,
+        soft_weight=call.soft_weight,
+        hard_weight=call.hard_weight,
+        softcap=call.softcap,
+        teacher_softcap=call.teacher_softcap,
+        student=_logits(logits, low),
+        teacher=_logits(teacher, teacher_low),
+        label=_pointer(target),
+        incoming=_pointer(incoming and incoming.loss),
+        loss=_pointer(results.loss),
     )
-    run("fusedloss_distill", call.loss, arguments)
+    run("distill", call.loss, arguments)
 
 
 def accumulate(terms: Tensor, sums: Tensor, add: bool) -> None:
     """sums += terms, or sums = terms: float32 and dense bfloat16, (R, D)."""
-    arguments = struct.pack(
-        "=6q", *terms.shape, sums.stride(0), add, sums.data_ptr(), terms.data_ptr()
+    rows, columns = terms.shape
+    arguments = PACK_ACCUMULATE(
+        rows=rows,
+        columns=columns,
+        stride=sums.stride(0),
+        add=add,
+        sums=sums.data_ptr(),
+        terms=terms.data_ptr(),
     )
-    run("fusedloss_accumulate", "linear", arguments)
+    run("accumulate", "linear", arguments)
 
 
 def advise_huge_pages(tensor: Slot) -> None:
@@ -100,5 +127,5 @@ def _pointer(tensor: Slot) -> int:
 
 def _grid(tensor: Slot) -> tuple[int, ...]:
     if tensor is None:
-        return ABSENT
+        return abi.GRID.absent
     return (tensor.data_ptr(), DTYPES[tensor.dtype], *tensor.stride(), 0)

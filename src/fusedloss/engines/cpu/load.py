@@ -6,28 +6,14 @@ import ctypes
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from ...core import errors
+from .. import abi
 
-# The numbers of csrc/convert.h.
-DTYPES = {
-    torch.float32: 0,
-    torch.float64: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-    torch.int64: 4,
-    torch.int32: 5,
-    torch.int16: 6,
-    torch.int8: 7,
-    torch.uint8: 8,
-    torch.uint16: 9,
-    torch.uint32: 10,
-    torch.uint64: 11,
-}
-NO_MEMORY, UNREADABLE = -2, -3  # no_memory and unreadable of csrc/kernels.cpp
+DTYPES = {getattr(torch, name): number for number, name in enumerate(abi.DTYPES)}
+NUMBERS = {name: number for number, name in enumerate(abi.KERNELS)}
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # After one 512-bit addition an Intel core runs slower for microseconds, which is what a small loss takes: up to
 # so many elements, kernels of half that width run, which give the same bits.
@@ -58,17 +44,8 @@ def _load(small: bool = False) -> tuple[ctypes.CDLL | None, str | None, str | No
         lib = ctypes.CDLL(str(path(small)))
     except OSError as error:
         return None, f"cannot load {path(small)}: {error}", None
-    for name in (
-        "pointwise",
-        "cross_entropy",
-        "linear",
-        "accumulate",
-        "distill",
-        "nll_loss",
-        "triplet",
-    ):
-        function = getattr(lib, f"fusedloss_{name}")
-        function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int64
+    lib.fusedloss_run.argtypes = [ctypes.c_int64, ctypes.c_char_p]
+    lib.fusedloss_run.restype = ctypes.c_int64
     lib.fusedloss_formula.argtypes, lib.fusedloss_formula.restype = (
         [ctypes.c_int64],
         ctypes.c_char_p,
@@ -104,19 +81,10 @@ def library(elements: int = MANY) -> ctypes.CDLL:
 Run = Callable[[str, str, bytes, int], int]  # as `run`: what launches a kernel may be replaced
 
 
-class Pointers(NamedTuple):
-    """Which of a kernel's arguments, in words of 8 bytes, are the pointers of a reduced loss."""
-
-    inputs: tuple[int, ...]
-    total: int
-    grads: tuple[int, ...]
-    incoming: int  # where the gradient is computed in backward
-
-
 def run(kernel: str, loss: str, arguments: bytes, elements: int = MANY) -> int:
     """What the kernel returns. RuntimeError where it finds no memory."""
-    found: int = getattr(library(elements), kernel)(arguments)
-    if found == NO_MEMORY:
+    found: int = library(elements).fusedloss_run(NUMBERS[kernel], arguments)
+    if found == abi.NO_MEMORY:
         errors.fail(RuntimeError, loss, "can't allocate memory for the kernel")
     return found
 

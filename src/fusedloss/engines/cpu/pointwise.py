@@ -12,15 +12,17 @@ from torch import Tensor
 from ...core.layout import coalesced
 from ...kinds.pointwise import PointwiseCall
 from ...kinds.torch_m import OutsideDomain
-from .load import DTYPES, Pointers, Run, address, formula_numbers, run
+from .. import abi
+from .load import DTYPES, Run, address, formula_numbers, run
 
 SLOTS = 8  # the arrays that have strides: three inputs, two multipliers, losses, two gradients
 NAMES = ("input", "target", "pos_weight", "weight", "incoming", "losses", "gradient", "gradient")
 DENSE = (1,) * SLOTS
 ABSENT = (0, 0)
 FIELDS = "=21q4d{}q"
-# Where these hold the pointers of the operands, of the reduced loss, of the gradients and of what arrives.
-POINTERS = Pointers((3, 5), 15, (17, 19), 11)
+POINTERS = abi.POINTWISE.pointers(
+    ("input[0]", "input[1]"), "total", ("grad[0]", "grad[1]"), "multiplier[1]"
+)
 PACK_DENSE = struct.Struct(FIELDS.format(1 + SLOTS)).pack
 
 Slot = Tensor | None
@@ -124,5 +126,5 @@ def _launch(
         strides = [n for t in slots for n in (absent if t is None else next(present))]
         fields = FIELDS.format(len(sizes) + len(strides))
         arguments = struct.pack(fields, *head, len(sizes), *arrays, *numbers, *sizes, *strides)
-    if run("fusedloss_pointwise", call.formula.name, arguments, numel) >= 0:
+    if run("pointwise", call.formula.name, arguments, numel) >= 0:
         raise OutsideDomain

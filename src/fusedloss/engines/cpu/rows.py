@@ -6,7 +6,6 @@ stride, and (N, C, d1, ...) as (N, C, d1 * ...).
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -14,13 +13,13 @@ from torch import Tensor
 from ...core import errors, reduce
 from ...core.layout import empty_of_rows
 from ...kinds.rows import RowsCall
-from .load import DTYPES, Pointers, Run, address, run
+from .. import abi
+from .load import DTYPES, Run, address, run
 
 Slot = Tensor | None
-ABSENT = (0, 0, 0, 0, 0)
-PACK = struct.Struct("=6qd40q").pack
-# Where it puts the pointers of input and target, of the reduced loss, of the gradients and of what arrives.
-POINTERS = Pointers((7, 12), 32, (37, 42), 22)
+PACK = abi.ROWS.packer()
+POINTERS = abi.ROWS.pointers(("input", "target"), "total", ("grad", "grad_target"), "incoming")
+ABSENT = abi.GRID.absent
 
 
 def forward(
@@ -105,22 +104,22 @@ def _launch(
     shape = x.shape
     n, c, d = (1, *shape[::-1]) if len(shape) == 2 else shape if len(shape) == 3 else (1, *shape, 1)
     arguments = PACK(
-        n,
-        c,
-        d,
-        call.probabilities,
-        call.reduction == "mean",
-        call.ignore_index,
-        call.smoothing,
-        *_classes(call.loss, "input", x),
-        *(_classes if call.probabilities else _values)(call.loss, "target", flat_target),
-        *_values(call.loss, "weight", weight),
-        *_values(call.loss, "incoming", flat_incoming),
-        *_values(call.loss, "losses", None if losses is None else _flat(losses, 1)),
-        *_values(call.loss, "loss", total),
-        *_classes(call.loss, "gradient", grads[0]),
-        *_classes(call.loss, "gradient", grads[1]),
+        n=n,
+        c=c,
+        d=d,
+        probabilities=call.probabilities,
+        mean=call.reduction == "mean",
+        ignore_index=call.ignore_index,
+        smoothing=call.smoothing,
+        input=_classes(call.loss, "input", x),
+        target=(_classes if call.probabilities else _values)(call.loss, "target", flat_target),
+        weight=_values(call.loss, "weight", weight),
+        incoming=_values(call.loss, "incoming", flat_incoming),
+        loss=_values(call.loss, "losses", None if losses is None else _flat(losses, 1)),
+        total=_values(call.loss, "loss", total),
+        grad=_classes(call.loss, "gradient", grads[0]),
+        grad_target=_classes(call.loss, "gradient", grads[1]),
     )
-    outside = run(f"fusedloss_{call.loss}", call.loss, arguments, input.numel())
+    outside = run(call.loss, call.loss, arguments, input.numel())
     if outside >= 0:
         errors.out_of_range(call.loss, target, outside, c, call.ignore_index)

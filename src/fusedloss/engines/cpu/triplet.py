@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ...kinds.triplet import TripletCall
-from .load import DTYPES, Pointers, Run, address, run
+from .. import abi
+from .load import DTYPES, Run, address, run
 
-FIELDS = "=3q5d36q"
-# Where these hold the pointers of the inputs, of the reduced loss, of the gradients and of what arrives.
-POINTERS = Pointers((8, 12, 16), 28, (32, 36, 40), 20)
+PACK = abi.TRIPLET.packer()
+POINTERS = abi.TRIPLET.pointers(
+    ("input[0]", "input[1]", "input[2]"), "total", ("grad[0]", "grad[1]", "grad[2]"), "incoming"
+)
 NAMES = ("anchor", "positive", "negative")
 
 Slot = Tensor | None
@@ -63,7 +64,7 @@ def _gradients(inputs: Sequence[Tensor], needed: Sequence[bool], shape: torch.Si
 def _matrix(name: str, tensor: Slot, features: int) -> tuple[int, ...]:
     """Pointer, dtype and strides of the tensor as rows of features."""
     if tensor is None:
-        return 0, 0, 0, 0
+        return abi.MATRIX.absent
     rows = tensor if tensor.dim() == 2 else tensor.reshape(-1, features)
     return address(TripletCall.loss, name, rows), DTYPES[rows.dtype], *rows.stride()
 
@@ -83,24 +84,23 @@ def _launch(
     flat = [t.reshape(rows, features) for t in inputs]
     arrived = None if incoming is None else incoming.expand(shape[:-1]).reshape(rows, 1)
     denominator = float(rows) if call.reduction == "mean" else 1.0
-    arguments = struct.pack(
-        FIELDS,
-        rows,
-        features,
-        call.swap,
-        call.margin,
-        call.p,
-        call.eps,
-        denominator,
-        1.0 / denominator if denominator else float("nan"),
-        *(n for name, t in zip(NAMES, flat, strict=True) for n in _matrix(name, t, features)),
-        *_matrix("incoming", arrived, 1),
-        *_matrix("losses", None if losses is None else losses.reshape(rows, 1), 1),
-        *_matrix("loss", None if total is None else total.reshape(1, 1), 1),
-        *(
+    arguments = PACK(
+        rows=rows,
+        features=features,
+        swap=call.swap,
+        margin=call.margin,
+        p=call.p,
+        eps=call.eps,
+        denominator=denominator,
+        grad_scale=1.0 / denominator if denominator else float("nan"),
+        input=[n for name, t in zip(NAMES, flat, strict=True) for n in _matrix(name, t, features)],
+        incoming=_matrix("incoming", arrived, 1),
+        loss=_matrix("losses", None if losses is None else losses.reshape(rows, 1), 1),
+        total=_matrix("loss", None if total is None else total.reshape(1, 1), 1),
+        grad=[
             n
             for g in grads
             for n in _matrix("gradient", None if g is None else g.reshape(rows, features), features)
-        ),
+        ],
     )
-    run("fusedloss_triplet", call.loss, arguments, shape.numel())
+    run("triplet", call.loss, arguments, shape.numel())

@@ -1,0 +1,259 @@
+"""What Python and the kernels both must know, said once: `python abi.py > args.h` prints it as C++.
+
+It runs at build time, so it needs neither torch nor the package. All that an argument block has is 8 bytes
+wide: a word (an integer or a pointer), a double, or a struct of these.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Callable
+from typing import NamedTuple
+
+# As torch and as C++ name them, in the order of their numbers.
+DTYPES = {
+    "float32": "F32",
+    "float64": "F64",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "uint16": "U16",
+    "uint32": "U32",
+    "uint64": "U64",
+}
+# What a kernel returns if no input is wrong; if one is, it returns where.
+FINE = -1
+NO_MEMORY = -2  # for its scratch
+UNREADABLE = -3  # a pointer is that of a tensor without memory: null, or an offset from it
+MAX_DIMS = 16
+LINEAR_SUMS = 8  # doubles that a head keeps of a row
+NUMBERS = ("FINE", "NO_MEMORY", "UNREADABLE", "MAX_DIMS", "LINEAR_SUMS")
+
+
+class Field(NamedTuple):
+    name: str
+    type: str
+    inner: Struct | None
+    length: int | None  # of an array; 0: as many as the caller has
+
+    @property
+    def format(self) -> str:
+        one = self.inner.format if self.inner else "d" if self.type == "double" else "q"
+        return one * (1 if self.length is None else self.length)
+
+
+class Pointers(NamedTuple):
+    """Which words of an argument block are the pointers of a reduced loss."""
+
+    inputs: tuple[int, ...]
+    total: int
+    grads: tuple[int, ...]
+    incoming: int  # where the gradient is computed in backward
+
+
+class Struct:
+    """A struct by its declarations in C++."""
+
+    def __init__(self, name: str, *declarations: str) -> None:
+        self.name, self.declarations = name, declarations
+        self.fields = [field for d in declarations for field in _fields(d)]
+        self.format = "".join(field.format for field in self.fields)
+        self.absent = (0,) * len(self.format)
+        self.places: dict[str, int] = {}  # in words
+        at = 0
+        for field in self.fields:
+            width = len(field.format) // (field.length or 1)
+            for k in range(field.length or 1):
+                self.places[f"{field.name}[{k}]"] = at + k * width
+            self.places[field.name] = at
+            at += len(field.format)
+        STRUCTS[name] = self
+
+    def packer(self, more: int = 0) -> Callable[..., bytes]:
+        """Packs what is given by name, structs and arrays as tuples; the last field has `more` words."""
+        runs = ((kind, len(list(run))) for kind, run in itertools.groupby(self.format + "q" * more))
+        pack = struct.Struct("=" + "".join(f"{n}{kind}" for kind, n in runs)).pack
+        names = ", ".join(field.name for field in self.fields)
+        values = ", ".join(
+            f"*{field.name}" if field.inner or field.length is not None else field.name
+            for field in self.fields
+        )
+        made: Callable[..., bytes] = eval(f"lambda *, {names}: pack({values})", {"pack": pack})
+        return made
+
+    def pointers(
+        self, inputs: tuple[str, ...], total: str, grads: tuple[str, ...], incoming: str
+    ) -> Pointers:
+        at = self.places
+        return Pointers(
+            tuple(map(at.__getitem__, inputs)),
+            at[total],
+            tuple(map(at.__getitem__, grads)),
+            at[incoming],
+        )
+
+    def printed(self) -> str:
+        """With its layout, which the compiler checks."""
+        lines = [f"struct {self.name} {{"]
+        for declaration in self.declarations:
+            code, _, comment = declaration.partition("  //")
+            lines.append(f"    {code};" + (f"  //{comment}" if comment else ""))
+        checks = [f"sizeof({self.name}) == {8 * len(self.format)}"]
+        checks += [
+            f"offsetof({self.name}, {f.name}) == {8 * self.places[f.name]}" for f in self.fields
+        ]
+        return "\n".join([*lines, "};", *(f"static_assert({check});" for check in checks)])
+
+
+STRUCTS: dict[str, Struct] = {}
+
+
+def _fields(declaration: str) -> list[Field]:
+    """Of `type a, b[2]  // comment`."""
+    code = declaration.partition("  //")[0]
+    first, *rest = code.split(", ")
+    type, _, first = first.rpartition(" ")
+    found = []
+    for name in (first, *rest):
+        name, bracket, count = name.rstrip("]").partition("[")
+        found.append(Field(name, type, STRUCTS.get(type), int(count or 0) if bracket else None))
+    return found
+
+
+# Tensors. Null data means absent.
+ARRAY = Struct("Array", "void* data", "int64_t dtype")
+GRID = Struct(
+    "Grid",  # seen as (n, c, d); for one value a row the class stride is unused
+    "void* data",
+    "int64_t dtype",
+    "int64_t stride[3]",
+)
+MATRIX = Struct("Matrix", "void* data", "int64_t dtype", "int64_t row_stride, stride")
+LOGITS = Struct(
+    "Logits",  # rows of them
+    "void* data",
+    "const void* low  // of the same type and strides or null: what rounding took from them",
+    "int64_t dtype",
+    "int64_t stride  // from row to row",
+)
+
+POINTWISE = Struct(
+    "PointwiseArgs",
+    "int64_t formula, numel, ndim",
+    "Array input[3]",
+    "Array multiplier[2]  // the weight, which multiplies value and gradient; the incoming gradient",
+    "Array loss  // the unreduced losses",
+    "Array total  // their sum over `denominator`",
+    "Array grad[2]",
+    "double denominator, grad_scale",
+    "double params[2]",
+    "int64_t layout[]  // sizes[ndim], then strides[ndim] of each: input, multiplier, loss, grad",
+)
+ROWS = Struct(
+    "RowsArgs",
+    "int64_t n, c, d",
+    "int64_t probabilities  // the target holds them, else class indices",
+    "int64_t mean  // divide by the weights of the counted rows (indices) or by their number",
+    "int64_t ignore_index",
+    "double smoothing",
+    "Grid input, target",
+    "Grid weight  // of the type that the kernel computes in, dense",
+    "Grid incoming  // a gradient for each row",
+    "Grid loss  // unreduced",
+    "Grid total, grad, grad_target",
+)
+TRIPLET = Struct(
+    "TripletArgs",
+    "int64_t rows, features, swap",
+    "double margin, p, eps, denominator, grad_scale",
+    "Matrix input[3]  // anchor, positive, negative",
+    "Matrix incoming  // a gradient for each row",
+    "Matrix loss  // unreduced",
+    "Matrix total",
+    "Matrix grad[3]",
+)
+LINEAR = Struct(
+    "LinearArgs",
+    "int64_t n, c  // rows, classes in all",
+    "int64_t first, columns  // the classes that are given: [first, first + columns)",
+    "int64_t finish  // these are the last ones",
+    "int64_t differentiate  // the logits become their gradient",
+    "double smoothing, z_loss, softcap, logit_scale",
+    "Logits logits",
+    "const int64_t* label  // or null, and `target` holds probabilities",
+    "Grid target",
+    "const void* weight  // of each class, in the type that is computed in",
+    # Of each row, or null:
+    "const double* incoming  // the gradients of the three results",
+    "const double* incoming_lse",
+    "const double* incoming_entropy",
+    "double* sums",
+    "double* loss",
+    "double* lse",
+    "double* entropy",
+    "double* correct  // 1 where no class is above the target's",
+    "Grid grad_target",
+)
+ACCUMULATE = Struct(
+    "AccumulateArgs",  # the sums of the products of chunks
+    "int64_t rows, columns",
+    "int64_t stride  // of the sums, from row to row",
+    "int64_t add  // or the terms take the place of what was there",
+    "float* sums",
+    "const void* terms  // bfloat16",
+)
+DISTILL = Struct(
+    "DistillArgs",
+    "int64_t n, c",
+    "int64_t of_teacher, of_student  // whose probabilities weigh the logs: of one, or of both, to the mixture",
+    "int64_t differentiate  // the student's logits become their gradient",
+    "double beta, temperature, soft_weight, hard_weight, softcap, teacher_softcap",
+    "Logits student, teacher",
+    "const int64_t* label  // of the hard term, or null",
+    "const double* incoming",
+    "double* loss",
+)
+# In the order of their numbers.
+KERNELS = {
+    "pointwise": POINTWISE,
+    "cross_entropy": ROWS,
+    "nll_loss": ROWS,
+    "triplet": TRIPLET,
+    "linear": LINEAR,
+    "distill": DISTILL,
+    "accumulate": ACCUMULATE,
+}
+
+
+def header() -> str:
+    numbers = [f"constexpr int64_t {name.lower()} = {globals()[name]};" for name in NUMBERS]
+    kernels = [f"int64_t {name}(const {args.name}&);" for name, args in KERNELS.items()]
+    table = " ".join(f"X({name}, {args.name})" for name, args in KERNELS.items())
+    return "\n".join(
+        [
+            "// Printed by engines/abi.py; edit that instead.",
+            "#pragma once",
+            "#include <cstddef>",
+            "#include <cstdint>",
+            "",
+            "namespace fusedloss {",
+            f"enum DType : int64_t {{ {', '.join(DTYPES.values())} }};",
+            f"enum Number : int64_t {{ {', '.join(KERNELS).upper()} }};",
+            *numbers,
+            *(s.printed() for s in STRUCTS.values()),
+            "namespace kernels {",
+            *kernels,
+            "}  // namespace kernels",
+            "}  // namespace fusedloss",
+            f"#define FUSEDLOSS_KERNELS(X) {table}\n",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    print(header(), end="")
