@@ -36,7 +36,8 @@ if GPU == "interpreted":
     interpreter.mend()
     gpu.on_cpu = True
 
-ORIGINALS = [getattr(torch.nn.functional, loss.name) for loss in REGISTRY.values()]
+NAMES = {loss.name for loss in REGISTRY.values()} & set(dir(torch.nn.functional))
+ORIGINALS = [getattr(torch.nn.functional, name) for name in sorted(NAMES)]
 Tensors = tuple[Tensor, ...]
 Options = dict[str, Any]
 
@@ -106,14 +107,21 @@ class Case:
         return f"{self.loss.key}-{self.option}"
 
     @property
-    def family(self) -> str:
-        if not self.loss.rows:
-            return "pointwise"
-        return "triplet" if len(self.loss.differentiable) == 3 else "rows"
+    def kind(self) -> str:
+        return self.loss.kind
 
     @property
-    def takes_indices(self) -> bool:
-        return self.family == "rows" and 1 not in self.loss.differentiable
+    def function(self) -> Callable[..., Tensor]:
+        return self.loss.reduced
+
+    @property
+    def reductions(self) -> Sequence[str]:
+        return self.loss.reductions or ("none",)
+
+    @property
+    def of_rows(self) -> list[int]:
+        """The differentiable arguments with a row for each row of the result."""
+        return [k for k in self.loss.differentiable if k not in self.loss.whole]
 
     def example(
         self, shape: Sequence[int], dtype: torch.dtype, generator: Generator
@@ -129,6 +137,10 @@ class Case:
 CASES = [Case(loss, option) for loss in REGISTRY.values() for option in loss.options]
 
 
+def no_head(case: Case) -> bool:
+    return case.kind != "heads"
+
+
 def parameters(keep: Callable[[Case], bool] = lambda _: True) -> pytest.MarkDecorator:
     """Registry rows x options."""
     cases = [case for case in CASES if keep(case)]
@@ -137,7 +149,7 @@ def parameters(keep: Callable[[Case], bool] = lambda _: True) -> pytest.MarkDeco
 
 def parameters_reduced(keep: Callable[[Case], bool] = lambda _: True) -> pytest.MarkDecorator:
     """Registry rows x options x reductions."""
-    pairs = [(case, r) for case in CASES if keep(case) for r in case.loss.reductions]
+    pairs = [(case, r) for case in CASES if keep(case) for r in case.reductions]
     return pytest.mark.parametrize(
         ("case", "reduction"), pairs, ids=[f"{case}-{reduction}" for case, reduction in pairs]
     )
@@ -223,13 +235,15 @@ def reference(
 ) -> Reference:
     """The scale is that of the largest result, and what a rounding of the inputs does to it."""
     compute = wide(*(t for t in tensors if t.is_floating_point()))
+    if case.kind == "heads":
+        compute = tensors[0].dtype  # logits or their gradient are of the input's type
     eps = torch.finfo(compute).eps
     inputs: Tensors = tuple(_widened(t, tensors[0].dtype) for t in tensors)
     settings = {name: _widened(v, tensors[0].dtype) for name, v in options.items()}
     arrives = None if incoming is None else incoming.double()
     with formula_path():
-        exact = run(case.loss.function, inputs, settings, wanted, arrives)
-        losses = case.loss.function(*inputs, **{**settings, "reduction": "none"})
+        exact = run(case.function, inputs, settings, wanted, arrives)
+        losses = case.function(*inputs, **{**settings, "reduction": "none"})
         # Gradients may cancel: the scale is at least that of a slope of 1.
         parts = {"mean": losses.numel(), "batchmean": inputs[0].shape[:1].numel()}
         slope = 1.0 if arrives is None else _greatest(arrives)
@@ -240,7 +254,7 @@ def reference(
         )
         for _ in range(2):  # the effects of two arguments can cancel, but not twice
             moved = tuple(_moved(t, eps, generator) for t in inputs)
-            shifted = run(case.loss.function, moved, settings, wanted, arrives)
+            shifted = run(case.function, moved, settings, wanted, arrives)
             for (_, s), (_, a), (_, b) in zip(
                 scale.named(), shifted.named(), exact.named(), strict=True
             ):
@@ -301,6 +315,6 @@ def check(
 ) -> None:
     """The value and all gradients against the formula in float64."""
     wanted = case.loss.differentiable
-    actual = run(case.loss.function, tensors, options, wanted, incoming)
+    actual = run(case.function, tensors, options, wanted, incoming)
     expected = reference(case, tensors, options, wanted, incoming, generator)
     assert_exact(actual, expected, roundings)

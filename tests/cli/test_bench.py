@@ -280,14 +280,14 @@ def test_gradients_too_small_for_their_type_are_not_wrong() -> None:
 
 
 def test_every_loss_is_swept() -> None:
-    points = list(cases.sweep(REGISTRY, cases.DTYPES, cases.SIZES))
+    points = list(cases.sweep(selection.TIMED, cases.DTYPES, cases.SIZES))
     assert len({p.title for p in points}) == len(points)
-    assert {p.loss for p in points} == set(REGISTRY)
+    assert {p.loss for p in points} == set(selection.TIMED)
     assert {c.loss for c in cases.TABLE} <= set(REGISTRY)
     assert all(max(p.shape) and p.numel <= cases.LARGEST for p in points)
 
 
-@pytest.mark.parametrize("key", REGISTRY)
+@pytest.mark.parametrize("key", selection.TIMED)
 def test_a_yardstick_moves_the_bytes(key: str) -> None:
     """It makes as many results as the loss has gradients, of their shape, and again in place."""
     import torch

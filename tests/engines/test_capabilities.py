@@ -81,14 +81,14 @@ def test_small_inputs_get_the_bits_of_large_ones(
 ) -> None:
     if load.path(small=True) == load.path():
         pytest.skip("small inputs have the same kernels")
-    for shape in [(3, 5), (13, 80), (2, 1000)] + ([(2, 5, 70)] if case.family == "rows" else []):
+    for shape in [(3, 5), (13, 80), (2, 1000)] + ([(2, 5, 70)] if case.kind == "rows" else []):
         tensors, options = case.example(shape, dtype, generator)
         options["reduction"] = reduction
 
-        small = run(case.loss.function, tensors, options, case.loss.differentiable)
+        small = run(case.function, tensors, options, case.loss.differentiable)
         with monkeypatch.context() as patch:
             patch.setattr(load, "SMALL", 0)
-            large = run(case.loss.function, tensors, options, case.loss.differentiable)
+            large = run(case.function, tensors, options, case.loss.differentiable)
         assert_same_bits(small, large)
 
 
@@ -98,14 +98,14 @@ def main() -> None:
     generator = Generator().manual_seed(0)
     kernels = calls = 0
     for case in CASES:
-        shapes = [(4, 37), (2, 1030)] + ([(2, 5, 70)] if case.family == "rows" else [])
+        shapes = [(4, 37), (2, 1030)] + ([(2, 5, 70)] if case.kind == "rows" else [])
         for shape in shapes:
             for dtype in FLOATS:
                 tensors, options = case.example(shape, dtype, generator)
                 for options["reduction"] in ("none", "mean"):
                     check(case, tensors, options, generator)
                     calls += 1
-                    route = fusedloss.explain(case.loss.function, *tensors, **options)
+                    route = fusedloss.explain(case.function, *tensors, **options)
                     kernels += route.kernel is not None
     report = {
         "capability": load.capability(),

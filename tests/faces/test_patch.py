@@ -60,7 +60,7 @@ def example(generator: Generator) -> tuple[Tensor, Tensor]:
     return torch.randn(3, 5, generator=generator), torch.tensor([0, 4, 2])
 
 
-@parameters()
+@parameters(lambda case: case.loss.composed is None)
 def test_functions_and_modules_run_our_kernels(case: Case, generator: Generator) -> None:
     tensors, options = case.example((4, 5), torch.float32, generator)
     wanted = case.loss.differentiable
@@ -213,7 +213,7 @@ def test_error_inputs_through_the_patched_doors(name: str) -> None:
             assert str(caught.value).startswith(f"{name}: ")
 
 
-@parameters()
+@parameters(lambda case: case.loss.composed is None)
 def test_compile(case: Case, generator: Generator) -> None:
     tensors, options = case.example((4, 5), torch.float32, generator)
     wanted = case.loss.differentiable

@@ -50,7 +50,7 @@ Function = Callable[..., Tensor]
 
 
 def bound(case: Case, options: Options, reduction: str = "mean") -> Function:
-    return functools.partial(case.loss.function, **options, reduction=reduction)
+    return functools.partial(case.function, **options, reduction=reduction)
 
 
 def of_wanted(function: Function, tensors: Tensors, wanted: Sequence[int]) -> Function:
@@ -102,7 +102,7 @@ def test_hessian_is_that_of_torch(case: Case, generator: Generator) -> None:
     wanted = case.loss.differentiable
     positions = tuple(range(len(wanted)))
     given = [tensors[k] for k in wanted]
-    theirs = functools.partial(case.loss.torch_function, **options)
+    theirs = functools.partial(case.loss.torch_function, **options, reduction="mean")
     ours = hessian(of_wanted(bound(case, options), tensors, wanted), positions)(*given)
     assert_close(ours, hessian(of_wanted(theirs, tensors, wanted), positions)(*given))
 
@@ -150,7 +150,7 @@ def test_second_derivatives_are_those_of_torch(
     tensors, options = float64(case, generator)
     incoming = draw_incoming(bound(case, options, reduction)(*tensors), generator)
     found = []
-    for function in (case.loss.function, case.loss.torch_function):
+    for function in (case.function, case.loss.torch_function):
         inputs = leaves(tensors, case.loss.differentiable)
         wanted = [inputs[k] for k in case.loss.differentiable]
         value = function(*inputs, **options, reduction=reduction)
@@ -172,8 +172,8 @@ def test_gradients_have_a_graph_where_those_of_torch_have(case: Case, generator:
         found = []
         for function, path in (
             (case.loss.torch_function, contextlib.nullcontext),
-            (case.loss.function, contextlib.nullcontext),
-            (case.loss.function, formula_path),
+            (case.function, contextlib.nullcontext),
+            (case.function, formula_path),
         ):
             inputs = leaves(tensors, wanted)
             learned = [inputs[k] for k in wanted]
@@ -254,13 +254,17 @@ def test_frozen_trunk(generator: Generator) -> None:
     assert not fusedloss.nn.MSELoss()(trunk(x), x).requires_grad
 
 
+def widened(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
 @parameters()
 def test_autocast(case: Case, generator: Generator) -> None:
     """bfloat16 inside, float32 out; BCELoss too, which PyTorch refuses on a GPU."""
     tensors, options = case.example(SHAPE, torch.bfloat16, generator)
     wanted = case.loss.differentiable
-    weights = {k: v.float() if isinstance(v, Tensor) else v for k, v in options.items()}
-    wide = tuple(t.float() if t.is_floating_point() else t for t in tensors)
+    weights = {k: widened(v) for k, v in options.items()}
+    wide = tuple(map(widened, tensors))
     expected = run(bound(case, weights), wide, {}, wanted)
     with torch.autocast("cpu", torch.bfloat16):
         found = run(bound(case, weights), tensors, {}, wanted)
@@ -300,7 +304,7 @@ def test_compile(case: Case, reduction: str, generator: Generator) -> None:
 def test_compile_with_dynamic_shapes(case: Case, generator: Generator) -> None:
     """One graph serves every size."""
     wanted = case.loss.differentiable
-    fast = compiled(case.loss.function, dynamic=True)
+    fast = compiled(case.function, dynamic=True)
     tensors, options = case.example((4, 5), torch.float32, generator)
     # An ignore_index is a number of the call, and each number a graph of its own.
     numbers = {k: v for k, v in options.items() if not isinstance(v, Tensor)}
@@ -309,7 +313,7 @@ def test_compile_with_dynamic_shapes(case: Case, generator: Generator) -> None:
         for rows in (6, 9):
             tensors, options = case.example((rows, 5), torch.float32, generator)
             options |= numbers
-            expected = run(case.loss.function, tensors, options, wanted)
+            expected = run(case.function, tensors, options, wanted)
             found = run(fast, tensors, options, wanted)
             assert_close(found.value, expected.value)
             assert_close(found.grads, expected.grads)
@@ -418,8 +422,11 @@ def test_export(case: Case, generator: Generator) -> None:
     tensors, options = case.example(SHAPE, torch.float32, generator)
     function = bound(case, options)
     rows = torch.export.Dim("rows", min=2)
-    fixed = [t for t in options.values() if isinstance(t, Tensor) and t.shape == SHAPE]
-    shapes = {"tensors": tuple(None if fixed else {0: rows} for _ in tensors)}
+    fixed = [t for t in options.values() if isinstance(t, Tensor) and t.shape[:1] == SHAPE[:1]]
+    whole = case.loss.whole
+    shapes = {
+        "tensors": tuple(None if fixed or k in whole else {0: rows} for k in range(len(tensors)))
+    }
     program = torch.export.export(Wrapped(function), tensors, dynamic_shapes=shapes)
     for node in program.graph.nodes:
         if node.op == "call_function":

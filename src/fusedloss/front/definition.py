@@ -5,6 +5,7 @@ Kernels, documentation, tests and benchmarks read these records; none of them re
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,16 +59,23 @@ class Loss:
     `example(shape, dtype, generator)` draws the tensor arguments from the loss's domain;
     `options` names the keyword sets to try, each made from those tensors. `differentiable` are the
     positions of the arguments that receive gradients. `extensions` are option sets that PyTorch lacks.
+    A loss without `reductions` gives rows alone. `composed` is what PyTorch's users write where it has no
+    function of the name, or one of fewer options.
     """
 
-    function: Callable[..., Tensor]
+    function: Callable[..., Any]
     module: str
     example: Callable[[tuple[int, ...], torch.dtype, Generator], tuple[Tensor, ...]]
     options: Mapping[str, Options] = field(default_factory=lambda: {"plain": plain})
     reductions: tuple[str, ...] = ("none", "mean", "sum")
     differentiable: tuple[int, ...] = (0, 1)
-    rows: bool = False  # one axis of the example is a row of classes or features
+    kind: str = (
+        "pointwise"  # of element and element; "rows", "triplet" and "heads" have an axis of a row
+    )
     variant: str = ""  # tells rows of one function apart
+    indices: int | None = None  # the argument that holds class indices
+    whole: tuple[int, ...] = ()  # the arguments that belong to all rows: a head's weight
+    composed: Callable[..., Tensor] | None = None
     extensions: Mapping[str, Options] = field(default_factory=dict)
     bounds: Bounds = Bounds()
     bench: tuple[BenchCase, ...] = ()
@@ -81,8 +89,24 @@ class Loss:
         return f"{self.name}[{self.variant}]" if self.variant else self.name
 
     @property
+    def rows(self) -> bool:
+        return self.kind != "pointwise"
+
+    @property
     def torch_function(self) -> Callable[..., Tensor]:
-        return getattr(torch.nn.functional, self.name)
+        return self.composed or getattr(torch.nn.functional, self.name)
+
+    @property
+    def reduced(self) -> Callable[..., Tensor]:
+        """The function, with a `reduction` even if it has none of its own."""
+        return self.function if self.reductions else functools.partial(_reduced, self.function)
+
+
+def _reduced(
+    function: Callable[..., Tensor], *tensors: Tensor, reduction: str = "none", **options: Any
+) -> Tensor:
+    rows = function(*tensors, **options)
+    return rows if reduction == "none" else getattr(rows, reduction)()
 
 
 REGISTRY: dict[str, Loss] = {}

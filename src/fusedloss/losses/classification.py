@@ -385,7 +385,8 @@ register(
             },
         },
         differentiable=(0,),
-        rows=True,
+        indices=1,
+        kind="rows",
         # The formula's gradient is torch's, of log_softmax in the type computed in.
         bounds=Bounds(float32=(2, 3), float64=(8, 8), formula=(4, 64)),
         bench=(
@@ -452,7 +453,8 @@ register(
             "both": lambda t, g: {"weight": _weight(t, g), "ignore_index": _ignored(t, g)},
         },
         differentiable=(0,),
-        rows=True,
+        indices=1,
+        kind="rows",
         bench=(
             BenchCase("NLL 4096x1024", (4096, 1024), at_most={"eager": 1.0}),
             BenchCase("NLL 65536x1024", (65536, 1024), group="gpu"),
@@ -470,7 +472,7 @@ register(
             "label_smoothing": lambda t, g: {"label_smoothing": 0.1},
             "both": lambda t, g: {"weight": _weight(t, g), "label_smoothing": 0.2},
         },
-        rows=True,
+        kind="rows",
         variant="probabilities",
         bounds=Bounds(float32=(2, 3), float64=(8, 128), formula=(8, 64), triton=(4, 16)),
         bench=(

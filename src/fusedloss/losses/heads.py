@@ -12,9 +12,12 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from ..core import errors, plain, sharded
 from ..core.plain import PLAIN
 from ..core.reduce import autocasts, resolve, result_dtype
+from ..front.definition import Loss, normal, register, uniform
+from ..front.definition import plain as no_options
 from ..kinds.distill import KINDS, DistillCall
 from ..kinds.heads import LinearCall, Slots
 from ..route.heads import dispatch
+from . import composed
 from .classification import check_indices, check_weight
 
 SOFTMAX = "log_softmax_lastdim_kernel_impl"  # PyTorch's name for what a type is lacking
@@ -827,3 +830,122 @@ def _scalar(name: str, argument: str, value: Tensor | float | None, input: Tenso
     if not value.is_cpu:
         errors.same_device(name, input=input, **{argument: value})
     return value
+
+
+CLASSES = 6  # of the examples
+
+
+def _of_indices(shape, dtype, generator):
+    target = torch.randint(CLASSES, shape[:-1], generator=generator)
+    return *_of_states(shape, dtype, generator), target
+
+
+def _of_probabilities(shape, dtype, generator):
+    target = normal((*shape[:-1], CLASSES), torch.float64, generator).softmax(-1)
+    return *_of_states(shape, dtype, generator), target.to(dtype)
+
+
+def _of_states(shape, dtype, generator):
+    size = max(shape[-1], 1) ** 0.5
+    weight = 2 * normal((CLASSES, shape[-1]), torch.float64, generator) / size
+    return normal(shape, dtype, generator), weight.to(dtype)
+
+
+def _beside_a_teacher(shape, dtype, generator):
+    teacher = (*shape[:-1], 5)
+    return (*_of_states(shape, dtype, generator), *_of_states(teacher, dtype, generator))
+
+
+def _biased(t, g, **settings):
+    return {"linear_bias": normal((CLASSES,), t[0].dtype, g), **settings}
+
+
+def _of_rows(t, g):
+    return uniform(tuple(t[0].shape[:-1]), t[0].dtype, g, 0.5, 1.5)
+
+
+def _hard(t, g):
+    target = torch.randint(CLASSES, tuple(t[0].shape[:-1]), generator=g)
+    weights = {"hard_weight": 0.4, "soft_weight": 0.7}
+    return {"target": target, "ignore_index": _ignored(target), **weights}
+
+
+def _ignored(target):
+    """An ignore_index that hits some rows, but not all."""
+    found = target.unique()
+    return int(found[0]) if len(found) > 1 else -100
+
+
+register(
+    Loss(
+        linear_cross_entropy,
+        "",
+        _of_indices,
+        {
+            "plain": no_options,
+            "all": lambda t, g: _biased(
+                *(t, g),
+                weight=uniform((CLASSES,), t[0].dtype, g, 0.1, 2),
+                ignore_index=_ignored(t[2]),
+                label_smoothing=0.2,
+                sample_weight=_of_rows(t, g),
+                z_loss=0.01,
+                softcap=3.0,
+                logit_scale=-1.5,
+            ),
+        },
+        kind="heads",
+        indices=2,
+        whole=(1,),
+        composed=composed.linear_cross_entropy,
+    )
+)
+register(
+    Loss(
+        linear_cross_entropy,
+        "",
+        _of_probabilities,
+        {"all": lambda t, g: _biased(t, g, label_smoothing=0.2, z_loss=0.01)},
+        differentiable=(0, 1, 2),
+        kind="heads",
+        variant="probabilities",
+        whole=(1,),
+        composed=composed.linear_cross_entropy,
+    )
+)
+register(
+    Loss(
+        linear_log_prob,
+        "",
+        _of_indices,
+        {
+            "all": lambda t, g: _biased(
+                t, g, ignore_index=_ignored(t[2]), temperature=0.7, softcap=3.0
+            )
+        },
+        reductions=(),
+        kind="heads",
+        indices=2,
+        whole=(1,),
+        composed=composed.linear_log_prob,
+    )
+)
+register(
+    Loss(
+        linear_kl_div,
+        "",
+        _beside_a_teacher,
+        {
+            "forward": no_options,
+            "reverse": lambda t, g: _biased(
+                t, g, divergence="reverse", softcap=3.0, temperature=2.0
+            ),
+            "js": lambda t, g: _biased(
+                *(t, g), divergence="js", beta=0.3, sample_weight=_of_rows(t, g), **_hard(t, g)
+            ),
+        },
+        kind="heads",
+        whole=(1, 3),
+        composed=composed.linear_kl_div,
+    )
+)

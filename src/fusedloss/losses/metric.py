@@ -317,7 +317,7 @@ register(
             "eps": lambda t, g: {"eps": 0.1, "margin": 0.5},
         },
         differentiable=(0, 1, 2),
-        rows=True,
+        kind="triplet",
         bench=(
             BenchCase(
                 *("triplet 16384x256", (16384, 256)),
@@ -342,7 +342,7 @@ register(
             "module": lambda t, g: {"distance_function": torch.nn.PairwiseDistance(p=1)},
         },
         differentiable=(0, 1, 2),
-        rows=True,
+        kind="triplet",
         bench=(BenchCase("triplet, own distance 16384x256", (16384, 256), group="options"),),
     )
 )

@@ -134,23 +134,28 @@ def selection(args: argparse.Namespace) -> Selection:
     return Selection(tuple(cases), variants, chosen_threads(args.threads), args.quick, then)
 
 
-def chosen_losses(words: Sequence[str] | None) -> tuple[str, ...]:
-    """Registry rows; `mse`, `mse_loss` and `MSELoss` name the same, a name all its variants."""
+# `--linear` times the others.
+TIMED = tuple(key for key, row in REGISTRY.items() if row.kind != "heads")
+
+
+def chosen_losses(words: Sequence[str] | None, valid: Sequence[str] = TIMED) -> tuple[str, ...]:
+    """Those of the `valid` registry rows; `mse`, `mse_loss` and `MSELoss` name the same, a name all its
+    variants."""
 
     def plain(name: str) -> str:
         return name.lower().replace("_", "").removesuffix("loss")
 
     if words is None:
-        return tuple(REGISTRY)
+        return tuple(valid)
     found: dict[str, None] = {}
     for word in words:
         keys = [
             key
-            for key, row in REGISTRY.items()
+            for key, row in ((key, REGISTRY[key]) for key in valid)
             if plain(word) in (plain(key), plain(row.name), plain(row.module))
         ]
         if not keys:
-            raise UsageError(f"--only: must be among {', '.join(REGISTRY)}, got {word!r}")
+            raise UsageError(f"--only: must be among {', '.join(valid)}, got {word!r}")
         found.update(dict.fromkeys(keys))
     return tuple(found)
 

@@ -1,0 +1,127 @@
+"""The losses of heads as PyTorch's users write them, with the logits in full: what ours are compared with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+
+def logits(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """(N, C)."""
+    x = F.linear(input, linear_weight, linear_bias)
+    x = (x if scale == 1 else scale * x).reshape(-1, x.shape[-1])
+    return x if softcap is None else softcap * torch.tanh(x / softcap)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    x = logits(input, linear_weight, linear_bias, softcap, logit_scale)
+    probabilities = target.is_floating_point()
+    y = target.reshape(x.shape if probabilities else -1)
+    kept = torch.ones_like(x[:, 0]) if probabilities else (y != ignore_index).to(x.dtype)
+    settings: dict[str, Any] = {} if probabilities else {"ignore_index": ignore_index}
+    losses = F.cross_entropy(
+        x, y, weight, reduction="none", label_smoothing=label_smoothing, **settings
+    )
+    if z_loss:
+        losses = losses + z_loss * x.logsumexp(1).square() * kept
+    if weight is not None and not probabilities:
+        kept = kept * weight[torch.where(y == ignore_index, 0, y)]
+    return reduced(losses, kept, input, sample_weight, reduction)
+
+
+def linear_log_prob(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    reduction: str = "none",
+) -> Tensor:
+    x = logits(input, linear_weight, linear_bias, softcap) / temperature
+    y = target.reshape(-1)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    losses = -F.cross_entropy(wide, y, reduction="none", ignore_index=ignore_index)
+    return reduced(losses, torch.ones_like(losses), input, None, reduction)
+
+
+def linear_kl_div(
+    input: Tensor,
+    linear_weight: Tensor,
+    teacher_input: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    *,
+    linear_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    teacher_logits: Tensor | None = None,
+    temperature: float = 1.0,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    target: Tensor | None = None,
+    soft_weight: float = 1.0,
+    hard_weight: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+) -> Tensor:
+    x = logits(input, linear_weight, linear_bias, softcap)
+    if teacher_logits is None:
+        assert teacher_input is not None and teacher_weight is not None
+        teacher_logits = F.linear(teacher_input, teacher_weight, teacher_bias)
+    teacher = teacher_logits.detach().reshape(x.shape)
+    if teacher_softcap is not None:
+        teacher = teacher_softcap * torch.tanh(teacher / teacher_softcap)
+    s, t = (x / temperature).log_softmax(1), (teacher / temperature).log_softmax(1)
+
+    def kl(p: Tensor, q: Tensor) -> Tensor:
+        return F.kl_div(q, p, reduction="none", log_target=True).sum(1)
+
+    if divergence == "js":
+        m = (beta * t.exp() + (1 - beta) * s.exp()).log()
+        losses = beta * kl(t, m) + (1 - beta) * kl(s, m)
+    else:
+        losses = kl(t, s) if divergence == "forward" else kl(s, t)
+    losses, kept = soft_weight * losses, torch.ones_like(losses)
+    if target is not None:
+        y = target.reshape(-1)
+        kept = (y != ignore_index).to(x.dtype)
+        hard = F.cross_entropy(x, y, reduction="none", ignore_index=ignore_index)
+        losses = torch.where(y == ignore_index, 0, losses) + hard_weight * hard
+    return reduced(losses, kept, input, sample_weight, reduction)
+
+
+def reduced(
+    losses: Tensor, kept: Tensor, input: Tensor, sample_weight: Tensor | None, reduction: str
+) -> Tensor:
+    if sample_weight is not None:
+        losses = losses * sample_weight.reshape(-1)
+    if reduction == "none":
+        return losses.reshape(input.shape[:-1])
+    return losses.sum() / kept.sum() if reduction == "mean" else losses.sum()
