@@ -228,7 +228,7 @@ def tiles(
 ) -> list[dict[str, Any]]:
     """Times of cross entropy by other tiles than the rule's."""
     from fusedloss.engines.gpu import rows
-    from fusedloss.route import dispatch as route
+    from fusedloss.route import memo
 
     found, rule = [], rows.tile
     for case in bench.CASES:
@@ -238,7 +238,7 @@ def tiles(
             if dry:
                 candidate = (2, 16, True, 4)
             rows.tile = lambda *_, candidate=candidate: rows.Tile(*candidate)
-            route._known.clear()
+            memo.known.clear()
             seconds = attempt(
                 bench, bench.small(case) if dry else case, "cpu" if dry else "cuda", 5
             )
@@ -246,14 +246,14 @@ def tiles(
             if dry:
                 break
     rows.tile = rule
-    route._known.clear()
+    memo.known.clear()
     return found
 
 
 def choose(bench: Any, found: list[dict[str, Any]]) -> dict[str, Any]:
     """From now on the fastest tile of each case."""
     from fusedloss.engines.gpu import rows
-    from fusedloss.route import dispatch as route
+    from fusedloss.route import memo
 
     best: dict[tuple[Any, ...], tuple[float, str, Any]] = {}
     asked: list[tuple[Any, ...]] = []
@@ -267,13 +267,13 @@ def choose(bench: Any, found: list[dict[str, Any]]) -> dict[str, Any]:
     for case in bench.CASES:
         own = [t for t in found if t["title"] == case.title and isinstance(t["seconds"], float)]
         if own:
-            route._known.clear()
+            memo.known.clear()
             asked.clear()
             bench.Work(case, "cuda").outcome(case.row.function)
             fastest = min(own, key=lambda t: t["seconds"])
             best[asked[0]] = fastest["seconds"], case.title, rows.Tile(*fastest["tile"])
     rows.tile = lambda *key: best[key][2] if key in best else rule(*key)
-    route._known.clear()
+    memo.known.clear()
     return {title: tile for _, title, tile in best.values()}
 
 
@@ -285,7 +285,7 @@ def blocks(
 ) -> list[dict[str, Any]]:
     """Times of pointwise losses by other blocks and numbers of programs."""
     from fusedloss.engines.gpu import pointwise
-    from fusedloss.route import dispatch as route
+    from fusedloss.route import memo
 
     found, rule = [], (pointwise.BLOCK, pointwise.MOST_PROGRAMS)
     for case in bench.CASES:
@@ -295,13 +295,13 @@ def blocks(
             if left() < 0:
                 break
             pointwise.BLOCK, pointwise.MOST_PROGRAMS = candidate
-            route._known.clear()
+            memo.known.clear()
             seconds = attempt(
                 bench, bench.small(case) if dry else case, "cpu" if dry else "cuda", 5
             )
             found.append({"title": case.title, "block": candidate, "seconds": seconds})
     pointwise.BLOCK, pointwise.MOST_PROGRAMS = rule
-    route._known.clear()
+    memo.known.clear()
     return found
 
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
+from fusedloss.core import trace
 from fusedloss.core.reduce import wide
 from fusedloss.engines import cpu, gpu
 from fusedloss.engines.cpu import load
 from fusedloss.front.definition import REGISTRY, Loss
-from fusedloss.route import dispatch as route
+from fusedloss.route import memo
 
 pytest_plugins = ["records_summary"]
 
@@ -87,7 +88,7 @@ def _nothing_left_behind() -> Iterator[None]:
 def _nothing_known_on_a_gpu() -> None:
     """Tests change the sizes that launches are laid out by."""
     if GPU:
-        route._known.clear()
+        memo.known.clear()
 
 
 @pytest.fixture
@@ -164,7 +165,7 @@ each_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
 
 def formula_path() -> contextlib.AbstractContextManager[None]:
     """Inside, every call takes the formula."""
-    return route.forced("the test asks for it")
+    return trace.forced("the test asks for it")
 
 
 class Outcome(NamedTuple):

@@ -5,6 +5,7 @@
 
 from . import functional, nn
 from .core.levels import checks
+from .core.trace import Route, explain
 from .engines.gpu import synchronize
 from .losses import *  # noqa: F403
 from .losses import __all__ as _losses
@@ -19,7 +20,6 @@ from .nn import (
     TripletMarginWithDistanceLoss,
 )
 from .patch import patch, patched, unpatch
-from .route.dispatch import Route, explain
 
 __version__ = "0.1.0"
 

@@ -17,12 +17,11 @@ from typing import Any
 
 import torch.nn.functional
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from . import losses
 from .core import caches, errors
 from .core.plain import PLAIN
+from .core.torch_state import FakeTensor, FunctionalTensor
 
 HOME = torch.nn.functional
 NAME = "_fusedloss"  # what the patched functions find us by, in the globals of HOME

@@ -17,8 +17,8 @@ from torch.testing import assert_close
 import fusedloss
 from fusedloss import functional
 from fusedloss.autograd import functions as autograd
-from fusedloss.core import plain
-from fusedloss.route import dispatch as route
+from fusedloss.core import plain, torch_state, trace
+from fusedloss.route import memo
 
 EAGER = list(filter(no_head, CASES))
 each_case = pytest.mark.parametrize("case", EAGER, ids=str)
@@ -33,9 +33,9 @@ MODIFIED = "modified by an inplace operation"
 
 @pytest.fixture(autouse=True)
 def nothing_known() -> Iterator[None]:
-    route._known.clear()
+    memo.known.clear()
     yield
-    route._known.clear()
+    memo.known.clear()
 
 
 def taken(
@@ -353,9 +353,9 @@ def test_a_profiler_names_the_loss(case: Case, reduction: str, generator: Genera
     with torch.no_grad():
         assert events(lambda: loss(leaf)).count(name) == 1
     assert events(lambda: loss(tensors[0])).count(name) == 1
-    route._known.clear()
+    memo.known.clear()
     assert events(lambda: loss(tensors[0])).count(name) == 1
-    with route.forced("the test asks for it"):
+    with trace.forced("the test asks for it"):
         assert events(lambda: loss(tensors[0])).count(name) == 1
 
 
@@ -439,14 +439,11 @@ def test_checks_are_restored_exactly() -> None:
 def test_where_what_was_saved_cannot_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Older PyTorch unpacks all saved tensors or none: then its error stands."""
 
-    class Older:
-        pass
-
     x = torch.randn(3, 5, requires_grad=True)
     y = x * 1
     value = functional.mse_loss(y, torch.zeros(3, 5))
     change(y)
-    monkeypatch.setattr(torch._C._autograd, "SavedTensor", Older)
+    monkeypatch.setattr(torch_state, "unpacks_saved", False)
     with pytest.raises(RuntimeError, match=MODIFIED):
         value.backward()
 

@@ -20,13 +20,13 @@ import torch
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.nn import functional as F  # noqa: N812
 
+from fusedloss.autograd import functions as autograd
 from fusedloss.cli import main
 from fusedloss.cli.bench import cases, selection, tables
 from fusedloss.cli.bench import command as bench
 from fusedloss.cli.bench import harness as measure
 from fusedloss.cli.bench import overhead as calls
 from fusedloss.front.definition import REGISTRY
-from fusedloss.route import dispatch as route
 
 TINY = measure.Plan(("ours", "eager", "yardstick"), 1, 0.0, 1e-5, 2)
 
@@ -156,9 +156,9 @@ def test_all_cases(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_calls(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(calls, "QUICK", (0.0, 1e-5, 2))
     monkeypatch.setattr(calls, "imports", lambda times: [(1.5, 0.08)] * times)
-    before = F.mse_loss, torch._C._nn.mse_loss, route.autograd.repeat
+    before = F.mse_loss, torch._C._nn.mse_loss, autograd.repeat
     assert run("--calls", "--quick", "--threads", "1", "--output", "a.json") == 0
-    assert before == (F.mse_loss, torch._C._nn.mse_loss, route.autograd.repeat), "put back"
+    assert before == (F.mse_loss, torch._C._nn.mse_loss, autograd.repeat), "put back"
     document = json.loads((here / "a.json").read_text())
     assert {r["loss"] for r in document["results"]} == calls.OPERATORS.keys()
     for r in document["results"]:

@@ -21,7 +21,7 @@ from fusedloss.cli.verify.probes import probes
 from fusedloss.engines import cpu
 from fusedloss.front.definition import REGISTRY as EVERY
 from fusedloss.kinds import torch_m as formula
-from fusedloss.route import dispatch as route
+from fusedloss.route import memo
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "accuracy.md"
 FORMULA = measured.Path("formula")
@@ -58,7 +58,7 @@ def plant(engine: Any, monkeypatch: pytest.MonkeyPatch, spoil: Callable[..., Any
 
     monkeypatch.setattr(engine, "forward", spoilt)
     # A repeated call goes straight to the kernel.
-    monkeypatch.setattr(route, "_known", {})
+    monkeypatch.setattr(memo, "known", {})
     monkeypatch.setattr(cpu.again, "prepare", lambda *_: None)
 
 

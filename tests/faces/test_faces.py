@@ -27,8 +27,8 @@ from torch import Generator, Tensor
 
 import fusedloss
 from fusedloss import functional, nn
+from fusedloss.core import trace
 from fusedloss.front.definition import REGISTRY
-from fusedloss.route import dispatch as route
 
 NAMES = {loss.name for loss in REGISTRY.values()}
 LOSSES = {loss.name: loss.module for loss in REGISTRY.values() if loss.module}
@@ -431,6 +431,6 @@ def test_explain_needs_a_loss() -> None:
 
 def test_calls_are_counted() -> None:
     x = torch.zeros(2)
-    before = route.calls()["mse_loss", "kernel"]
+    before = trace.calls()["mse_loss", "kernel"]
     functional.mse_loss(x, x)
-    assert route.calls()["mse_loss", "kernel"] == before + 1
+    assert trace.calls()["mse_loss", "kernel"] == before + 1

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import fusedloss
-from fusedloss.route import dispatch as route
+from fusedloss.core import trace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -251,10 +251,10 @@ def once(build: Callable[[Any], Loss], module: Any) -> tuple[float, Counter[tupl
     """The loss, backward too, and the calls of ours that it took."""
     torch.manual_seed(0)
     loss = build(module)
-    before = route.calls()
+    before = trace.calls()
     value = loss()
     value.backward()
-    return value.item(), route.calls() - before
+    return value.item(), trace.calls() - before
 
 
 @pytest.mark.filterwarnings("ignore")  # theirs

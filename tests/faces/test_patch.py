@@ -32,8 +32,7 @@ from torch.testing import assert_close
 from torch.testing._internal.common_modules import ModuleErrorEnum
 
 import fusedloss
-from fusedloss.core import caches
-from fusedloss.route import dispatch as route
+from fusedloss.core import caches, trace
 
 module = sys.modules["fusedloss.patch"]  # whose name is the function's, too
 
@@ -51,9 +50,9 @@ def _restored() -> Iterator[None]:
 
 def counted(function: Callable[[], Any]) -> tuple[Any, Counter[tuple[str, str]]]:
     """The result, and the calls of our losses that it took."""
-    before = route.calls()
+    before = trace.calls()
     result = function()
-    return result, route.calls() - before
+    return result, trace.calls() - before
 
 
 def example(generator: Generator) -> tuple[Tensor, Tensor]:
@@ -347,14 +346,14 @@ for _ in range(2):
                   "mse_loss (a partial of torch.nn.functional.mse_loss)",
                   "kl_div (unittest.mock.MagicMock)"):
         assert words in str(told.message), told
-    before = fusedloss.route.calls()
+    before = fusedloss.trace.calls()
     assert F.cross_entropy(x, y) == F.cross_entropy(input=x, target=y) == "liger"
     assert F.nll_loss(x, y) == ("apex", -1)
     assert F.mse_loss(x, x + 1) == 6
     assert F.kl_div(x, x) == "mock"
     assert torch.nn.modules.loss.CrossEntropyLoss.forward.__globals__["F"] is F
     assert F.binary_cross_entropy(x, x) == 0
-    assert fusedloss.route.calls() - before == {("binary_cross_entropy", "kernel"): 1}
+    assert fusedloss.trace.calls() - before == {("binary_cross_entropy", "kernel"): 1}
     fusedloss.unpatch()
     assert all(getattr(F, name) is f for name, f in foreign.items())
     assert all(getattr(f, "__code__", None) is codes[name] for name, f in foreign.items() if name != "kl_div")

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 
 from fusedloss import functional as ours
 from fusedloss import nn
-from fusedloss.route import dispatch as route
+from fusedloss.route import memo
 
 X = torch.linspace(0.05, 0.95, 12).reshape(3, 4)
 P = X.flip(0)
@@ -82,7 +82,7 @@ def outcome(face: Any, loss: str, options: dict[str, Any]) -> Tensor | Exception
 @pytest.mark.parametrize(("loss", "argument"), ARGUMENTS)
 @pytest.mark.filterwarnings("ignore:.*'mean' divides")
 def test_takes_what_torch_takes(loss: str, argument: str, path: Callable[[], Any]) -> None:
-    route._known.clear()
+    memo.known.clear()
     for value in [*VALUES, *VALUES]:  # and again, where calls are remembered
         options = {argument: value}
         if loss == "linear_cross_entropy" and not hasattr(theirs, loss):

@@ -30,9 +30,9 @@ from torch.autograd import forward_ad
 import fusedloss
 from fusedloss import linear_cross_entropy, linear_kl_div, linear_log_prob
 from fusedloss.autograd import head_operators as op
+from fusedloss.core import trace
 from fusedloss.engines.chunks import loop as chunks
 from fusedloss.losses import heads as linear
-from fusedloss.route import dispatch as route
 
 Results = list[Tensor]
 INTEGERS = (
@@ -563,9 +563,9 @@ def test_a_scale_that_learns_is_compiled_whole(
     gradients = []
     for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
         scale = torch.tensor(0.5, requires_grad=True)
-        before = route.calls()["linear_cross_entropy", "kernel"]
+        before = trace.calls()["linear_cross_entropy", "kernel"]
         function(scale, **problem.tensors).backward()
-        assert route.calls()["linear_cross_entropy", "kernel"] == before + 1
+        assert trace.calls()["linear_cross_entropy", "kernel"] == before + 1
         gradients.append(scale.grad)
     wide = {k: t.double() if t.is_floating_point() else t for k, t in problem.tensors.items()}
     scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)

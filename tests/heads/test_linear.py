@@ -15,9 +15,9 @@ from torch.nn import functional as F  # noqa: N812
 
 import fusedloss
 from fusedloss import linear_cross_entropy, linear_kl_div, linear_log_prob
+from fusedloss.core import trace
 from fusedloss.engines.chunks import loop as chunks
 from fusedloss.engines.chunks import products
-from fusedloss.route import dispatch as route
 
 N, D, C = 37, 19, 53
 SMALL = 12000  # bytes: chunks of about 13 rows in float64
@@ -405,9 +405,9 @@ def test_compiled_whole(reduction: str, dtype: torch.dtype, generator: Generator
         return linear_cross_entropy(**tensors, reduction=reduction, z_loss=0.01)
 
     eager = problem.run(loss)
-    before = route.calls()["linear_cross_entropy", "kernel"]
+    before = trace.calls()["linear_cross_entropy", "kernel"]
     compiled = problem.run(torch.compile(loss, fullgraph=True, backend="aot_eager"))
-    assert route.calls()["linear_cross_entropy", "kernel"] == before + 1
+    assert trace.calls()["linear_cross_entropy", "kernel"] == before + 1
     close(compiled, eager)
     problem.tensors["target"][3] = C
     with pytest.raises(IndexError, match=re.escape(f"target[3] = {C} is out of range")):

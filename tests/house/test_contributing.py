@@ -13,7 +13,7 @@ from fusedloss.engines.cpu.printer import header
 from fusedloss.front import definition as define
 from fusedloss.kinds import torch_m as formula
 from fusedloss.kinds.pointwise import PointwiseCall
-from fusedloss.route import dispatch as route
+from fusedloss.route import dispatch
 
 TEXT = (Path(__file__).parent.parent.parent / "CONTRIBUTING.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
@@ -26,7 +26,9 @@ def test_worked_example() -> None:
 
     from fusedloss.core import errors
 
-    names = dict(vars(define), m=formula, errors=errors, route=route, PointwiseCall=PointwiseCall)
+    names = dict(
+        vars(define), m=formula, errors=errors, route=dispatch, PointwiseCall=PointwiseCall
+    )
     names |= {"resolve": resolve, "result_dtype": result_dtype}
     exec(BLOCKS[0], names)
     exec(BLOCKS[1], names)

@@ -34,8 +34,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedloss
 from fusedloss.autograd import operators as ops
+from fusedloss.core import trace
 from fusedloss.front.definition import REGISTRY
-from fusedloss.route import dispatch as route
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated"),
@@ -336,12 +336,12 @@ def test_compiled_rows_run_the_kernel(generator: Generator) -> None:
     x = torch.randn(8, 5, generator=generator).requires_grad_()
     target = torch.arange(8) % 5
     fast = compiled(fusedloss.cross_entropy)
-    before = route.calls()["cross_entropy", "kernel"]
+    before = trace.calls()["cross_entropy", "kernel"]
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         loss = fast(x, target)
     loss.backward()
-    assert route.calls()["cross_entropy", "kernel"] == before + 1
+    assert trace.calls()["cross_entropy", "kernel"] == before + 1
     assert sum(t.nbytes for t in saved) <= x.nbytes + target.nbytes
 
 
@@ -528,7 +528,7 @@ def test_torch_function_mode_keeps_the_kernel(generator: Generator) -> None:
         fusedloss.mse_loss(x, y)
     assert mode.seen[0] is fusedloss.mse_loss
     with torch.device("cpu"):
-        assert route.explain(fusedloss.mse_loss, x, y).kernel
+        assert trace.explain(fusedloss.mse_loss, x, y).kernel
 
 
 @parameters()

@@ -15,7 +15,7 @@ import fusedloss
 from fusedloss.core import plain
 from fusedloss.engines import cpu
 from fusedloss.engines.cpu import load
-from fusedloss.route import dispatch as route
+from fusedloss.route import memo
 
 each_case = pytest.mark.parametrize("case", list(filter(no_head, CASES)), ids=str)
 
@@ -64,9 +64,9 @@ REFUSED = [freed, freed_at_an_offset]
 
 @pytest.fixture(autouse=True)
 def nothing_known() -> Iterator[None]:
-    route._known.clear()
+    memo.known.clear()
     yield
-    route._known.clear()
+    memo.known.clear()
 
 
 def arguments(case: Case, tensors: Tensors, options: Options) -> list[str | int]:

@@ -25,9 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss
 from fusedloss import functional
+from fusedloss.core import trace
 from fusedloss.engines import abi, cpu
 from fusedloss.front.definition import REGISTRY, Loss
-from fusedloss.route import dispatch as route
+from fusedloss.route import dispatch, memo
 
 BY_KERNEL = [
     loss
@@ -45,9 +46,9 @@ class Passing(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def nothing_known() -> Iterator[None]:
-    route._known.clear()
+    memo.known.clear()
     yield
-    route._known.clear()
+    memo.known.clear()
 
 
 def options(loss: Loss) -> dict[str, object]:
@@ -62,10 +63,12 @@ def test_no_check_runs_again(
     leaf = tensors[0].clone().requires_grad_()
     loss.function(leaf, *tensors[1:], **options(loss), reduction="sum")
     first = loss.function(*tensors, **options(loss), reduction="sum")
-    monkeypatch.setattr(route, "dispatch", lambda *_, **__: pytest.fail("it was checked again"))
-    before = route.calls()[loss.name, "kernel"]
+    monkeypatch.setattr(
+        dispatch, "formula_reason", lambda *_, **__: pytest.fail("it was checked again")
+    )
+    before = trace.calls()[loss.name, "kernel"]
     assert same_bits(loss.function(*tensors, **options(loss), reduction="sum"), first)
-    assert route.calls()[loss.name, "kernel"] == before + 1
+    assert trace.calls()[loss.name, "kernel"] == before + 1
     loss.function(leaf, *tensors[1:], **options(loss), reduction="sum").backward()
     assert leaf.grad is not None
 
@@ -89,7 +92,7 @@ def test_the_bits_of_a_call_do_not_depend_on_earlier_ones(
         for wanted in wants(case):
             drawn = draw_incoming(case.loss.function(*tensors, **settings), generator)
             for incoming in (None, drawn):
-                route._known.clear()
+                memo.known.clear()
                 expected = run(case.loss.function, tensors, settings, wanted, incoming)
                 run(case.loss.function, earlier, settings, wanted, incoming)
                 again = run(case.loss.function, tensors, settings, wanted, incoming)
@@ -106,7 +109,7 @@ def test_strides_make_another_call(loss: Loss, moved: int, generator: Generator)
     other[moved] = torch.stack((tensors[moved], 1 - tensors[moved]), -1)[..., 0]  # with gaps
     settings = {**options(loss), "reduction": "sum"}
     expected = run(loss.function, tuple(other), settings, (0,))
-    route._known.clear()
+    memo.known.clear()
     for _ in range(2):
         run(loss.function, tensors, settings, (0,))
     assert_same_bits(run(loss.function, tuple(other), settings, (0,)), expected)
@@ -183,7 +186,7 @@ def test_a_kernel_without_memory_runs_once_more(monkeypatch: pytest.MonkeyPatch)
     for function in (functional.cross_entropy, functional.nll_loss):
         expected = run(function, inputs, {}, (0,))
         run(function, inputs, {}, (0,))
-        (again,) = (entry[1] for key, entry in route._known.items() if key[0] == function.__name__)
+        (again,) = (entry[1] for key, entry in memo.known.items() if key[0] == function.__name__)
         for launch in filter(None, (again.launch, again.launch_backward)):
             monkeypatch.setattr(launch, "run", lambda *_: abi.NO_MEMORY)
         assert_same_bits(run(function, inputs, {}, (0,)), expected)
@@ -212,8 +215,8 @@ def test_what_is_in_force_holds_for_known_calls_too(loss: Loss, generator: Gener
         return loss.function(*inputs, **options(loss), reduction="sum")
 
     run(*tensors)
-    assert route._known
-    before = route.calls()[loss.name, "formula"]
+    assert memo.known
+    before = trace.calls()[loss.name, "formula"]
     with formula_path():
         run(*tensors)
     torch.func.grad(run)(*tensors)
@@ -222,7 +225,7 @@ def test_what_is_in_force_holds_for_known_calls_too(loss: Loss, generator: Gener
     with Passing():
         run(*tensors)
     torch.jit.trace(run, tensors, check_trace=False)
-    assert route.calls()[loss.name, "formula"] == before + 5
+    assert trace.calls()[loss.name, "formula"] == before + 5
     assert fusedloss.explain(run, *tensors).kernel
 
 
@@ -322,7 +325,7 @@ def test_a_call_that_never_comes_back_prepares_nothing(monkeypatch: pytest.Monke
 
 
 def test_what_is_known_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(route, "MOST_KNOWN", 4)
+    monkeypatch.setattr(memo, "MOST", 4)
     for n in range(20):
         functional.mse_loss(torch.zeros(n), torch.ones(n))
-        assert len(route._known) <= 4
+        assert len(memo.known) <= 4

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from ..core import errors, plain
+from ..core import errors, plain, torch_state
 from ..core.plain import is_plain
 from ..engines import cpu, gpu
 from ..engines.cpu.again import Again
@@ -24,10 +24,10 @@ R = TypeVar("R")
 # Asked at every call or backward: bound here once.
 _grad_enabled = torch.is_grad_enabled
 _inference = torch.is_inference_mode_enabled
-_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
-_hooks = torch._C._autograd._top_saved_tensors_default_hooks
-_profiling = torch._C._autograd._profiler_enabled
-_span = torch._C._profiler._RecordFunctionFast
+_keeps_graph = torch_state.keeps_graph
+_hooks = torch_state.saved_tensor_hooks
+_profiling = torch_state.profiling
+_span = torch_state.span
 
 
 def engine(call: Call, tensor: Tensor | None) -> ModuleType:
@@ -132,7 +132,7 @@ def unpacked(ctx: Any) -> tuple[Any, ...]:
     try:
         return ctx.saved_tensors
     except RuntimeError:
-        if not hasattr(torch._C._autograd.SavedTensor, "unpack"):
+        if not torch_state.unpacks_saved:
             raise
     return tuple(map(_unpack, ctx._raw_saved_tensors))  # raises where the graph was freed
 

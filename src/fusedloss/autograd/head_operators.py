@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core import trace
+from ..core.indices import check_range
 from ..core.reduce import wide
 from ..engines.chunks.loop import run as run_chunks
 from ..kinds.distill import DistillCall
 from ..kinds.heads import LinearCall, Slot, Slots
-from ..route import dispatch as route
 from . import functions as autograd
 from .heads import redo
 from .operators import KINDS, define, operator, settings
@@ -102,11 +103,11 @@ def _define(kind: type[LinearCall], names: tuple[str, ...]) -> None:
 
     def forward(*given: Any) -> list[Tensor]:
         tensors, needed, call = parts(given)
-        route.count_kernel(call.loss)
+        trace.by_kernel[call.loss] += 1
         target = tensors[3]
         if target is not None and not call.probabilities:
             own = target.squeeze(1) if target.shape[1] == 1 else target
-            route.check_range(call.loss, own, tensors[1].shape[0], call.ignore_index)
+            check_range(call.loss, own, tensors[1].shape[0], call.ignore_index)
         results, grads = run_chunks(call, tensors, needed)
         return [*(t.contiguous() for t in results), *(g for g in grads if g is not None)]
 

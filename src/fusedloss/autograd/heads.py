@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import errors, plain
+from ..core import errors, plain, torch_state
 from ..engines import gpu
 from ..engines.chunks.loop import run
 from ..kinds.heads import LinearCall, Slot, Slots
 from . import functions as autograd
 
-_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_hooks = torch_state.saved_tensor_hooks
 
 
 class Like(NamedTuple):

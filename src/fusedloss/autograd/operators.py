@@ -8,15 +8,15 @@ overload of each is named by our version: a cached graph keeps the strides that 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..core import caches
+from ..core import caches, trace
+from ..core.torch_state import differentiating
 from ..engines import gpu
 from ..kinds import Call
 from ..kinds.rows import RowsCall
@@ -87,21 +87,10 @@ def _stores(call: Call, tensors: tuple[Tensor | None, ...], needed: list[bool]) 
     )
 
 
-@contextlib.contextmanager
-def differentiating() -> Iterator[None]:
-    """Autograd is off within an operator: here it is on."""
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
-        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
-    included = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
-        yield
-
-
 def _unless_triton_fails(
     family: str, tensor: Tensor, kernel: Callable[[], T], formula: Callable[[], T]
 ) -> T:
-    """As `route.dispatch` does, for a graph that was compiled with the operator in it."""
+    """As `dispatch` does, for a graph that was compiled with the operator in it."""
     if not (gpu.serves(tensor) and gpu.problem(family)):
         try:
             return kernel()
@@ -128,10 +117,8 @@ def _define(kind: type[RowsCall] | type[TripletCall]) -> None:
     arguments = ", ".join([*TENSORS[kind], *fields])
 
     def forward(*arguments: Any) -> Tensor:
-        from ..route.dispatch import count_kernel
-
         call, tensors = kind(*arguments[count:]), arguments[:count]
-        count_kernel(call.loss)
+        trace.by_kernel[call.loss] += 1
         return _unless_triton_fails(
             call.family,
             tensors[0],
@@ -175,10 +162,8 @@ def _define(kind: type[RowsCall] | type[TripletCall]) -> None:
         return (*grads, *(None,) * len(fields))
 
     def both(*given: Any) -> list[Tensor]:
-        from ..route.dispatch import count_kernel
-
         tensors, needed, call = given[:count], given[count], kind(*given[count + 1 :])
-        count_kernel(call.loss)
+        trace.by_kernel[call.loss] += 1
 
         def by_formula() -> tuple[Tensor, list[Tensor | None]]:
             result = call.by_formula(*tensors).contiguous()

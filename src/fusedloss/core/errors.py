@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import advice
+from . import advice, torch_state
 
 
 def fail(kind: type[Exception], function: str, message: str) -> NoReturn:
@@ -114,9 +114,9 @@ def learns(value: object) -> bool:
         return False
     if value.requires_grad or torch.compiler.is_compiling():
         return value.requires_grad
-    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+    if torch_state.is_wrapped(value):
         return True
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None
+    return torch_state.forward_mode() and forward_ad.unpack_dual(value).tangent is not None
 
 
 def boolean(function: str, argument: str, value: Any) -> bool:

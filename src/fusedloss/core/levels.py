@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from types import TracebackType
 
 from .errors import fail
+from .torch_state import constant
 
 LEVELS = ("default", "eager", "strict")
 EAGER, STRICT = 1, 2
@@ -61,16 +62,13 @@ class checks:  # noqa: N801
             _level.set(outer[-1])
 
 
+@constant  # dynamo reads no context variable
 def eager() -> bool:
     """Whether an error must be raised by the call that makes it."""
     return _level.get() >= EAGER
 
 
+@constant
 def strict() -> bool:
     """Whether to refuse what PyTorch lets pass and users rue."""
     return _level.get() >= STRICT
-
-
-# As torch.compiler.assume_constant_result does: dynamo reads no context variable.
-eager._dynamo_marked_constant = True  # type: ignore[attr-defined]
-strict._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -8,16 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import torch_state
 from .errors import fail
 
 PLAIN = (Tensor, torch.nn.Parameter)
 FREED = "the storage of a tensor was freed"
 
 # Asked at every call: bound here once.
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-storage = getattr(
-    torch._C, "_data_address", Tensor.data_ptr
-)  # null for every view of what was freed
+_dispatch_modes = torch_state.dispatch_modes
+_storage = torch_state.storage
 _strided = torch.strided
 
 
@@ -36,11 +35,11 @@ def gap(tensor: Tensor) -> str | None:
     if tensor.is_neg():
         return "a tensor has a lazy sign"
     try:
-        if storage(tensor) or not tensor.numel():
+        if _storage(tensor) or not tensor.numel():
             return None
     except NotImplementedError:
         return "a tensor has no memory"
-    if torch._is_functional_tensor(tensor):
+    if torch_state.is_functional(tensor):
         return "a functional tensor has no memory"
     return "a zero tensor has no memory" if tensor._is_zerotensor() else FREED
 
@@ -51,11 +50,7 @@ def check(function: str, **tensors: Tensor | None) -> None:
     Raises:
         RuntimeError: there is one.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
-    ):
+    if torch.compiler.is_compiling() or torch_state.transforms_active() or torch_state.is_tracing():
         return
     for name, tensor in tensors.items():
         if tensor is not None and gap(tensor) is FREED:
@@ -76,6 +71,6 @@ def is_plain(incoming: Tensor) -> bool:
     if type(incoming) is not Tensor or _dispatch_modes() or incoming.is_neg():
         return False
     try:
-        return bool(storage(incoming) or not incoming.numel())
+        return bool(_storage(incoming) or not incoming.numel())
     except RuntimeError:  # it has no storage at all
         return False

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction
 
+from . import torch_state
 from .errors import fail, truth, warn
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -26,7 +26,7 @@ def resolve(
     if size_average is not None or reduce is not None:
         for argument, value in (("size_average", size_average), ("reduce", reduce)):
             truth(function, argument, value)
-        legacy = _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
+        legacy = torch_state.legacy_reduction(size_average, reduce, emit_warning=False)
         warn(
             "size_average and reduce args will be deprecated, please use "
             f"reduction='{legacy}' instead."
@@ -88,7 +88,7 @@ def _kind(dtype: torch.dtype) -> int:
 
 def result_dtype(dtype: torch.dtype, tensor: Tensor) -> torch.dtype:
     """`dtype`, or float32 under autocast, which runs every loss in it."""
-    if dtype not in (torch.bfloat16, torch.float16) or not torch._C._is_any_autocast_enabled():
+    if dtype not in (torch.bfloat16, torch.float16) or not torch_state.any_autocast():
         return dtype
     return torch.float32 if autocasts(tensor.device.type) else dtype
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import errors, plain
+from ..core import errors, plain, torch_state
 
 FEWEST_PROBABILITIES = 16  # so many logits are hardly all in [0, 1] by chance
 
@@ -230,9 +230,9 @@ def check(loss: str, input: Tensor, target: Tensor, **settings: Any) -> None:
 def _readable(*tensors: Tensor) -> bool:
     return not (
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._is_tracing()
+        or torch_state.transforms_active()
+        or torch_state.dispatch_modes()
+        or torch_state.is_tracing()
     ) and all(type(t) in plain.PLAIN and not t.is_meta for t in tensors)
 
 

@@ -13,11 +13,10 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812
 
-from ..core import reduce
+from ..core import reduce, torch_state
 from . import torch_m as formula
 from .rows import RowsCall
 
@@ -182,13 +181,10 @@ def _is_differentiated(tensor: Tensor) -> bool:
     """By autograd or a transform around, which wrap what is not differentiated, too; in doubt, it is."""
     if torch.compiler.is_compiling():
         return tensor.requires_grad
-    if forward_ad._current_level >= 0:
-        return (
-            _functorch.is_functorch_wrapped_tensor(tensor)
-            or forward_ad.unpack_dual(tensor).tangent is not None
-        )
-    while not tensor.requires_grad and _functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = _functorch.get_unwrapped(tensor)
+    if torch_state.forward_mode():
+        return torch_state.is_wrapped(tensor) or forward_ad.unpack_dual(tensor).tangent is not None
+    while not tensor.requires_grad and torch_state.is_wrapped(tensor):
+        tensor = torch_state.unwrapped(tensor)
     return tensor.requires_grad
 
 

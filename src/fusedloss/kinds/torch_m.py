@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid as log_sigmoid
 
-from ..core import sharded
+from ..core import sharded, torch_state
 from .formula import Pointwise
 
 __all__ = [
@@ -125,12 +125,12 @@ def apply(formula: Pointwise, operands: tuple[Tensor, ...], params: dict[str, fl
     check_domain(formula, operands, params)
     if torch.compiler.is_compiling():
         # It traces an autograd function where autograd runs, and maps none.
-        if not torch._C._are_functorch_transforms_active() and _differentiated(operands):
+        if not torch_state.transforms_active() and _differentiated(operands):
             # Clones, which compilers drop: of what is changed later in the graph torch.compile would hand
             # backward the later values, and say nothing.
             return _Traced.apply(formula, params, *(o.clone() for o in operands))
         return formula.value(*operands, **params)
-    if torch._C._get_tracing_state() is not None:
+    if torch_state.is_tracing():
         return formula.value(*operands, **params)  # a saved trace holds no autograd function
     return _Formula.apply(formula, params, *operands)
 
@@ -148,15 +148,15 @@ def check_domain(
     inside = formula.domain(*operands, **params)
     if sharded.is_sharded(inside):
         inside = sharded.whole(inside.all())
-    transformed = torch._C._are_functorch_transforms_active()
+    transformed = torch_state.transforms_active()
     if torch.compiler.is_compiling():
         if transformed:
             return  # an assertion has no batching rule, and a traced tensor cannot be unwrapped
     elif transformed:
-        while torch._C._functorch.is_functorch_wrapped_tensor(inside):
-            inside = torch._C._functorch.get_unwrapped(inside)
-    elif type(inside) is Tensor and inside.is_cpu and not torch._C._len_torch_dispatch_stack():
+        while torch_state.is_wrapped(inside):
+            inside = torch_state.unwrapped(inside)
+    elif type(inside) is Tensor and inside.is_cpu and not torch_state.dispatch_modes():
         if not inside.all():
             raise OutsideDomain
         return
-    torch._assert_async(inside.all(), formula.domain.__doc__ or "")
+    torch_state.assert_async(inside.all(), formula.domain.__doc__ or "")

@@ -16,7 +16,8 @@ from ..kinds import torch_m as m
 from ..kinds.formula import Pointwise
 from ..kinds.pointwise import PointwiseCall
 from ..kinds.torch_m import OutsideDomain
-from ..route import dispatch as route
+from ..route.dispatch import dispatch
+from ..route.memo import repeat
 
 
 def bce(x, t):
@@ -157,7 +158,7 @@ def binary_cross_entropy(
     plain = weight is size_average is reduce is None and (exact_grad is False or exact_grad is True)
     settings = (reduction, exact_grad) if plain else None
     try:
-        if settings and (known := route.repeat(name, (input, target, None), settings)) is not None:
+        if settings and (known := repeat(name, (input, target, None), settings)) is not None:
             return known
     except OutsideDomain:
         _refuse_first(input, target)
@@ -193,7 +194,7 @@ def binary_cross_entropy(
         weight = _floating(name, input, weight=weight)
     call = PointwiseCall(BCE_EXACT if exact_grad else BCE, (), reduction, None, dtype)
     try:
-        return route.dispatch(name, call, (input, target, weight), settings=settings)
+        return dispatch(name, call, (input, target, weight), settings=settings)
     except OutsideDomain:
         _refuse_first(input, target)
 
@@ -254,7 +255,7 @@ def binary_cross_entropy_with_logits(
         )
     name = "binary_cross_entropy_with_logits"
     settings = (reduction,) if weight is size_average is reduce is pos_weight is None else None
-    if settings and (known := route.repeat(name, (input, target, None), settings)) is not None:
+    if settings and (known := repeat(name, (input, target, None), settings)) is not None:
         return known
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         errors.not_tensors(name, AttributeError, input=input, target=target)
@@ -286,11 +287,11 @@ def binary_cross_entropy_with_logits(
     dtype = result_dtype(target.dtype, target)
     if pos_weight is None:
         call = PointwiseCall(BCE_WITH_LOGITS, (), reduction, None, dtype)
-        return route.dispatch(name, call, (input, target, weight), settings=settings)
+        return dispatch(name, call, (input, target, weight), settings=settings)
     errors.expands(name, input.shape, pos_weight=pos_weight)
     call = PointwiseCall(BCE_WITH_LOGITS_POS, (), reduction, None, dtype)
     pos_weight = _floating(name, input, pos_weight=pos_weight)
-    return route.dispatch(name, call, (input, target, pos_weight, weight))
+    return dispatch(name, call, (input, target, pos_weight, weight))
 
 
 def _floating(name: str, input: Tensor, **given: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from ..core.reduce import resolve, result_dtype
 from ..front import strict
 from ..front.definition import BenchCase, Bounds, Loss, normal, plain, register, uniform
 from ..kinds.rows import RowsCall
-from ..route import dispatch as route
+from ..route.dispatch import dispatch
+from ..route.memo import repeat
 
 INDICES = frozenset(
     {
@@ -93,7 +94,7 @@ def cross_entropy(
         if weight is size_average is reduce is None
         else None
     )
-    if settings and (known := route.repeat(name, (input, target, None), settings)) is not None:
+    if settings and (known := repeat(name, (input, target, None), settings)) is not None:
         return known
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         errors.not_tensors(name, TypeError, input=input, target=target)
@@ -201,7 +202,7 @@ def nll_loss(
         if weight is size_average is reduce is None
         else None
     )
-    if settings and (known := route.repeat(name, (input, target, None), settings)) is not None:
+    if settings and (known := repeat(name, (input, target, None), settings)) is not None:
         return known
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         errors.not_tensors(name, TypeError, input=input, target=target)
@@ -338,7 +339,7 @@ def _run(
     why = None
     if call.probabilities and input.numel() == 0 and input.shape[min(input.dim() - 1, 1)] == 0:
         why = "there are no classes"
-    return route.dispatch(name, call, (input, target, weight), why, settings)
+    return dispatch(name, call, (input, target, weight), why, settings)
 
 
 def _index_example(shape, dtype, generator):

@@ -13,7 +13,8 @@ from ..front.definition import BenchCase, Loss, normal, register
 from ..kinds import torch_m as m
 from ..kinds.formula import Pointwise
 from ..kinds.pointwise import PointwiseCall
-from ..route import dispatch as route
+from ..route.dispatch import dispatch
+from ..route.memo import repeat
 
 
 def kl(x, t):
@@ -97,7 +98,7 @@ def kl_div(
     name = "kl_div"
     plain = size_average is reduce is None and (log_target is False or log_target is True)
     settings = (reduction, log_target) if plain else None
-    if settings and (known := route.repeat(name, (input, target, None), settings)) is not None:
+    if settings and (known := repeat(name, (input, target, None), settings)) is not None:
         return known
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         errors.not_tensors(name, TypeError, input=input, target=target)
@@ -139,7 +140,7 @@ def kl_div(
         reduction, denominator = ("mean", input.shape[0]) if input.dim() else ("sum", None)
     formula = KL_LOG if log_target else KL
     call = PointwiseCall(formula, (), reduction, denominator, result_dtype(dtype, input))
-    return route.dispatch(name, call, (input, target, None), settings=settings)
+    return dispatch(name, call, (input, target, None), settings=settings)
 
 
 def _example(shape, dtype, generator):

@@ -7,17 +7,17 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ..core import errors
+from ..core import errors, torch_state, trace
 from ..core.reduce import promoted, resolve, result_dtype, total
 from ..front.definition import BenchCase, Loss, normal, plain, register
 from ..kinds import torch_m as m
 from ..kinds.formula import Pointwise
 from ..kinds.pointwise import PointwiseCall
 from ..kinds.triplet import TripletCall
-from ..route import dispatch as route
+from ..route.dispatch import dispatch
+from ..route.memo import repeat
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
@@ -104,10 +104,7 @@ def triplet_margin_loss(
     name = "triplet_margin_loss"
     plain = size_average is reduce is None and (swap is False or swap is True)
     settings = (reduction, margin, p, eps, swap) if plain else None
-    if (
-        settings
-        and (known := route.repeat(name, (anchor, positive, negative), settings)) is not None
-    ):
+    if settings and (known := repeat(name, (anchor, positive, negative), settings)) is not None:
         return known
     reduction = resolve(name, reduction, size_average, reduce)
     margin = errors.number(name, "margin", margin)
@@ -193,7 +190,7 @@ def triplet_margin_with_distance_loss(
     if not dtype.is_floating_point:
         return _of_integers(name, near, far, reduction)
     call = PointwiseCall(HINGE, (margin,), reduction, None, result_dtype(dtype, near))
-    return route.dispatch(name, call, (near, far, None))
+    return dispatch(name, call, (near, far, None))
 
 
 def _of_integers(name: str, near: Tensor, far: Tensor, reduction: str) -> Tensor:
@@ -201,7 +198,7 @@ def _of_integers(name: str, near: Tensor, far: Tensor, reduction: str) -> Tensor
     if reduction == "mean":
         words = "mean(): could not infer output dtype of integer distances: pass a float margin"
         errors.fail(RuntimeError, name, words)
-    route.note(name, None, f"the distances are of {near.dtype}")
+    trace.note(name, None, f"the distances are of {near.dtype}")
     return total(torch.clamp_min(near - far, 0), reduction)
 
 
@@ -221,7 +218,7 @@ def _does_only_its_forward(module: torch.nn.Module) -> bool:
     """Whether to call this PairwiseDistance is to take torch's distance, and nothing else."""
     return (
         not any(getattr(module, hooks) for hooks in HOOKS)
-        and not _has_any_global_hook()
+        and not torch_state.any_module_hook()
         and module._compiled_call_impl is None
         and "_call_impl" not in module.__dict__
         and module.forward == OWN["forward"].__get__(module)
@@ -291,7 +288,7 @@ def _triplet(
         why = "the features broadcast"  # each distance is taken over those of its own two tensors
     dtype = result_dtype(dtype, anchor)
     call = TripletCall(margin, float(p), float(eps), swap, reduction, dtype)
-    return route.dispatch(name, call, tensors, why, settings)
+    return dispatch(name, call, tensors, why, settings)
 
 
 def _example(shape, dtype, generator):

@@ -13,7 +13,8 @@ from ..front import strict
 from ..front.definition import BenchCase, Loss, normal, plain, register, uniform
 from ..kinds.formula import Pointwise
 from ..kinds.pointwise import PointwiseCall
-from ..route import dispatch as route
+from ..route.dispatch import dispatch
+from ..route.memo import repeat
 
 
 def mse(x, t):
@@ -71,7 +72,7 @@ def mse_loss(
         )
     name = "mse_loss"
     settings = (reduction,) if weight is size_average is reduce is None else None
-    if settings and (known := route.repeat(name, (input, target, None), settings)) is not None:
+    if settings and (known := repeat(name, (input, target, None), settings)) is not None:
         return known
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         errors.not_tensors(name, AttributeError, input=input, target=target)
@@ -121,7 +122,7 @@ def mse_loss(
         kind = dtype if any(floating) else torch.float64
         input, target = (t if t.is_floating_point() else t.to(kind) for t in (input, target))
     call = PointwiseCall(MSE, (), reduction, denominator, result_dtype(dtype, input))
-    return route.dispatch(name, call, (input, target, weight), settings=settings)
+    return dispatch(name, call, (input, target, weight), settings=settings)
 
 
 def _example(shape, dtype, generator):

@@ -8,7 +8,8 @@ from torch import Tensor
 from ..autograd import head_operators as op
 from ..autograd.functions import learns, named, spanned
 from ..autograd.heads import Chunked, unreadable
-from ..core import sharded
+from ..core import sharded, torch_state, trace
+from ..core.indices import check_range
 from ..engines import gpu
 from ..engines.chunks.loop import run as run_chunks
 from ..kinds.heads import LinearCall, Slot, Slots
@@ -23,15 +24,15 @@ def dispatch(call: LinearCall, tensors: Slots, given: Slot) -> tuple[Tensor, ...
         return op.run(call, tensors) if serves else _by_formula(call, tensors)
     why = _formula_reason(call, tensors)
     device = "GPU" if gpu.serves(tensors[0]) else "CPU"
-    seen = not why and route.dispatch_modes()
+    seen = not why and torch_state.dispatch_modes()
     because = why or (
         "a TorchDispatchMode sees it as one operator" if seen else "no transform needs the formula"
     )
-    route.note(call.loss, None if why else call.family, because, device, counted=bool(seen))
+    trace.note(call.loss, None if why else call.family, because, device, counted=bool(seen))
     if given is not None and not call.probabilities:
         linear_weight = tensors[1]
         assert linear_weight is not None
-        route.check_range(call.loss, given, linear_weight.shape[0], call.ignore_index)
+        check_range(call.loss, given, linear_weight.shape[0], call.ignore_index)
     if why:
         return spanned(call.loss, lambda: _by_formula(call, tensors))
     if seen:
@@ -56,15 +57,17 @@ def _formula_reason(call: LinearCall, tensors: Slots) -> str | None:
         return "a weight requires a gradient"
     floats = (t if t is None or (t.is_cpu and t.is_floating_point()) else None for t in tensors)
     by_operator = (
-        bool(route.dispatch_modes()) and modes.gap() is None and _operator_serves(call, tensors)
+        bool(torch_state.dispatch_modes())
+        and modes.gap() is None
+        and _operator_serves(call, tensors)
     )
     return route.formula_reason(call, tuple(floats), by_operator)
 
 
 def _operator_serves(call: LinearCall, tensors: Slots) -> bool:
     return (
-        not (call.learns or route.is_exporting())
-        and not torch._C._are_functorch_transforms_active()
+        not (call.learns or torch_state.is_exporting())
+        and not torch_state.transforms_active()
         and all(
             t is None or (t.device.type in ("cpu", "cuda") and not sharded.is_sharded(t))
             for t in tensors

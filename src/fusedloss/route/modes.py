@@ -7,21 +7,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..autograd.head_operators import HEAD, TEACHER
+from ..core import torch_state
 
 COUNTER = "torch.utils.flop_counter"  # it imports Triton: only where somebody has done so
 Shape = Sequence[int]
 
-_tracers = tuple(torch._C._TorchDispatchModeKey.__members__.values())
-
 
 def gap() -> str | None:
     """Why a mode that is active needs the formula, or None."""
-    if any(torch._C._get_dispatch_mode(key) is not None for key in _tracers):
+    if torch_state.mode_traces():
         return "a TorchDispatchMode traces"
-    if not all(map(_counts, _get_current_dispatch_mode_stack())):
+    if not all(map(_counts, torch_state.modes())):
         return "a FlopCounterMode knows the operators of torch alone"
     return None
 

@@ -28,8 +28,8 @@ from rich.table import Table
 
 import fusedloss
 
+from ...autograd import functions as autograd
 from ...front.definition import REGISTRY, Loss
-from ...route import dispatch as route
 from . import command as bench
 from .cases import SIZES, Case
 from .harness import Plan, Step, interleave, warm_up
@@ -94,7 +94,7 @@ def measure(loss: Loss, plan: Plan) -> Calls:
         return [min(samples[name]) for name in chosen]
 
     whole = shortest("ours", "torch")
-    with _replaced(route.autograd, "repeat"), _replaced(*OPERATORS[loss.name]):
+    with _replaced(autograd, "repeat"), _replaced(*OPERATORS[loss.name]):
         before = shortest("ours", "torch")
     return Calls(loss.name, *whole, *before)
 

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core import trace
 from ...engines import cpu, gpu
 from ...engines.cpu import load
 from ...front.definition import REGISTRY, Loss
 from ...kinds import Call
-from ...route import dispatch as route
+from ...route import dispatch
 from . import exact
 from .exact import Exact
 from .probes import Probe, flat
@@ -59,14 +60,14 @@ class Path:
     @contextlib.contextmanager
     def chosen(self) -> Iterator[None]:
         """Inside, the losses take this path."""
-        before = route.calls()
+        before = trace.calls()
         with contextlib.ExitStack() as stack:
             if self.name == "formula":
-                stack.enter_context(route.forced("fusedloss verify asks for it"))
+                stack.enter_context(trace.forced("fusedloss verify asks for it"))
             elif self.environment == INTERPRETED:
                 stack.enter_context(_interpreted())
             yield
-        ran = {how for _, how in route.calls() - before}
+        ran = {how for _, how in trace.calls() - before}
         wanted = {"formula": {"formula"}, "PyTorch": set()}.get(self.name, {"kernel"})
         if not ran <= wanted:
             raise RuntimeError(f"verify: {self.name}: calls ran by {', '.join(ran)}")
@@ -118,16 +119,16 @@ def captured(probe: Probe) -> tuple[Call, tuple[Any, ...]] | None:
     """The call that a probe becomes; None where a function of the user's stands between."""
     found: list[Any] = []
 
-    def dispatch(_name: str, call: Call, tensors: tuple[Any, ...], *_: Any, **__: Any) -> Any:
+    def by_formula(call: Call, tensors: tuple[Any, ...]) -> Any:
         found.extend((call, tensors))
         raise _Reached
 
-    original, route.dispatch = route.dispatch, dispatch  # type: ignore[assignment]
+    original, dispatch.by_formula = dispatch.by_formula, by_formula
     try:
-        with contextlib.suppress(_Reached), route.forced("no kernel is to run"):
+        with contextlib.suppress(_Reached), trace.forced("no kernel is to run"):
             probe.registered.function(*probe.tensors, **probe.options, reduction="none")
     finally:
-        route.dispatch = original
+        dispatch.by_formula = original
     given = {id(t) for t in (*probe.tensors, *probe.options.values())}
     own = all(t is None or id(t) in given for t in found[1])
     return (found[0], found[1]) if own else None

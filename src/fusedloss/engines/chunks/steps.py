@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...autograd.operators import differentiating
 from ...core.reduce import wide
+from ...core.torch_state import differentiating
 from ...kinds.distill import DistillCall
 from ...kinds.heads import LinearCall, Rows, Slot
 

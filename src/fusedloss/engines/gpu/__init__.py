@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ...core import errors
+from ...core import errors, torch_state
 
 on_cpu = (
     False  # tests set it: Triton interprets the kernels on CPU tensors, under TRITON_INTERPRET=1
@@ -35,14 +35,11 @@ def _import() -> str | None:
     return None
 
 
+@torch_state.constant
 def problem(family: str | None = None) -> str | None:
     """Why there are no GPU kernels of a family, or of any; or None."""
     found = _failures.get(family) if family else next(iter(_failures.values()), None)
     return found or _import()
-
-
-# What torch.compiler.assume_constant_result does, which first imports torch._dynamo: 1.7 seconds.
-problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def serves(tensor: Tensor | None) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from ...core import torch_state
 from ...core.plain import PLAIN, Unreadable
 from ...kinds import Call
 from ...kinds.rows import RowsCall
@@ -143,9 +144,9 @@ class Again:
             return True
         index = self.device.index
         bits = functools.reduce(operator.or_, pointers)
-        if bits & ALIGNED or torch._C._cuda_getDevice() != index or hooked():
+        if bits & ALIGNED or torch_state.current_gpu() != index or hooked():
             return False
-        stream = torch._C._cuda_getCurrentRawStream(index)
+        stream = torch_state.current_stream(index)
         for each in launches:
             each(stream, pointers)
         return True

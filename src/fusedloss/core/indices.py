@@ -1,0 +1,26 @@
+"""The range of class indices."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from . import errors, plain, sharded, torch_state
+
+
+def check_range(loss: str, target: Tensor, classes: int, ignore_index: int) -> None:
+    """IndexError for the first class index out of range, where it can be read without a sync."""
+    seen = torch_state.dispatch_modes()
+    if target.is_cpu and not seen:
+        target = sharded.whole(target)
+    if not target.is_cpu or plain.gap(target) or torch_state.is_tracing():
+        return
+    # Who watches operations sees those of the loss alone.
+    with torch_state.without_modes() if seen else contextlib.nullcontext():
+        index = target.to(torch.int64)
+        outside = (index != ignore_index) & ((index < 0) | (index >= classes))
+        if outside.any():
+            position = int(outside.flatten().nonzero()[0])
+            errors.out_of_range(loss, target, position, classes, ignore_index)

@@ -1,0 +1,92 @@
+"""torch's private names: the one room that knows them, by names that say what they tell.
+
+Who asks at every call binds the function to a global of its own module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch._C import _autograd, _functorch, _profiler
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+from torch.nn import _reduction
+from torch.nn.modules import module
+from torch.utils import _python_dispatch
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+__all__ = ["FakeTensor", "FunctionalTensor"]
+
+# What is going on around a call.
+transforms_active = torch._C._are_functorch_transforms_active
+dispatch_modes = torch._C._len_torch_dispatch_stack  # how many, which see every operation of torch
+modes = _python_dispatch._get_current_dispatch_mode_stack
+without_modes = _python_dispatch._disable_current_modes
+is_tracing = torch._C._is_tracing  # for torch.jit
+any_autocast = torch._C._is_any_autocast_enabled
+_tracers = tuple(torch._C._TorchDispatchModeKey.__members__.values())
+
+# Of autograd and the profiler.
+keeps_graph = _autograd._get_current_graph_task_keep_graph
+saved_tensor_hooks = _autograd._top_saved_tensors_default_hooks
+profiling = _autograd._profiler_enabled
+span = _profiler._RecordFunctionFast
+unpacks_saved = hasattr(_autograd.SavedTensor, "unpack")
+
+# Of tensors.
+storage = getattr(
+    torch._C, "_data_address", Tensor.data_ptr
+)  # null for every view of what was freed
+is_functional = torch._is_functional_tensor
+is_wrapped = _functorch.is_functorch_wrapped_tensor  # by a transform around
+unwrapped = _functorch.get_unwrapped
+assert_async = torch._assert_async
+
+# Of GPUs; a build of torch for CPUs lacks them.
+current_gpu: Any = getattr(torch._C, "_cuda_getDevice", None)
+current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+any_module_hook = module._has_any_global_hook
+legacy_reduction = _reduction.legacy_get_string
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode differentiation is active."""
+    return forward_ad._current_level >= 0
+
+
+def mode_traces() -> bool:
+    """Whether a dispatch mode that is active traces a graph."""
+    return any(torch._C._get_dispatch_mode(key) is not None for key in _tracers)
+
+
+def constant(function: F) -> F:
+    """Dynamo calls the function and takes its result for a constant.
+
+    As torch.compiler.assume_constant_result, which first imports torch._dynamo: 1.7 seconds.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant
+def is_exporting() -> bool:
+    # The dynamo of torch 2.11 takes torch's own function for true.
+    return torch.compiler.is_exporting()
+
+
+@contextlib.contextmanager
+def differentiating() -> Iterator[None]:
+    """Autograd is off within an operator: here it is on."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
