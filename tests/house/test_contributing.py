@@ -12,6 +12,7 @@ from fusedloss.core.reduce import resolve, result_dtype
 from fusedloss.engines.cpu.printer import header
 from fusedloss.front import definition as define
 from fusedloss.kinds import torch_m as formula
+from fusedloss.kinds.formula import Pointwise
 from fusedloss.kinds.pointwise import PointwiseCall
 from fusedloss.route import dispatch
 
@@ -29,7 +30,7 @@ def test_worked_example() -> None:
     names = dict(
         vars(define), m=formula, errors=errors, route=dispatch, PointwiseCall=PointwiseCall
     )
-    names |= {"resolve": resolve, "result_dtype": result_dtype}
+    names |= {"resolve": resolve, "result_dtype": result_dtype, "Pointwise": Pointwise}
     exec(BLOCKS[0], names)
     exec(BLOCKS[1], names)
     x = torch.linspace(-3, 3, 13, dtype=torch.float64, requires_grad=True)
