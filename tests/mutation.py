@@ -147,7 +147,7 @@ MUTANTS = [
     kernel("linear.h", "- slope * mean_x +", "+", HEADS, **LINEAR),
     kernel("linear.h", "if (kept && a.first) s = *kept;", "", HEADS, **LINEAR),
     kernel("distill.h", "raised_sum() > 0 ? brought(raised_sum(), gap) : 0;", "raised_sum();", HEADS, **LINEAR),
-    kernel("distill.h", "(a.kind == 2 ? 1 - a.beta : 1.0)", "1.0", HEADS, **LINEAR),
+    kernel("distill.h", "(a.of_teacher && a.of_student ? 1 - a.beta : 1.0)", "1.0", HEADS, **LINEAR),
     kernel("distill.h", "T(mean + double(own_gap)), out", "own_gap, out", HEADS, **LINEAR),
     kernel("distill.h", "s[y - c] = T(-hard_scale * (hard.others / hard.raised_sum()));", "", HEADS, **LINEAR),
     # repeated calls

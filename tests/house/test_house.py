@@ -17,6 +17,7 @@ HOME = ROOT / "src" / "fusedloss"
 FLOORS = (
     ("core",),
     ("kinds",),
+    ("engines.abi",),
     ("engines.cpu", "engines.gpu"),
     ("engines",),
     ("autograd",),

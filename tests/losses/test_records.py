@@ -359,7 +359,7 @@ def test_common_nn(loss: str, tally: Any) -> None:
     for record in nn_samples(loss):
         with count(record["fullname"]), fusedloss.patched():
             torch.manual_seed(0)
-            before = fusedloss.route.calls().total()
+            before = fusedloss.core.trace.calls().total()
             subject = record["constructor"](*record.get("constructor_args", ()))
             parts = [inputs_of(record, part) for part in ("input", "target")]
             inputs = [
@@ -368,7 +368,7 @@ def test_common_nn(loss: str, tally: Any) -> None:
                 for x in part
             ]
             result = subject(*inputs)
-            assert fusedloss.route.calls().total() > before
+            assert fusedloss.core.trace.calls().total() > before
             if len(inputs) == 1:
                 expected = record["reference_fn"](inputs[0], [], subject)
             else:
