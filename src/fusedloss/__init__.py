@@ -3,37 +3,24 @@
 `from fusedloss import nn` in place of `from torch import nn`.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import functional, nn
 from .core.levels import checks
 from .core.trace import Route, explain
 from .engines.gpu import synchronize
+from .front import modules as _modules
 from .losses import *  # noqa: F403
 from .losses import __all__ as _losses
-from .nn import (
-    BCELoss,
-    BCEWithLogitsLoss,
-    CrossEntropyLoss,
-    KLDivLoss,
-    MSELoss,
-    NLLLoss,
-    TripletMarginLoss,
-    TripletMarginWithDistanceLoss,
-)
 from .patch import patch, patched, unpatch
 
 __version__ = "0.1.0"
 
+globals().update(_modules.MODULES)
 __all__ = [
     *_losses,
-    "BCELoss",
-    "BCEWithLogitsLoss",
-    "CrossEntropyLoss",
-    "KLDivLoss",
-    "MSELoss",
-    "NLLLoss",
+    *_modules.MODULES,
     "Route",
-    "TripletMarginLoss",
-    "TripletMarginWithDistanceLoss",
     "checks",
     "explain",
     "functional",
@@ -44,6 +31,6 @@ __all__ = [
     "unpatch",
 ]
 
-if "LinearCrossEntropyLoss" in nn.OWN:  # torch has it since 2.13
-    LinearCrossEntropyLoss = nn.LinearCrossEntropyLoss
-    __all__ += ["LinearCrossEntropyLoss"]
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any: ...  # the losses come with their definitions

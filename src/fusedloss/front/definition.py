@@ -8,12 +8,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Generator, Tensor
 
 Options = Callable[[tuple[Tensor, ...], Generator], dict[str, Any]]
+Example = Callable[[tuple[int, ...], torch.dtype, Generator], tuple[Tensor, ...]]
 
 
 def plain(_tensors: tuple[Tensor, ...], _generator: Generator) -> dict[str, Any]:
@@ -52,6 +53,21 @@ class BenchCase:
     at_most: Mapping[str, float] = field(default_factory=dict)
 
 
+def elements(
+    label: str, near: float, beyond: float, compiled: bool = False, gpu: bool = True
+) -> tuple[BenchCase, ...]:
+    """The cases of a pointwise loss; the targets are within and beyond the caches, beside `x - y`."""
+    large: tuple[BenchCase, ...] = (
+        BenchCase(f"{label} 64M", (64, 1 << 20), group="gpu", compiled=compiled),
+        BenchCase(f"{label} 64M bf16", (64, 1 << 20), "bfloat16", group="gpu"),
+    )
+    return (
+        BenchCase(f"{label} 4M", (4096, 1024), compiled=compiled, at_most={"x - y": near}),
+        BenchCase(f"{label} 16M", (16384, 1024), group="beyond", at_most={"x - y": beyond}),
+        *(large if gpu else ()),
+    )
+
+
 @dataclass(frozen=True)
 class Loss:
     """One public loss: what tests, documentation and benchmarks need to know of it.
@@ -65,7 +81,7 @@ class Loss:
 
     function: Callable[..., Any]
     module: str
-    example: Callable[[tuple[int, ...], torch.dtype, Generator], tuple[Tensor, ...]]
+    example: Example
     options: Mapping[str, Options] = field(default_factory=lambda: {"plain": plain})
     reductions: tuple[str, ...] = ("none", "mean", "sum")
     differentiable: tuple[int, ...] = (0, 1)
@@ -109,6 +125,15 @@ def _reduced(
     return rows if reduction == "none" else getattr(rows, reduction)()
 
 
+def _undefined(*_: Any, **__: Any) -> NoReturn:
+    raise TypeError("a row is of no function yet: @loss gives it one")
+
+
+def row(example: Example, options: Mapping[str, Options] | None = None, **more: Any) -> Loss:
+    """A row for `@loss`, which knows the function and the module."""
+    return Loss(_undefined, "", example, options or {"plain": plain}, **{"kind": "", **more})
+
+
 REGISTRY: dict[str, Loss] = {}
 
 
@@ -129,3 +154,15 @@ def uniform(
 
 def normal(shape: tuple[int, ...], dtype: torch.dtype, generator: Generator) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
+
+
+def normals(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    return normal(shape, dtype, generator), normal(shape, dtype, generator)
+
+
+def weights(tensors: tuple[Tensor, ...], generator: Generator) -> dict[str, Any]:
+    """The option of a weight of the input's shape."""
+    first = tensors[0]
+    return {"weight": uniform(first.shape, first.dtype, generator, 0.1, 2)}

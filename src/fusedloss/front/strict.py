@@ -186,29 +186,16 @@ def some_row_counts(seen: Seen) -> str | None:
     )
 
 
-RULES: dict[str, tuple[Rule, ...]] = {
-    "mse_loss": (same_shape, target_is_number),
-    "binary_cross_entropy_with_logits": (
-        target_is_number,
-        target_is_probability,
-        input_is_no_sigmoid,
-    ),
-    "kl_div": (
-        same_shape,
-        no_mean_of_kl,
-        batch_is_all_rows,
-        target_is_number,
-        target_is_distribution,
-        input_is_log_probability,
-    ),
-    "cross_entropy": (
-        target_is_number,
-        target_is_distribution,
-        input_is_no_softmax,
-        some_row_counts,
-    ),
-    "nll_loss": (input_is_log_probability, some_row_counts),
-}
+RULES: dict[str, tuple[Rule, ...]] = {}  # by loss; @loss writes them
+
+
+def table() -> list[tuple[str, list[str]]]:
+    """Each rule in its own words, and the losses that it is of."""
+    rules = dict.fromkeys(rule for rules in RULES.values() for rule in rules)
+    return [
+        (" ".join((rule.__doc__ or "").split()), [n for n, own in RULES.items() if rule in own])
+        for rule in rules
+    ]
 
 
 def check(loss: str, input: Tensor, target: Tensor, **settings: Any) -> None:

@@ -12,13 +12,14 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from ..core import errors, plain, sharded
 from ..core.plain import PLAIN
 from ..core.reduce import autocasts, resolve, result_dtype
+from ..front.classes import check_indices, check_weight
 from ..front.definition import Loss, normal, register, uniform
 from ..front.definition import plain as no_options
+from ..front.loss import FUNCTIONS
 from ..kinds.distill import KINDS, DistillCall
 from ..kinds.heads import LinearCall, Slots
 from ..route.heads import dispatch
 from . import composed
-from .classification import check_indices, check_weight
 
 SOFTMAX = "log_softmax_lastdim_kernel_impl"  # PyTorch's name for what a type is lacking
 
@@ -949,3 +950,4 @@ register(
         composed=composed.linear_kl_div,
     )
 )
+FUNCTIONS |= {f.__name__: f for f in (linear_cross_entropy, linear_kl_div, linear_log_prob)}

@@ -1,0 +1,32 @@
+"""A loss whose function is the composition itself: of other losses, or of what no kernel of ours knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from . import docs
+from .loss import Definition
+
+
+@dataclass(frozen=True)
+class Composed:
+    """The definition's function takes the arguments that it names, and computes the loss."""
+
+    kind: ClassVar[str] = ""
+    computes: ClassVar[bool] = True
+
+    returns: str
+    raises: tuple[str, ...] = ()
+
+    def memo(self, loss: Definition) -> None:
+        """It is never repeated unchecked."""
+
+    def run(self, loss: Definition, memo: tuple[Any, ...] | None, given: dict[str, Any]) -> Any:
+        loss.tensors(given, TypeError)
+        return loss.body(**given)
+
+    def words(self, loss: Definition) -> docs.Words:
+        return docs.Words(
+            f"A scalar, or the losses of all rows with 'none', {self.returns}.", self.raises
+        )

@@ -1,0 +1,82 @@
+"""The docstring of a public loss: what its definition says, and what follows from the rest."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .settings import Setting
+
+WIDTH = 104
+URL = "https://docs.pytorch.org/docs/stable/generated/torch.nn"
+COMMON = {
+    "size_average": "deprecated, overrides `reduction`.",
+    "reduce": "deprecated, overrides `reduction`.",
+    "reduction": "'none', 'mean' or 'sum'.",
+}
+
+
+class Words(NamedTuple):
+    """What a family of losses says: of the result's type, and of the errors by exception."""
+
+    returns: str
+    raises: tuple[str, ...]
+
+
+def of_function(
+    body: Callable[..., object],
+    module: str | None,
+    parameters: list[str],
+    settings: dict[str, Setting],
+    words: Words,
+) -> str:
+    text, sections = _parts(inspect.cleandoc(body.__doc__ or ""))
+    if module is not None and body.__name__ not in text:
+        text += f"\n\nAs :func:`torch.nn.functional.{body.__name__}`\n({URL}.{module}.html)."
+    own = _items(sections.get("Args", ""))
+    arguments = [f"{n}: {own.get(n) or COMMON[n]}" for n in parameters if n in own or n in COMMON]
+    raised = [s.raises.format(argument=f"`{n}`") for n, s in settings.items()]
+    raises = _grouped([*words.raises, *raised, *_lines(sections.get("Raises", ""))])
+    parts = [text, _section("Args", arguments)]
+    parts.append(_section("Returns", [sections.get("Returns") or words.returns]))
+    parts.append(_section("Raises", raises))
+    return "\n\n".join(parts) + "\n"
+
+
+def _parts(doc: str) -> tuple[str, dict[str, str]]:
+    """The text before the first section, and the sections by name."""
+    pieces = re.split(r"^(Args|Returns|Raises):\n", doc, flags=re.MULTILINE)
+    sections = {
+        n: textwrap.dedent(s).strip() for n, s in zip(pieces[1::2], pieces[2::2], strict=True)
+    }
+    return pieces[0].strip(), sections
+
+
+def _lines(section: str) -> list[str]:
+    """One for each item, which may be continued on further lines that are indented."""
+    return [" ".join(item.split()) for item in re.split(r"\n(?=\S)", section) if item]
+
+
+def _items(section: str) -> dict[str, str]:
+    pairs = (line.split(": ", 1) for line in _lines(section))
+    return dict(pairs)
+
+
+def _grouped(raises: list[str]) -> list[str]:
+    """One line for each exception."""
+    by: dict[str, list[str]] = {}
+    for line in raises:
+        kind, what = line.split(": ", 1)
+        by.setdefault(kind, []).append(what.rstrip("."))
+    return [f"{kind}: {'; '.join(dict.fromkeys(whats))}." for kind, whats in by.items()]
+
+
+def _section(name: str, items: list[str]) -> str:
+    wrapped = (
+        textwrap.fill(item, WIDTH, initial_indent="    ", subsequent_indent="        ")
+        for item in items
+    )
+    return "\n".join([f"{name}:", *wrapped])

@@ -1,0 +1,192 @@
+"""`@loss`: from a definition its public function, its module, its documentation and its registry rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from ..core import errors, levels, reduce
+from . import docs, modules, signature, strict
+from .definition import Loss, register
+from .settings import Setting
+from .signature import Memo
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {}  # every public loss, by its name
+
+
+class Malformed(TypeError):
+    """A definition that cannot be; file, line and remedy are in the message."""
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What a loss is beside its formulas."""
+
+    name: str
+    body: Callable[..., Any]  # chooses the formula by the settings, or computes the loss
+    module: str | None
+    signature: inspect.Signature
+    operands: tuple[str, ...]  # the tensors that every call has
+    optional: tuple[str, ...]  # those that it may have
+    further: tuple[str, ...]  # of these, the operands of a formula that the body chooses by them
+    settings: dict[str, Setting]
+    extensions: tuple[str, ...]  # settings that PyTorch lacks
+
+    def tensors(self, given: dict[str, Any], kind: type[Exception]) -> dict[str, Tensor]:
+        """The operands.
+
+        Raises:
+            kind: one is no tensor.
+        """
+        found = {n: given[n] for n in self.operands}
+        for t in found.values():
+            if not isinstance(t, Tensor):
+                errors.not_tensors(self.name, kind, **found)
+        return found
+
+    def more_tensors(self, given: dict[str, Any], kind: type[Exception]) -> dict[str, Tensor]:
+        """The optional ones that there are; raises likewise."""
+        found = {n: t for n in self.optional if (t := given[n]) is not None}
+        for t in found.values():
+            if not isinstance(t, Tensor):
+                errors.not_tensors(self.name, kind, **found)
+        return found
+
+    def checked(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The settings that are meant.
+
+        Raises:
+            TypeError, ValueError: what a setting's word says.
+        """
+        return {n: s.check(self.name, n, given[n]) for n, s in self.settings.items()}
+
+    def reduction(self, given: dict[str, Any], allowed: tuple[str, ...] = reduce.REDUCTIONS) -> str:
+        return reduce.resolve(
+            self.name,
+            given["reduction"],
+            given.get("size_average"),
+            given.get("reduce"),
+            allowed,
+        )
+
+    def memo(self, tensors: Sequence[str], has_domain: bool = False) -> Memo:
+        """That of a call with these tensors alone, whose settings are numbers and the like."""
+        absent = [n for n in (*signature.LEGACY, *self.optional) if n in self.signature.parameters]
+        settled = [s.settled.format(n) for n, s in self.settings.items() if s.settled]
+        plain = " and ".join([*(f"{n} is None" for n in absent), *settled]) or "True"
+        keys = ["reduction", *(s.key.format(n) for n, s in self.settings.items())]
+        return Memo(plain, ", ".join(keys), ", ".join(tensors), has_domain)
+
+    def refuse_what_users_rue(self, tensors: dict[str, Tensor], **settings: Any) -> None:
+        """ValueError where `checks("strict")` refuses the call."""
+        if levels.strict() and self.name in strict.RULES:
+            seen = {n: v for n, v in settings.items() if n in strict.Seen._fields}
+            strict.check(self.name, tensors["input"], tensors["target"], **seen)
+
+
+class Ladder(Protocol):
+    """The checks of a family of losses, and what is run after them."""
+
+    computes: ClassVar[
+        bool
+    ]  # whether the definition's function computes the loss, or chooses what does
+
+    def memo(self, loss: Definition) -> Memo | None:
+        """How a call is told to be like an earlier one; None: it is never repeated unchecked."""
+
+    def run(self, loss: Definition, memo: tuple[Any, ...] | None, given: dict[str, Any]) -> Any: ...
+
+    def words(self, loss: Definition) -> docs.Words: ...
+
+
+def loss(
+    module: str | None,
+    ladder: Ladder,
+    *rows: Loss,
+    rules: tuple[strict.Rule, ...] = (),
+    **settings: Setting,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes the public function of the name and with the parameters of PyTorch's, and its module.
+
+    The function that is decorated says the rest: its docstring the formula and what the arguments are, its
+    parameters the settings that it chooses by, of which one with a default is an extension. `settings` says
+    what each may be, in a word of `settings.py`; `rules` what `checks("strict")` refuses.
+
+    Raises:
+        Malformed: the definition lacks a part, or says what PyTorch's signature or the library does not know.
+    """
+
+    def define(body: Callable[..., Any]) -> Callable[..., Any]:
+        found = _definition(body, module, settings, ladder.computes)
+        theirs = signature.of_torch(found.name)
+        names = list(found.signature.parameters)
+
+        def finish(memo: tuple[Any, ...] | None, *arguments: Any) -> Any:
+            return ladder.run(found, memo, dict(zip(names, arguments, strict=True)))
+
+        made = signature.function(
+            found.name, body.__module__, found.signature, theirs, finish, ladder.memo(found)
+        )
+        made.__doc__ = docs.of_function(body, module, names, found.settings, ladder.words(found))
+        made.__annotations__ = {n: p.annotation for n, p in found.signature.parameters.items()}
+        made.__annotations__["return"] = found.signature.return_annotation
+        FUNCTIONS[found.name] = made
+        if rules:
+            strict.RULES[found.name] = rules
+        for row in rows:
+            kind = row.kind or ladder.kind
+            register(dataclasses.replace(row, function=made, module=module or "", kind=kind))
+        if module is not None:
+            modules.make(module, made, found.operands, found.extensions)
+        return made
+
+    return define
+
+
+def _definition(
+    body: Callable[..., Any], module: str | None, settings: dict[str, Setting], computes: bool
+) -> Definition:
+    name = body.__name__
+    own = inspect.signature(body, eval_str=True)
+    theirs, whole = signature.of_torch(name), own
+    if theirs is not None:
+        added = [p for p in own.parameters.values() if p.default is not p.empty]
+        whole = signature.extended(theirs, added)
+    elif module is not None:
+        raise malformed(body, f"torch.nn.functional has no {name}", "name it as PyTorch does")
+    tensors = {n: p for n, p in whole.parameters.items() if signature.takes_tensor(p)}
+    for n in own.parameters:
+        if n not in whole.parameters:
+            fault = f"{n} is no parameter of PyTorch's {name}"
+            raise malformed(body, fault, "give it a default, as an extension")
+        if not (n in settings or n in tensors or computes):
+            remedy = f"pass @loss a word of front/settings.py, such as {n}=positive"
+            raise malformed(body, f"{n} does not say what it may be", remedy)
+    for n in settings:
+        if n not in own.parameters:
+            raise malformed(body, f"it takes no {n}", f"let it choose by {n}, or drop the word")
+    if not body.__doc__:
+        raise malformed(body, "it has no docstring", "write its formula and its arguments there")
+    return Definition(
+        name=name,
+        body=body,
+        module=module,
+        signature=whole,
+        operands=tuple(n for n, p in tensors.items() if p.default is p.empty),
+        optional=tuple(n for n, p in tensors.items() if p.default is None),
+        further=tuple(n for n in own.parameters if n in tensors and tensors[n].default is None),
+        settings=settings,
+        extensions=tuple(n for n in whole.parameters if theirs and n not in theirs.parameters),
+    )
+
+
+def malformed(body: Callable[..., Any], fault: str, remedy: str) -> Malformed:
+    code = body.__code__
+    return Malformed(
+        f"{code.co_filename}:{code.co_firstlineno}: {body.__name__}: {fault}: {remedy}"
+    )

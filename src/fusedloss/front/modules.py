@@ -1,0 +1,67 @@
+"""The module of a loss: a subclass of its namesake in `torch.nn`, whose constructor it keeps."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn
+
+from .signature import LEGACY, bare, compiled, extended
+
+MODULES: dict[str, type[torch.nn.Module]] = {}  # of the face fusedloss.nn, by their names
+FACE = "fusedloss.nn"
+
+
+def make(
+    name: str, function: Callable[..., Any], operands: tuple[str, ...], extensions: tuple[str, ...]
+) -> None:
+    """Of its settings, forward passes those that the constructor takes; an extension is a keyword of both."""
+    theirs: Any = getattr(torch.nn, name)
+    constructor = inspect.signature(theirs.__init__)
+    tensors = [n for n in inspect.signature(theirs.forward).parameters if n != "self"]
+    parameters = inspect.signature(function).parameters
+    kept = [n for n in parameters if n in constructor.parameters and n not in (*LEGACY, *operands)]
+    passed = ", ".join([*tensors, *(f"{n}=self.{n}" for n in kept)])
+    more = "".join(f", {n}=self.{n}" for n in extensions)
+    lines = [f"def forward(self, {', '.join(tensors)}):"]
+    if extensions:  # TorchScript, which has PyTorch's own function, drops the branch
+        lines += [f"    if {' or '.join(f'self.{n}' for n in extensions)}:"]
+        lines += [f"        return _function({passed}{more})"]
+    lines += [f"    return _function({passed})"]
+    scope: dict[str, Any] = {"_function": function, "__name__": FACE}
+    body: dict[str, Any] = {
+        "forward": compiled("\n".join(lines) + "\n", "forward", scope, f"{name}."),
+        "__module__": FACE,
+        "__doc__": f"See :func:`fusedloss.functional.{function.__name__}`; constructor as "
+        f":class:`torch.nn.{name}`{', and ' if extensions else ''}{', '.join(extensions)}.",
+    }
+    if extensions:
+        added = [parameters[n] for n in extensions]
+        body |= _extension(theirs, extended(constructor, added), {p.name: p.default for p in added})
+    MODULES[name] = type(name, (theirs,), body)
+
+
+def _extension(
+    theirs: Any, constructor: inspect.Signature, added: dict[str, Any]
+) -> dict[str, Any]:
+    """Attributes of a module with settings that PyTorch's lacks; at their defaults it is like its namesake."""
+    arguments = [n for n in constructor.parameters if n != "self" and n not in added]
+    lines = [f"def __init__{bare(constructor)}:"]
+    lines += [f"    _theirs.__init__(self, {', '.join(f'{n}={n}' for n in arguments)})"]
+    for n, default in added.items():
+        lines += [f"    if {n} != {default!r}:", f"        self.{n} = {n}"]
+    scope: dict[str, Any] = {"_theirs": theirs, "__name__": FACE}
+
+    def extra_repr(self: Any) -> str:
+        said = theirs.extra_repr(self)
+        own = [f"{n}={v}" for n, d in added.items() if (v := getattr(self, n)) != d]
+        return ", ".join(filter(None, [said, *own]))
+
+    return {
+        **added,
+        "__constants__": [*theirs.__constants__, *added],
+        "__init__": compiled("\n".join(lines) + "\n", "__init__", scope, f"{theirs.__name__}."),
+        "extra_repr": extra_repr,
+    }

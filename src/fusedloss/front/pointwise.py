@@ -1,0 +1,321 @@
+"""The checks of a loss of each element: types, shapes, weights, in the order in which PyTorch's are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..core import advice, errors, sharded
+from ..core.plain import check as check_memory
+from ..core.reduce import result_dtype, sum_of
+from ..kinds.formula import Pointwise
+from ..kinds.pointwise import PointwiseCall
+from ..kinds.torch_m import OutsideDomain
+from ..route.dispatch import dispatch
+from . import docs
+from .loss import Definition
+from .signature import Memo
+
+Tensors = dict[str, Tensor]
+
+
+class Reduction(NamedTuple):
+    name: str
+    remembered: bool = True  # whether the call may be repeated unchecked
+    by_batch: bool = False  # whether the result is divided by the batch size once more
+
+
+def plain_reduction(loss: Definition, given: dict[str, Any]) -> Reduction:
+    return Reduction(loss.reduction(given))
+
+
+# What the types of operands may be
+
+
+@dataclass(frozen=True)
+class Types:
+    """`check` raises, or gives the type of the losses."""
+
+    check: Callable[[str, Tensors, Tensor | None], torch.dtype]
+    returns: str
+    raises: tuple[str, ...]
+    kernel: str = ""  # PyTorch's word for what a type is lacking
+    integers: bool = False  # whether some operands may be of integers
+
+
+def promote(kernel: str) -> Types:
+    """Operands of any types, if one is floating point; the result is of the type that all promote to."""
+
+    def check(name: str, operands: Tensors, weight: Tensor | None) -> torch.dtype:
+        more = {} if weight is None else {"weight": weight}
+        errors.not_narrow(name, kernel, **operands, **more)
+        first, *others = operands.values()
+        dtype = first.dtype
+        for other in others:
+            if other.dtype != dtype:
+                dtype = torch.promote_types(dtype, other.dtype)  # of 0-dim tensors too
+        if dtype.is_complex:
+            errors.not_floating(name, NotImplementedError, kernel, **operands)
+        return dtype
+
+    raises = ("NotImplementedError: no floating point tensor, or a complex one",)
+    return Types(check, "in the type that the operands promote to", raises, kernel, integers=True)
+
+
+def _same(name: str, operands: Tensors, _weight: Tensor | None) -> torch.dtype:
+    errors.not_narrow(name, name, **operands)
+    (_, first), *others = operands.items()
+    dtype = result_dtype(first.dtype, first)
+    for other_name, other in others:
+        if other.dtype != first.dtype and result_dtype(other.dtype, other) is not dtype:
+            hint = advice.swapped(first, other) or f": pass {advice.cast(other_name, first.dtype)}"
+            words = f"Found dtype {other.dtype} but expected {first.dtype} for {other_name}{hint}"
+            errors.fail(RuntimeError, name, words)
+    if not all(t.is_floating_point() for t in operands.values()):
+        errors.not_floating(name, NotImplementedError, name, **operands)
+    return first.dtype
+
+
+same = Types(
+    _same,
+    "in the input's type",
+    ("RuntimeError: types that differ", "NotImplementedError: integer or complex tensors"),
+)
+
+
+# What the shapes of operands may be
+
+
+@dataclass(frozen=True)
+class Shapes:
+    refused: str = ""  # words for shapes that differ; they broadcast where there are none
+    warns: bool = False
+    late: bool = False  # whether PyTorch looks at types first
+
+    def check(self, name: str, operands: Tensors) -> None:
+        """Of shapes that differ."""
+        if not self.refused:
+            errors.broadcast(name, **operands)
+            return
+        input, target = operands.values()
+        words = self.refused.format(target=target.size(), input=input.size())
+        errors.fail(ValueError, name, words + advice.like_input(input, target))
+
+    @property
+    def raises(self) -> str:
+        if self.refused:
+            return "ValueError: a target of another shape"
+        return "RuntimeError: shapes that do not broadcast"
+
+
+broadcast = Shapes(late=True)
+warn = Shapes(warns=True)
+
+
+def refuse(words: str) -> Shapes:
+    """Shapes that differ are an error, in PyTorch's words."""
+    return Shapes(refused=words)
+
+
+# What a weight may be
+
+
+class Weighed(NamedTuple):
+    weight: Tensor
+    dtype: torch.dtype
+    denominator: Tensor | None
+
+
+@dataclass(frozen=True)
+class Weight:
+    """`prepare` checks the weight, and says what 'mean' divides by."""
+
+    prepare: Callable[[str, str, Tensors, Tensor, torch.dtype, str], Weighed]
+    no_tensor: type[Exception]
+    raises: str
+
+
+def of_input(mean_by: str) -> Weight:
+    """Of the input's shape. 'mean' divides by the weights' "sum", or by the "count" of elements."""
+
+    def prepare(
+        name: str,
+        kernel: str,
+        operands: Tensors,
+        weight: Tensor,
+        dtype: torch.dtype,
+        reduction: str,
+    ) -> Weighed:
+        input, target = operands["input"], operands["target"]
+        check_memory(name, **operands, weight=weight)
+        if weight.shape != input.shape:
+            words = f"weight has shape {list(weight.shape)}, input {list(input.shape)}"
+            words = f"Weights and input must have the same size. {words}"
+            errors.fail(ValueError, name, words)
+        if weight.is_complex():
+            errors.not_floating(name, NotImplementedError, kernel, weight=weight)
+        # A 0-dim one yields to the losses' type, but not to that of their sum.
+        if reduction == "mean" or weight.dim() or not (target.dim() and dtype.is_floating_point):
+            dtype = torch.promote_types(dtype, weight.dtype)
+        if weight.dtype is torch.float64:  # the kernel computes in the widest type of its operands
+            operands["input"] = input.double()
+        by_sum = reduction == "mean" and mean_by == "sum"
+        return Weighed(weight, dtype, sum_of(weight) if by_sum else None)
+
+    return Weight(prepare, AttributeError, "ValueError: `weight` of another shape than `input`")
+
+
+def broadcasting(no_tensor: type[Exception]) -> Weight:
+    """Of any shape that broadcasts to the input's; 'mean' divides by the number of elements."""
+
+    def prepare(
+        name: str,
+        kernel: str,
+        operands: Tensors,
+        weight: Tensor,
+        dtype: torch.dtype,
+        reduction: str,
+    ) -> Weighed:
+        input = operands["input"]
+        errors.expands(name, input.shape, weight=weight)
+        return Weighed(floating(name, input, weight=weight), dtype, None)
+
+    return Weight(prepare, no_tensor, "RuntimeError: a weight that does not broadcast")
+
+
+def floating(name: str, input: Tensor, **given: Tensor) -> Tensor:
+    """Integer weights are as good as others."""
+    (weight,) = given.values()
+    if weight.is_complex():
+        errors.not_floating(name, RuntimeError, name, **given)
+    if weight.is_floating_point():
+        return weight
+    check_memory(name, **given)
+    return weight.to(input.dtype)
+
+
+@dataclass(frozen=True)
+class Elements:
+    """The operands have one shape, or broadcast; the definition's function chooses the formula."""
+
+    kind: ClassVar[str] = "pointwise"
+    computes: ClassVar[bool] = False
+
+    types: Types
+    shapes: Shapes = warn
+    weight: Weight | None = None
+    no_tensor: type[Exception] = AttributeError
+    reduction: Callable[[Definition, dict[str, Any]], Reduction] = plain_reduction
+
+    def memo(self, loss: Definition) -> Memo:
+        defaults = {n: p.default for n, p in loss.signature.parameters.items()}
+        formula, _ = self.chosen(loss, {n: defaults[n] for n in loss.settings}, {})
+        return loss.memo([*loss.operands, "None"], formula.domain is not None)
+
+    def chosen(
+        self, loss: Definition, settings: dict[str, Any], further: Tensors
+    ) -> tuple[Pointwise, tuple[float, ...]]:
+        """The formula and its numbers, by the settings and the further operands that there are."""
+        found = loss.body(**settings, **{n: further.get(n) for n in loss.further})
+        return (found, ()) if isinstance(found, Pointwise) else found
+
+    def run(self, loss: Definition, memo: tuple[Any, ...] | None, given: dict[str, Any]) -> Tensor:
+        name = loss.name
+        operands = loss.tensors(given, self.no_tensor)
+        more = loss.more_tensors(given, self.weight.no_tensor if self.weight else self.no_tensor)
+        settings = loss.checked(given)
+        reduction, remembered, by_batch = self.reduction(loss, given)
+        first, *others = operands.values()
+        differ = any(t.shape != first.shape for t in others)
+        if differ and not self.shapes.late:
+            self.shapes.check(name, operands)
+        if more or any(t.device != first.device for t in others):
+            errors.same_device(name, **operands, **more)
+        weight = more.pop("weight", None)
+        dtype = self.types.check(name, operands, weight)
+        if differ and self.shapes.late:
+            self.shapes.check(name, operands)
+        loss.refuse_what_users_rue(operands, reduction=reduction, **settings)
+        if differ and self.shapes.warns:
+            errors.warn_broadcast(name, first, others[0])
+        if (differ and self.shapes.warns) or not remembered:
+            memo = None  # to warn again
+        call, tensors = self.call(loss, operands, more, weight, settings, reduction, dtype)
+        try:
+            result = dispatch(name, call, tensors, settings=memo)
+        except OutsideDomain:
+            refuse_first(call, *tensors[:2])
+        return result / first.shape[0] if by_batch and first.dim() else result
+
+    def call(
+        self,
+        loss: Definition,
+        operands: Tensors,
+        further: Tensors,
+        weight: Tensor | None,
+        settings: dict[str, Any],
+        reduction: str,
+        dtype: torch.dtype,
+    ) -> tuple[PointwiseCall, tuple[Tensor | None, ...]]:
+        """What is run, and its tensors, all of floating point."""
+        name, first = loss.name, next(iter(operands.values()))
+        denominator: Tensor | float | None = None
+        if weight is not None and self.weight is not None:
+            weighed = self.weight.prepare(
+                name, self.types.kernel, operands, weight, dtype, reduction
+            )
+            weight, dtype, denominator = weighed
+        if self.types.integers:
+            dtype = _made_floating(name, self.types.kernel, operands, dtype)
+        for argument, tensor in further.items():
+            errors.expands(name, first.shape, **{argument: tensor})
+            further[argument] = floating(name, first, **{argument: tensor})
+        if reduction == "batchmean":
+            reduction, denominator = ("mean", first.shape[0]) if first.dim() else ("sum", None)
+        formula, numbers = self.chosen(loss, settings, further)
+        dtype = result_dtype(dtype, first)
+        call = PointwiseCall(formula, numbers, reduction, denominator, dtype)
+        return call, (*operands.values(), *further.values(), weight)
+
+    def words(self, loss: Definition) -> docs.Words:
+        unreduced = "the losses of all elements with 'none'"
+        returns = f"A scalar, or {unreduced}, {self.types.returns} (float32 under autocast)."
+        weight = [self.weight.raises] if self.weight and "weight" in loss.optional else []
+        raises = [
+            "ValueError: unknown `reduction`",
+            self.shapes.raises,
+            *weight,
+            "RuntimeError: devices that differ",
+            *self.types.raises,
+            f"{self.no_tensor.__name__}: an argument that is no tensor",
+        ]
+        return docs.Words(returns, tuple(raises))
+
+
+def _made_floating(name: str, kernel: str, operands: Tensors, dtype: torch.dtype) -> torch.dtype:
+    """The type of the losses; integer operands are converted in place."""
+    if len({t.dtype for t in operands.values()}) > 1:
+        check_memory(name, **operands)
+    if not dtype.is_floating_point:
+        errors.not_floating(name, NotImplementedError, kernel, **operands)
+    floats = [t.is_floating_point() for t in operands.values()]
+    if not all(floats):
+        # An integer tensor beside a floating one takes its type; the difference of two is exact.
+        kind = dtype if any(floats) else torch.float64
+        for argument, t in operands.items():
+            operands[argument] = t if t.is_floating_point() else t.to(kind)
+    return dtype
+
+
+def refuse_first(call: PointwiseCall, *tensors: Tensor | None) -> NoReturn:
+    """Tells of the first element outside of the formula's domain."""
+    first, second = map(sharded.whole, tensors)
+    formula = call.formula
+    assert formula.domain is not None and formula.refuse is not None
+    at = int((~formula.domain(first, second)).flatten().nonzero()[0])
+    x, t = (tensor.flatten()[at].item() for tensor in (first, second))
+    formula.refuse(errors.position(at, first.shape), x, t)

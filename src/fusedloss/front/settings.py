@@ -1,0 +1,56 @@
+"""The words for what a loss's settings may be: each checks a value, says its rule, and what repeats a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..core import errors
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`check(function, argument, value)` gives the value that is meant, or raises."""
+
+    check: Callable[[str, str, Any], Any]
+    raises: str  # what the docstring says of it: "TypeError: {argument} that is no number"
+    settled: str = ""  # a condition, in Python, without which a call is never repeated unchecked
+    key: str = "{0}"  # what tells calls apart
+
+
+def _ranged(
+    holds: Callable[[float], bool],
+    rule: str,
+    kind: type[Exception] = ValueError,
+    got: str = ", got ",
+) -> Setting:
+    def check(function: str, argument: str, value: Any) -> float:
+        found = value if type(value) is float else errors.number(function, argument, value)
+        if not holds(found):
+            errors.fail(kind, function, f"{argument} must be {rule}{got}{found}")
+        return found
+
+    return Setting(check, f"{kind.__name__}: {{argument}} not {rule}")
+
+
+def _integer(function: str, argument: str, value: Any) -> int:
+    if type(value) is int and abs(value) < 2**63:
+        return value
+    return errors.integer(function, argument, value)
+
+
+number = Setting(errors.number, "TypeError: {argument} that is no number")
+positive = _ranged(lambda v: v > 0, "greater than 0")
+not_negative = _ranged(lambda v: v >= 0, "at least 0")
+boolean = Setting(
+    errors.boolean, "TypeError: {argument} that is no bool", "({0} is True or {0} is False)"
+)
+integer = Setting(_integer, "TypeError: {argument} that is no integer", key="{0}, type({0})")
+
+
+def within(
+    low: float, high: float, kind: type[Exception] = ValueError, got: str = ", got "
+) -> Setting:
+    """A number from `low` to `high`, both included."""
+    return _ranged(lambda v: low <= v <= high, f"between {low} and {high}", kind, got)

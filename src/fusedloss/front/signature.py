@@ -1,0 +1,124 @@
+"""The public function of a loss: PyTorch's signature, `__torch_function__`, and the memo of repeated calls."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import linecache
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import FunctionType
+from typing import Any, NamedTuple, get_args
+
+import torch.nn.functional
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from ..kinds.torch_m import OutsideDomain
+from ..route.memo import repeat
+
+HOME = torch.nn.functional
+LEGACY = ("size_average", "reduce")
+Parameter = inspect.Parameter
+
+
+def of_torch(name: str) -> inspect.Signature | None:
+    """The signature of PyTorch's function, whatever another library has put in its place."""
+    found = vars(HOME).get(name)
+    if found is None:
+        return None
+    own = type(found) is FunctionType and found.__globals__ is vars(HOME)
+    if own and found.__code__.co_name == name and not hasattr(found, "__wrapped__"):
+        return inspect.signature(found)
+    tree = ast.parse(Path(str(HOME.__file__)).read_text())
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            node.body = [ast.Pass()]
+            scope = dict(vars(HOME))
+            exec(compile(ast.Module([node], []), "<signature>", "exec"), scope)
+            return inspect.signature(scope[name])
+    return None
+
+
+def extended(theirs: inspect.Signature, own: Iterable[Parameter]) -> inspect.Signature:
+    """With what we add: keywords, after theirs."""
+    parameters = list(theirs.parameters.values())
+    more = [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.name not in theirs.parameters]
+    return theirs.replace(parameters=parameters + more)
+
+
+def takes_tensor(parameter: Parameter) -> bool:
+    annotation = parameter.annotation
+    return annotation is Tensor or Tensor in get_args(annotation) or annotation == "Tensor"
+
+
+def bare(signature: inspect.Signature) -> str:
+    empty = inspect.Signature.empty
+    parameters = [p.replace(annotation=empty) for p in signature.parameters.values()]
+    return str(inspect.Signature(parameters))
+
+
+def compiled(source: str, name: str, scope: dict[str, Any], of: str = "") -> Any:
+    """The function that the source defines; tracebacks and TorchScript can read it."""
+    path = f"<fusedloss {of}{name}>"
+    linecache.cache[path] = (len(source), None, source.splitlines(True), path)
+    exec(compile(source, path, "exec"), scope)
+    return scope[name]
+
+
+class Memo(NamedTuple):
+    """How a call is told to be like an earlier one, as source text."""
+
+    plain: str  # the condition: no more tensors, and settings whose value is all that they are
+    key: str  # the settings
+    tensors: str
+    has_domain: bool
+
+
+def function(
+    name: str,
+    module: str,
+    signature: inspect.Signature,
+    theirs: inspect.Signature | None,
+    finish: Callable[..., Any],
+    memo: Memo | None,
+) -> Callable[..., Any]:
+    """`finish(memo, *arguments)` behind what every loss does first."""
+    parameters = signature.parameters.values()
+    tensors = ", ".join(p.name for p in parameters if takes_tensor(p))
+    passed = [
+        p.name if p.default is p.empty and p.kind is not p.KEYWORD_ONLY else f"{p.name}={p.name}"
+        for p in parameters
+        if theirs is None or p.name in theirs.parameters
+    ]
+    for p in parameters:
+        if theirs is not None and p.name not in theirs.parameters:  # PyTorch's own has none
+            passed.append(f"**({{}} if {p.name} == {p.default!r} else {{{p.name!r}: {p.name}}})")
+    everything = ", ".join(p.name for p in parameters)
+    lines = [
+        f"def {name}{bare(signature)}:",
+        f"    if _has({tensors}):",
+        f"        return _handle({name}, ({tensors},), {', '.join(passed)})",
+    ]
+    if memo is None:
+        lines.append(f"    return _finish(None, {everything})")
+    else:
+        known = [
+            f"    if _memo and (_known := _repeat({name!r}, ({memo.tensors}), _memo)) is not None:",
+            "        return _known",
+        ]
+        if memo.has_domain:  # what lies outside is told below
+            known = ["    try:", *("    " + line for line in known)]
+            known += ["    except _OutsideDomain:", "        pass"]
+        lines.append(f"    _memo = ({memo.key},) if {memo.plain} else None")
+        lines += [*known, f"    return _finish(_memo, {everything})"]
+    scope: dict[str, Any] = {
+        "__name__": module,
+        "_has": has_torch_function_variadic,
+        "_handle": handle_torch_function,
+        "_repeat": repeat,
+        "_finish": finish,
+        "_OutsideDomain": OutsideDomain,
+    }
+    made: Callable[..., Any] = compiled("\n".join(lines) + "\n", name, scope)
+    return made
