@@ -92,9 +92,8 @@ class Definition:
 class Ladder(Protocol):
     """The checks of a family of losses, and what is run after them."""
 
-    computes: ClassVar[
-        bool
-    ]  # whether the definition's function computes the loss, or chooses what does
+    kind: ClassVar[str]  # of kernels, as the registry names them
+    computes: ClassVar[bool]  # whether the definition's function computes the loss
 
     def memo(self, loss: Definition) -> Memo | None:
         """How a call is told to be like an earlier one; None: it is never repeated unchecked."""
