@@ -23,16 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedloss.cli.bench import command as bench
-from fusedloss.cli.bench.cases import BEYOND, CASES, Case, yardstick
-from fusedloss.cli.bench.harness import Workload
+from fusedloss.cli.bench import machine
+from fusedloss.cli.bench.cases import CASES, Case, yardstick
+from fusedloss.cli.bench.harness import Work
 from fusedloss.engines.cpu.linear import advise_huge_pages
 
 # Elements, beyond the kernels of small inputs; three arrays of the larger take 288 KiB.
 SIZES = (8192, 24576)
 TITLES = (
     *("MSE 4M", "BCE 4M", "BCE with logits 4M", "KL 4M", "KL log_target 4M", "CE 4096x1024"),
-    *(case.title for case in BEYOND),
+    *(case.title for case in CASES if case.group == "beyond"),
     *("CE 1024x32000", "CE 256x128256"),
 )
 COLUMNS = (
@@ -66,14 +66,14 @@ class Nothing(torch.autograd.Function):
 
 
 def measure(case: Case, threads: int, seconds: float) -> dict[str, float]:
-    def sized(elements: int) -> Workload:
+    def sized(elements: int) -> Work:
         columns = min(case.shape[-1], 1024)
-        return Workload(Case(case.title, case.loss, (elements // columns, columns), case.dtype))
+        return Work(Case(case.title, case.loss, (elements // columns, columns), case.dtype))
 
     torch.set_num_threads(1)
     small, more = (shortest(sized(n).step("ours"), seconds) for n in SIZES)
     torch.set_num_threads(threads)
-    whole = Workload(case)
+    whole = Work(case)
     rod = yardstick(case.row, whole.bare)
 
     def fresh() -> None:
@@ -122,12 +122,11 @@ def main() -> None:
             ratios = t["floor"] / t["yardstick"], t["ours"] / t["yardstick"], t["ours"] / t["floor"]
             figures = (1e9 * t["arithmetic"], 1e3 * t["pages"], 1e3 * t["autograd"], *ratios)
             print(f"{case.title:22}" + "".join(f"{figure:19.2f}" for figure in figures))
-    machine = bench.machine(args.threads)
     document = {
         "kind": "ceilings",
-        "commit": bench.commit(),
+        "commit": machine.commit(),
         "torch": torch.__version__,
-        "machine": machine,
+        "machine": machine.machine(args.threads),
     }
     args.output.write_text(json.dumps({**document, "results": found}) + "\n")
 

@@ -14,6 +14,7 @@ import contextlib
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -83,7 +84,7 @@ def main() -> int:
         raise SystemExit("benchmarks/gpu.py: run it from a checkout")
     sys.path.insert(0, str(ROOT / "src"))
     from fusedloss.cli.bench import cuda as bench
-    from fusedloss.cli.bench import cuda_heads as linear
+    from fusedloss.cli.bench import heads as linear
     from fusedloss.engines import gpu
 
     if args.warm:
@@ -199,7 +200,7 @@ def warm(bench: Any, part: int, parts: int) -> None:
 
     def compiles(_: Any, case: Any, device: str, rounds: int) -> float:
         with contextlib.suppress(Exception):
-            bench.Work(case, device).differentiate(case.row.function)()
+            bench.GpuWork(case, device).differentiate(case.row.function)()
         return 0.0
 
     launch.run = launch.ready
@@ -212,10 +213,10 @@ def warm(bench: Any, part: int, parts: int) -> None:
 
 def trial(bench: Any, case: Any, device: str, rounds: int) -> float | str:
     try:
-        work = bench.Work(case, device)
+        work = bench.GpuWork(case, device)
         step = (work.graphed if device == "cuda" else work.differentiate)(case.row.function)
         step()
-        return bench.statistics.median(bench.interleaved({"ours": step}, device, rounds)["ours"])
+        return statistics.median(bench.interleaved({"ours": step}, device, rounds)["ours"])
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:200]
 
@@ -269,7 +270,7 @@ def choose(bench: Any, found: list[dict[str, Any]]) -> dict[str, Any]:
         if own:
             memo.known.clear()
             asked.clear()
-            bench.Work(case, "cuda").outcome(case.row.function)
+            bench.GpuWork(case, "cuda").outcome(case.row.function)
             fastest = min(own, key=lambda t: t["seconds"])
             best[asked[0]] = fastest["seconds"], case.title, rows.Tile(*fastest["tile"])
     rows.tile = lambda *key: best[key][2] if key in best else rule(*key)

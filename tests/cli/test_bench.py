@@ -21,14 +21,12 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch.nn import functional as F  # noqa: N812
 
 from fusedloss.autograd import functions as autograd
-from fusedloss.cli import main
-from fusedloss.cli.bench import cases, selection, tables
+from fusedloss.cli import main, processes
+from fusedloss.cli.bench import cases, cpu, harness, overhead, selection, tables, targets
 from fusedloss.cli.bench import command as bench
-from fusedloss.cli.bench import harness as measure
-from fusedloss.cli.bench import overhead as calls
 from fusedloss.front.definition import REGISTRY
 
-TINY = measure.Plan(("ours", "eager", "yardstick"), 1, 0.0, 1e-5, 2)
+TINY = harness.Plan(("ours", "eager", "yardstick"), 1, 0.0, 1e-5, 2)
 
 
 def run(*words: str | Path) -> int:
@@ -41,12 +39,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def time_case(case: cases.Case, plan: measure.Plan = TINY) -> measure.Result:
-    return measure.time_case(case, plan, lambda phase, done: None)
+def time_case(case: cases.Case, plan: harness.Plan = TINY) -> harness.Result:
+    return cpu.time_case(case, plan, lambda phase, done: None)
 
 
-def in_this_process(job: measure.Job) -> Iterator[measure.Event]:
-    """Stands for `measure.stream`."""
+def in_this_process(job: cpu.Job) -> Iterator[cpu.Event]:
+    """Stands for `cpu.stream`."""
     for index, case in enumerate(job.cases):
         yield "progress", index, ("sampling", 0.5)
         yield "result", index, 1000 if job.memory else time_case(case)
@@ -93,7 +91,7 @@ def test_a_run_end_to_end(here: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert document["complete"] and document["machine"]["threads"] == 1
     assert len(document["results"]) == 4
     for fields in document["results"]:
-        result = measure.Result.from_json(fields)
+        result = harness.Result.from_json(fields)
         assert set(result.samples) == {"ours", "eager", "yardstick", "held"}
         assert len(set(map(len, result.samples.values()))) == 1, "a round has a sample of each"
         for pair in (("ours", "yardstick"), ("eager", "ours")):
@@ -112,14 +110,14 @@ def test_a_run_end_to_end(here: Path, capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_memory_in_its_own_process() -> None:
     case = cases.Case("", "mse_loss", (1024, 1024))
-    job = measure.Job((case,), TINY, memory="yardstick")
-    ((*_, peak),) = [event for event in measure.stream(job) if event[0] == "result"]
+    job = cpu.Job((case,), TINY, memory="yardstick")
+    ((*_, peak),) = [event for event in cpu.stream(job) if event[0] == "result"]
     assert peak == pytest.approx(4 * 1024**2, abs=500_000)
 
 
 def test_a_process_that_dies_is_told() -> None:
     case = cases.Case("", "no such loss", (3, 5))
-    ((*_, why),) = [e for e in measure.stream(measure.Job((case,), TINY)) if e[0] == "result"]
+    ((*_, why),) = [e for e in cpu.stream(cpu.Job((case,), TINY)) if e[0] == "result"]
     assert why == "KeyError: 'no such loss'"
 
 
@@ -139,7 +137,7 @@ def test_all_cases(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads((here / "a.json").read_text())
     assert [r["case"]["title"] for r in document["results"]] == [c.title for c in cases.CASES]
     for fields in document["results"]:
-        result = measure.Result.from_json(fields)
+        result = harness.Result.from_json(fields)
         assert set(result.peaks) == {"ours", "eager", "yardstick"}
         assert ("plain" in result.samples) == bool(result.case.against_plain)
     assert (here / "a.svg").read_text().count("<path") > len(cases.CASES)
@@ -148,27 +146,30 @@ def test_all_cases(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     by_text = dict(
         re.findall(r"^(\S.*?) +[≤≥] [\d.]+ +[\d.-]+ +(not measured|met|NOT MET)", printed, re.M)
     )
-    assert len(by_text) == len(cases.TARGETS)
+    assert len(by_text) == len(targets.TARGETS)
     unmeasured = {text for text, word in by_text.items() if word == "not measured"}
-    assert unmeasured == {t.text for t in cases.TARGETS if "compile" in t.text or "3x5" in t.text}
+    assert unmeasured == {t.text for t in targets.TARGETS if "compile" in t.text or "3x5" in t.text}
 
 
 def test_calls(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(calls, "QUICK", (0.0, 1e-5, 2))
-    monkeypatch.setattr(calls, "imports", lambda times: [(1.5, 0.08)] * times)
+    monkeypatch.setattr(overhead, "QUICK", (0.0, 1e-5, 2))
+    monkeypatch.setattr(overhead, "imports", lambda times: [(1.5, 0.08)] * times)
     before = F.mse_loss, torch._C._nn.mse_loss, autograd.repeat
     assert run("--calls", "--quick", "--threads", "1", "--output", "a.json") == 0
     assert before == (F.mse_loss, torch._C._nn.mse_loss, autograd.repeat), "put back"
     document = json.loads((here / "a.json").read_text())
-    assert {r["loss"] for r in document["results"]} == calls.OPERATORS.keys()
+    assert {r["loss"] for r in document["results"]} == {REGISTRY[key].name for key in cases.TIMED}
     for r in document["results"]:
-        assert r["ours_before"] > 0 and 0 < r["torch_before"] < r["torch"]
+        assert r["ours_before"] > 0
+        assert r["torch_before"] is None or 0 < r["torch_before"] < r["torch"]
+    without = [r["loss"] for r in document["results"] if r["torch_before"] is None]
+    assert without == ["triplet_margin_with_distance_loss"], "PyTorch has no operator for it"
     printed = capsys.readouterr().out
     assert "beyond" in printed and "import fusedloss after it: 80 ms" in printed
 
 
 def test_imports_are_timed() -> None:
-    ((of_torch, of_ours),) = calls.imports(1)
+    ((of_torch, of_ours),) = overhead.imports(1)
     assert 0 < of_ours < of_torch
 
 
@@ -226,7 +227,7 @@ def test_wrong_arguments(
 def test_ctrl_c_keeps_what_is_done(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(job: measure.Job) -> Iterator[measure.Event]:
+    def interrupted(job: cpu.Job) -> Iterator[cpu.Event]:
         yield "result", 0, time_case(job.cases[0])
         raise KeyboardInterrupt
 
@@ -241,26 +242,26 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(function: Any) -> Any:
         raise RuntimeError("backend='inductor' raised") from InvalidCxxCompiler
 
-    monkeypatch.setattr(measure, "compiled", fail)
-    plan = measure.Plan(("ours", "compile"), 1, 0.0, 1e-5, 2)
+    monkeypatch.setattr(harness, "compiled", fail)
+    plan = harness.Plan(("ours", "compile"), 1, 0.0, 1e-5, 2)
     result = time_case(cases.Case("", "mse_loss", (3, 5)), plan)
-    assert result.skipped == {"compile": measure.NO_COMPILER}
+    assert result.skipped == {"compile": processes.NO_COMPILER}
     assert list(result.samples) == ["ours"]
 
 
 def test_no_compiler_is_said_once(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stream(job: measure.Job) -> Iterator[measure.Event]:
+    def stream(job: cpu.Job) -> Iterator[cpu.Event]:
         for index, case in enumerate(job.cases):
             result = time_case(case)
             if "compile" in job.plan.variants:
-                result.skipped["compile"] = measure.NO_COMPILER
+                result.skipped["compile"] = processes.NO_COMPILER
             yield "result", index, result
 
     monkeypatch.setattr(bench, "stream", stream)
     assert run("--sizes", "15", "--only", "mse", "nll", "--dtype", "float32") == 0
-    assert capsys.readouterr().out.count(measure.NO_COMPILER) == 1
+    assert capsys.readouterr().out.count(processes.NO_COMPILER) == 1
 
 
 def test_a_wrong_result_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,19 +281,31 @@ def test_gradients_too_small_for_their_type_are_not_wrong() -> None:
 
 
 def test_every_loss_is_swept() -> None:
-    points = list(cases.sweep(selection.TIMED, cases.DTYPES, cases.SIZES))
+    points = list(cases.sweep(cases.TIMED, cases.DTYPES, cases.SIZES))
     assert len({p.title for p in points}) == len(points)
-    assert {p.loss for p in points} == set(selection.TIMED)
-    assert {c.loss for c in cases.TABLE} <= set(REGISTRY)
+    assert {p.loss for p in points} == set(cases.TIMED)
     assert all(max(p.shape) and p.numel <= cases.LARGEST for p in points)
 
 
-@pytest.mark.parametrize("key", selection.TIMED)
+def test_every_loss_has_cases() -> None:
+    """Of its own on the CPU; and in `--calls` and on a GPU it is there of itself."""
+    assert {c.loss for c in cases.CASES} == set(cases.TIMED)
+    titles = [c.title for c in (*cases.CASES, *cases.GPU_CASES)]
+    assert len(set(titles)) == len(titles)
+    names = {REGISTRY[key].name for key in cases.TIMED}
+    assert {REGISTRY[key].name for key in cases.calls()} == names
+    assert {c.row.name for c in cases.GPU_CASES if c.group == "small"} == names
+    for case in cases.CASES:
+        assert case.option in ("", *case.row.options)
+        assert case.against_plain is None or case.against_plain in REGISTRY
+
+
+@pytest.mark.parametrize("key", cases.TIMED)
 def test_a_yardstick_moves_the_bytes(key: str) -> None:
     """It makes as many results as the loss has gradients, of their shape, and again in place."""
     import torch
 
-    work = measure.Workload(cases.Case("", key, (4, 6)))
+    work = harness.Work(cases.Case("", key, (4, 6)))
     rod = cases.yardstick(REGISTRY[key], work.bare)
     fresh = rod.fresh(*work.bare)
     assert [t.shape for t in fresh] == [leaf.shape for leaf in work.leaves]
@@ -303,7 +316,7 @@ def test_a_yardstick_moves_the_bytes(key: str) -> None:
 
 def test_a_ratio_is_taken_within_rounds() -> None:
     case = cases.Case("", "mse_loss", (3, 5))
-    result = measure.Result(case, {"ours": [1.0, 20.0, 3.0], "eager": [2.0, 40.0, 9.0]})
+    result = harness.Result(case, {"ours": [1.0, 20.0, 3.0], "eager": [2.0, 40.0, 9.0]})
     assert result.ratio("eager", "ours") == 2.0
     assert result.quartiles("ours") == (2.0, 3.0, 11.5)
     assert result.ratio("ours", "compile") is None

@@ -12,8 +12,9 @@ pytest.importorskip("rich")
 
 from fusedloss.cli import main
 from fusedloss.cli.bench import heads as linear
-from fusedloss.cli.bench.heads import MEBI, Case, in_a_process
+from fusedloss.cli.bench.heads import head, in_a_process
 from fusedloss.cli.demo import lm
+from fusedloss.cli.processes import MEBI
 
 needs_proc = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc"
@@ -37,14 +38,15 @@ def in_this_process(function: Any, *args: Any) -> Any:
 )
 def test_memory_stays_in_its_budget(variant: str, budget: int | None) -> None:
     """Beside the gradients, of rows whose logits would be 131 MB."""
-    case = Case("", 1024, 64, 32000, "float32")
-    gradients = 0 if variant == "forward" else case.gradients
+    case = head("", 1024, 64, 32000, "float32")
+    logits, gradients = linear.sizes(case)
+    gradients *= variant != "forward"
     beyond = (in_a_process(linear.peak, case, variant, 2) - gradients) / MEBI
-    assert 0 < beyond <= budget if budget else beyond > 2 * case.logits / MEBI
+    assert 0 < beyond <= budget if budget else beyond > 2 * logits / MEBI
 
 
 def test_bench(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    small = [Case("classes", 8, 4, v, dtype) for v in (16, 32) for dtype in ("float32", "bfloat16")]
+    small = [head("classes", 8, 4, v, dtype) for v in (16, 32) for dtype in ("float32", "bfloat16")]
     monkeypatch.setattr(linear, "cases", lambda quick: small)
     monkeypatch.setattr(linear, "in_a_process", in_this_process)
     words = ("--quick", "--threads", "1", "--output", "out.json", "--picture", "out.svg")
@@ -57,7 +59,7 @@ def test_bench(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None
 
 
 def test_a_failing_case_is_told(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(linear, "cases", lambda quick: [Case("", 8, 4, 16, "no type")])
+    monkeypatch.setattr(linear, "cases", lambda quick: [head("", 8, 4, 16, "no type")])
     monkeypatch.setattr(linear, "why_not", lambda case, variant: None)
     assert main(["bench", "--linear", "--output", "out.json"]) == 1
     assert "no type" in capsys.readouterr().out

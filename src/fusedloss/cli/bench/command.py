@@ -3,42 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import re
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-import fusedloss
-
-from ...engines.cpu import load
-from . import cuda as gpu
-from . import report, tables
-from .cases import Case
-from .harness import NO_COMPILER, Job, Result, available, needed, stream
-from .selection import (
-    FORMAT,
-    Selection,
+from ..arguments import (
     UsageError,
-    add_arguments,
     check_picture,
     check_writable,
     chosen_losses,
     chosen_threads,
-    selection,
 )
+from ..processes import NO_COMPILER, available
+from . import cuda, heads, overhead, report, tables
+from .cases import TIMED, Case
+from .cpu import Job, needed, stream
+from .harness import Result
+from .machine import Run
+from .selection import Selection, add_arguments, selection
 
 __all__ = ["add_arguments", "run"]
 
@@ -52,64 +39,45 @@ def run(args: argparse.Namespace) -> int:
         if args.device == "cuda":
             check_writable("--output", args.output)
             if args.linear:
-                from . import cuda_heads as gpu_linear
-
-                return gpu_linear.run(args.output)
-            return gpu.run(args.output, chosen_losses(args.only))
+                return heads.run_on_gpu(args.output)
+            return cuda.run(args.output, chosen_losses(args.only, TIMED))
         if args.linear or args.calls:
-            return other_bench(args)
-        chosen = selection(args)
+            check_writable("--output", args.output)
+            check_picture(args.picture)
+            return (heads if args.linear else overhead).run(args, chosen_threads(args.threads))
+        return run_cases(args, selection(args))
     except UsageError as error:
         print(f"fusedloss bench: {error}", file=sys.stderr)
         return 2
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 200
-    bench = Bench(chosen, console)
-    started, interrupted = time.perf_counter(), False
-    here = machine(chosen.threads)
-    console.print(headline(here), style="dim", markup=False)
+
+
+def run_cases(args: argparse.Namespace, chosen: Selection) -> int:
+    this = Run(chosen.threads, 200)
+    bench, interrupted = Bench(chosen, this.console), False
     try:
         bench.measure()
     except KeyboardInterrupt:
         interrupted = True
     results = bench.in_order()
-    show(console, results, chosen, args.targets)
+    show(this.console, results, chosen, args.targets)
     for note in bench.notes:
-        console.print(note, style="yellow", markup=False, soft_wrap=True)
+        this.console.print(note, style="yellow", markup=False, soft_wrap=True)
     if results:
-        about = {
-            "format": FORMAT,
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "fusedloss": {"version": fusedloss.__version__, "commit": commit()},
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": here,
-            "quick": chosen.quick,
-            "complete": not interrupted,
-            "seconds": round(time.perf_counter() - started),
-            "notes": bench.notes,
-            "geometric_means": {n: tables.means(results, g) for g, n in tables.MEANS.items()},
-        }
-        document = {**about, "results": [r.to_json() for r in results]}
-        args.output.write_text(json.dumps(document, allow_nan=False) + "\n")
+        about = this.document(
+            quick=chosen.quick,
+            complete=not interrupted,
+            notes=bench.notes,
+            geometric_means={n: tables.means(results, g) for g, n in tables.MEANS.items()},
+        )
         args.html.write_text(report.page(results, about), encoding="utf-8")
         if args.picture:
             report.picture(results, args.picture)
-        console.print(f"Wrote {args.output} and {args.html} after {about['seconds']} s.")
+        document = {**about, "results": [r.to_json() for r in results]}
+        this.write(args.output, document, f" and {args.html}")
     if interrupted:
-        console.print(f"Interrupted: {len(results)} of {len(chosen.cases)} cases done.")
+        this.console.print(f"Interrupted: {len(results)} of {len(chosen.cases)} cases done.")
         return 130
     return int(any(r.wrong for r in results) or not results)
-
-
-def other_bench(args: argparse.Namespace) -> int:
-    from . import heads as linear
-    from . import overhead as calls
-
-    check_writable("--output", args.output)
-    check_picture(args.picture)
-    return (linear if args.linear else calls).run(args, chosen_threads(args.threads))
 
 
 class Bench:
@@ -172,8 +140,8 @@ class Bench:
             result = self.results.get(job.cases[0])
             return result is not None and job.memory in result.samples
         for case in job.cases:
-            if needed(case) > available():
-                gigabytes = needed(case) / 1e9
+            if needed(case, job.plan) > available():
+                gigabytes = needed(case, job.plan) / 1e9
                 self.note(f"{case.title}: skipped, it may take {gigabytes:.0f} GB of memory")
                 return False
         return True
@@ -226,65 +194,9 @@ def show(console: Console, results: Sequence[Result], chosen: Selection, targets
             console.print(table, "")
     if chosen.then:
         console.print(tables.against_table(results, chosen.then), "")
+    if chosen.against:
+        console.print(tables.builds_table(results), tables.slowest(results), "")
     if targets:
         console.print(tables.targets_table(results), "")
     if results:
         console.print(tables.means_table(results), "")
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """What the numbers were taken on."""
-    return {
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "kernels": load.path().name if load.problem() is None else load.problem(),
-        "memory_gb": round(available() / 1e9, 1) if available() < float("inf") else None,
-        "huge_pages": huge_pages(),
-        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-        "platform": platform.platform(),
-    }
-
-
-def headline(machine: dict[str, Any]) -> str:
-    return (
-        f"fusedloss {fusedloss.__version__}, torch {torch.__version__}, {machine['cpu']}, "
-        f"{machine['capability']}, threads: {machine['threads']}, load: {machine['load']}"
-    )
-
-
-def first_line(path: str, key: str = "") -> str | None:
-    try:
-        lines = Path(path).read_text().splitlines()
-    except OSError:
-        return None
-    return next((line for line in lines if line.startswith(key)), None)
-
-
-def huge_pages() -> str | None:
-    """always, madvise or never."""
-    choices = first_line("/sys/kernel/mm/transparent_hugepage/enabled") or ""
-    found = re.search(r"\[(\w+)\]", choices)
-    return found and found[1]
-
-
-def cpu_model() -> str:
-    line = first_line("/proc/cpuinfo", "model name")
-    return line.partition(":")[2].strip() if line else platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """The commit of these sources, where they lie in a repository that tracks them."""
-    source = Path(__file__)
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(source.parent), *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-        return done.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", source.name)
-        return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-    except (OSError, subprocess.SubprocessError):
-        return None

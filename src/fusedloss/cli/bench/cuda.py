@@ -5,188 +5,42 @@ On a machine without a GPU, `dry=True` goes through the same steps at tiny shape
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
-import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import fusedloss
-
 from ...engines import gpu
-from .cases import LOGITS, MEBI, Case, learned, yardstick
-from .harness import difference
+from .cases import GPU_CASES, Case
+from .harness import Loader, Plan, Result, Sampler, Step, Work, begin, compare, interleave, prepared
+from .machine import gpu as machine
 
-Step = Callable[[], object]
-
-SAMPLE = 2e-3  # seconds, the shortest
 ROUNDS = 15
-WIDEST_ERROR = {"float32": 1e-4, "bfloat16": 0.01}
-TRIPLET = "triplet_margin_loss"
-CE = "cross_entropy"
-SOFT = "cross_entropy[probabilities]"
-SMALL = ("mse_loss", "binary_cross_entropy", LOGITS, "kl_div", CE, "nll_loss", TRIPLET)
-
-# In the order in which they are wanted; torch.compile, which takes seconds, where `quick_compile` is set.
-CASES = (
-    Case("CE 8192x128256 bf16", CE, (8192, 128256), "bfloat16", quick_compile=True),
-    Case("CE 32768x32768 bf16", CE, (32768, 32768), "bfloat16", quick_compile=True),
-    Case("MSE 64M", "mse_loss", (64, MEBI), quick_compile=True),
-    Case("MSE 64M bf16", "mse_loss", (64, MEBI), "bfloat16"),
-    Case("BCE with logits 64M", LOGITS, (64, MEBI), quick_compile=True),
-    Case("BCE with logits 64M bf16", LOGITS, (64, MEBI), "bfloat16"),
-    Case("KL 8192x32000", "kl_div", (8192, 32000), quick_compile=True),
-    Case("KL 8192x32000 bf16", "kl_div", (8192, 32000), "bfloat16"),
-    Case("CE 16x21x512x512", CE, (16, 21, 512, 512), quick_compile=True),
-    Case("CE 16x21x512x512 bf16", CE, (16, 21, 512, 512), "bfloat16"),
-    Case("triplet 65536x512", TRIPLET, (65536, 512), quick_compile=True),
-    Case("triplet 65536x512 bf16", TRIPLET, (65536, 512), "bfloat16"),
-    Case("CE 8192x32000", CE, (8192, 32000)),
-    Case("CE 8192x32000 bf16", CE, (8192, 32000), "bfloat16"),
-    Case("CE smoothing 8192x32000 bf16", CE, (8192, 32000), "bfloat16", "label_smoothing"),
-    Case("CE probabilities 8192x32000 bf16", SOFT, (8192, 32000), "bfloat16"),
-    Case("CE 65536x1024", CE, (65536, 1024)),
-    Case("CE 1048576x21", CE, (1048576, 21)),
-    Case("BCE 64M", "binary_cross_entropy", (64, MEBI)),
-    Case("BCE 64M bf16", "binary_cross_entropy", (64, MEBI), "bfloat16"),
-    Case("NLL 65536x1024", "nll_loss", (65536, 1024)),
-    *(Case(f"{loss} 3x5", loss, (3, 5), group="small") for loss in SMALL),
-)
+CASES = GPU_CASES
 
 
-@dataclass
-class Measured:
-    """What was measured of a case. Times are of forward and backward together, in seconds."""
+class GpuWork(Work):
+    """With what runs on a GPU alone: graphs of CUDA, and the kernels of others."""
 
-    case: Case
-    bytes: int  # the inputs read once and the gradients written once
-    samples: dict[str, list[float]] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    beyond: dict[str, int] = field(
-        default_factory=dict
-    )  # bytes of memory beyond inputs and gradients
-    kernels: dict[str, int] = field(default_factory=dict)  # launched, where the case is small
-    difference: float | None = None  # from eager, relative to the largest entry
-    wrong: bool = False
+    def losses(self) -> Mapping[str, Loader]:
+        peers = ((name, peer(self.case)) for name, peer in PEERS.items())
+        return {**super().losses(), **{name: load for name, load in peers if load}}
 
-    def median(self, variant: str) -> float | None:
-        return statistics.median(self.samples[variant]) if variant in self.samples else None
+    def variants(self, compiles: bool) -> list[str]:
+        graphs = ["ours, graph", "eager, graph"] if self.device == "cuda" else []
+        peers = [name for name in PEERS if name in self.losses()]
+        return ["ours", "eager", *["compile"] * compiles, "yardstick", *graphs, *peers]
 
-    def rate(self, variant: str = "ours") -> float | None:
-        """In GB/s."""
-        seconds = self.median(variant)
-        return seconds and self.bytes / seconds / 1e9
-
-    def to_json(self) -> dict[str, Any]:
-        case = self.case
-        medians = {k: float(f"{self.median(k) or 0:.4g}") for k in self.samples}
-        return {
-            "title": case.title,
-            "loss": case.loss,
-            "shape": list(case.shape),
-            "dtype": case.dtype,
-            "option": case.option,
-            "bytes": self.bytes,
-            "seconds": medians,
-            "samples": {k: [float(f"{s:.4g}") for s in v] for k, v in self.samples.items()},
-            "gb_per_s": {k: self.bytes / v / 1e9 for k, v in medians.items() if v},
-            "beyond_bytes": self.beyond,
-            "kernels": self.kernels,
-            "skipped": self.skipped,
-            "difference": self.difference,
-            "wrong": self.wrong,
-        }
-
-
-def settle(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def sample(step: Step, calls: int, device: str) -> float:
-    """The mean time of a call, by the device's own clock."""
-    if device != "cuda":
-        start = time.perf_counter()
-        for _ in range(calls):
-            step()
-        return (time.perf_counter() - start) / calls
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    before.record()
-    for _ in range(calls):
-        step()
-    after.record()
-    after.synchronize()
-    return before.elapsed_time(after) / 1e3 / calls
-
-
-def interleaved(steps: dict[str, Step], device: str, rounds: int) -> dict[str, list[float]]:
-    """Rounds of one sample of each: what slows the machine slows all."""
-    shortest = SAMPLE if device == "cuda" else 0.0
-    calls = {k: max(1, round(shortest / max(sample(s, 3, device), 1e-7))) for k, s in steps.items()}
-    samples: dict[str, list[float]] = {k: [] for k in steps}
-    gc.collect()
-    for _ in range(rounds):
-        for name, step in steps.items():
-            samples[name].append(sample(step, calls[name], device))
-    return samples
-
-
-class Work:
-    """The tensors of a case on the device, and its variants as calls without arguments."""
-
-    def __init__(self, case: Case, device: str) -> None:
-        self.case, self.device = case, device
-        generator = torch.Generator(device).manual_seed(0)
-        with torch.device(device):
-            drawn = case.row.example(case.shape, getattr(torch, case.dtype), generator)
-            self.settings = case.settings(drawn, generator)
-        self.tensors = tuple(drawn)
-        self.leaves = [self.tensors[k].requires_grad_() for k in learned(case.row)]
-        self.bytes = sum(t.nbytes for t in (*self.tensors, *self.leaves))
-
-    def differentiate(self, function: Callable[..., Tensor]) -> Step:
-        def step() -> None:
-            function(*self.tensors, **self.settings).backward()
-            for leaf in self.leaves:
-                leaf.grad = None
-
-        return step
-
-    def steps(self, compiles: bool) -> Iterator[tuple[str, Callable[[], Step]]]:
-        row, bare = self.case.row, tuple(t.detach() for t in self.tensors)
-        yield "ours", lambda: self.differentiate(row.function)
-        yield "eager", lambda: self.differentiate(row.torch_function)
-        if compiles:
-            torch._dynamo.reset()
-            yield "compile", lambda: self.differentiate(torch.compile(row.torch_function))
-        rod = yardstick(row, bare)
-        yield "yardstick", lambda: lambda: rod.fresh(*bare)
-        if self.device == "cuda":
-            yield "ours, graph", lambda: self.graphed(row.function)
-            yield "eager, graph", lambda: self.graphed(row.torch_function)
-        for name, peer in PEERS.items():
-            if (found := peer(self.case)) is not None:
-                yield name, lambda found=found: self.differentiate(found())  # type: ignore[misc]
-
-    def outcome(self, function: Callable[..., Tensor], dtype: str | None = None) -> list[Tensor]:
-        """The loss and its gradients; with `dtype`, those of the same values in that type."""
-        tensors = self.tensors
-        if dtype:
-            wide = getattr(torch, dtype)
-            tensors = tuple(
-                t.detach().to(wide).requires_grad_(t.requires_grad) if t.is_floating_point() else t
-                for t in tensors
-            )
-        value = function(*tensors, **self.settings)
-        leaves = [t for t in tensors if t.requires_grad]
-        return [value.detach(), *torch.autograd.grad(value, leaves)]
+    def step(self, variant: str) -> Step:
+        name, _, how = variant.partition(", ")
+        return self.graphed(self.losses()[name]()) if how == "graph" else super().step(variant)
 
     def graphed(self, function: Callable[..., Tensor]) -> Step:
         """Forward and backward as a graph of CUDA, which the host only has to start."""
@@ -202,90 +56,102 @@ class Work:
         return graph.replay
 
 
-Loader = Callable[[], Callable[..., Tensor]]
-
-
 def liger(case: Case) -> Loader | None:
     """Writes its gradient over the logits: the values change from call to call, the work does not."""
-    if case.loss == CE and not case.option and len(case.shape) == 2:
 
-        def load() -> Callable[..., Tensor]:
-            module = importlib.import_module("liger_kernel.transformers")
-            criterion = module.LigerCrossEntropyLoss()
-            # It refuses to write over a leaf.
-            return lambda x, y, **_: criterion(x.view_as(x), y)
+    def module() -> Any:
+        return importlib.import_module("liger_kernel.transformers")
 
-        return load
-    if case.loss == "kl_div":
+    def cross_entropy() -> Callable[..., Tensor]:
+        criterion = module().LigerCrossEntropyLoss()
+        # It refuses to write over a leaf.
+        return lambda x, y, **_: criterion(x.view_as(x), y)
 
-        def load_kl() -> Callable[..., Tensor]:
-            module = importlib.import_module("liger_kernel.transformers")
-            criterion = module.LigerKLDIVLoss(reduction="batchmean")
-            return lambda x, t, **_: criterion(x, t)
+    def kl_div() -> Callable[..., Tensor]:
+        criterion = module().LigerKLDIVLoss(reduction="batchmean")
+        return lambda x, t, **_: criterion(x, t)
 
-        return load_kl
-    return None
+    return cross_entropy if of_logits(case) else kl_div if case.loss == "kl_div" else None
 
 
 def quack(case: Case) -> Loader | None:
-    if case.loss != CE or case.option or len(case.shape) != 2:
-        return None
-
     def load() -> Callable[..., Tensor]:
         function = importlib.import_module("quack.cross_entropy").cross_entropy
         return lambda x, y, **_: function(x, y, reduction="mean")
 
-    return load
+    return load if of_logits(case) else None
+
+
+def of_logits(case: Case) -> bool:
+    return case.loss == "cross_entropy" and not case.option and len(case.shape) == 2
 
 
 # Cut-cross-entropy has no loss of logits: it is among the peers of the linear losses.
 PEERS = {"quack": quack, "liger": liger}
 
 
-def measure(case: Case, device: str, compiles: bool, rounds: int = ROUNDS) -> Measured:
-    work = Work(case, device)
-    result = Measured(case, work.bytes)
-    compare(work, result)
-    steps: dict[str, Step] = {}
-    for name, make in work.steps(compiles and case.quick_compile):
-        try:
-            step = make()
-            for _ in range(3):
-                step()
-            settle(device)
-            result.beyond[name] = beyond(step, work.leaves, device)
-            steps[name] = step
-        except Exception as error:
-            lines = str(error).splitlines() or [""]
-            result.skipped[name] = f"{type(error).__name__}: {lines[0]}"[:200]
-    if case.group == "small":
-        for name in ("ours", "eager"):
-            result.kernels[name] = kernels(steps[name], device)
+def settle(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def events(step: Step, calls: int) -> float:
+    """The mean time of a call, by the device's own clock."""
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    for _ in range(calls):
+        step()
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after) / 1e3 / calls
+
+
+def host(step: Step, calls: int) -> float:
+    """Of a dry run."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    return (time.perf_counter() - start) / calls
+
+
+def interleaved(steps: Mapping[str, Step], device: str, rounds: int) -> dict[str, list[float]]:
+    on_gpu = device == "cuda"
+    samplers: dict[str, Sampler] = {
+        name: partial(events if on_gpu else host, step) for name, step in steps.items()
+    }
+    plan = Plan((), 0, 0.0, 2e-3 if on_gpu else 0.0, rounds, rounds)
+    return interleave(samplers, plan)[0]
+
+
+def measure(case: Case, device: str, compiles: bool, rounds: int = ROUNDS) -> dict[str, Any]:
+    work = GpuWork(case, device)
+    result, kernels = begin(work), dict[str, int]()
+    # Before peers write over the inputs.
+    compare(work, work.outcome(case.row.function), result)
+
+    def look(variant: str, step: Step) -> None:
+        result.peaks[variant] = peak(step, work)
+        if case.group == "small" and variant in ("ours", "eager"):
+            kernels[variant] = launched(step, device)
+
+    steps = prepared(work, work.variants(compiles and case.quick_compile), result, look=look)
     result.samples = interleaved(steps, device, rounds)
-    return result
+    return row(result, kernels)
 
 
-def compare(work: Work, result: Measured) -> None:
-    """Before peers write over the inputs. Eager rounds half types on the way: there float32 is the measure."""
-    wide = "float32" if work.case.dtype == "bfloat16" else None
-    ours = work.outcome(work.case.row.function)
-    theirs = work.outcome(work.case.row.torch_function, wide)
-    result.difference = max(difference(a, b) for a, b in zip(ours, theirs, strict=True))
-    result.wrong = not result.difference <= WIDEST_ERROR[work.case.dtype]
-
-
-def beyond(step: Step, leaves: list[Tensor], device: str) -> int:
-    if device != "cuda":
-        return 0
+def peak(step: Step, work: Work) -> int:
+    """The most memory of a call, in bytes beyond what is allocated before it."""
+    if work.device != "cuda":
+        return sum(leaf.nbytes for leaf in work.leaves)
+    settle(work.device)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step()
-    settle(device)
-    gradients = sum(leaf.nbytes for leaf in leaves)
-    return torch.cuda.max_memory_allocated() - before - gradients
+    settle(work.device)
+    return torch.cuda.max_memory_allocated() - before
 
 
-def kernels(step: Step, device: str) -> int:
+def launched(step: Step, device: str) -> int:
     """How many kernels a call launches."""
     if device != "cuda":
         return 0
@@ -297,31 +163,34 @@ def kernels(step: Step, device: str) -> int:
     return sum(not n.startswith(("Memcpy", "Memset")) for n in names)
 
 
+def row(result: Result, kernels: dict[str, int]) -> dict[str, Any]:
+    """A case in the JSON file. Times are of forward and backward together, in seconds."""
+    case = result.case
+    size = result.input_bytes + result.gradient_bytes  # read once and written once
+    medians = {k: float(f"{result.median(k) or 0:.4g}") for k in result.samples}
+    return {
+        "title": case.title,
+        "loss": case.loss,
+        "shape": list(case.shape),
+        "dtype": case.dtype,
+        "option": case.option,
+        "bytes": size,
+        "seconds": medians,
+        "samples": {k: [float(f"{s:.4g}") for s in v] for k, v in result.samples.items()},
+        "gb_per_s": {k: size / v / 1e9 for k, v in medians.items() if v},
+        "beyond_bytes": {k: result.beyond(k) for k in result.peaks},
+        "kernels": kernels,
+        "skipped": result.skipped,
+        "difference": result.difference,
+        "wrong": result.wrong,
+    }
+
+
 def copy_rate(device: str, size: int) -> float:
     """Bytes a second, read and written, of a large clone."""
     x = torch.empty(size, dtype=torch.uint8, device=device)
     samples = interleaved({"clone": lambda: x.clone()}, device, 9)["clone"]
-    return 2 * size / statistics.median(samples)
-
-
-def machine(device: str) -> dict[str, Any]:
-    import triton
-
-    about: dict[str, Any] = {
-        "fusedloss": fusedloss.__version__,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "device": "the interpreter",
-    }
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        about |= {
-            "device": properties.name,
-            "multiprocessors": properties.multi_processor_count,
-            "memory": properties.total_memory,
-            "capability": torch.cuda.get_device_capability(0),
-        }
-    return about
+    return 2 * size / sorted(samples)[len(samples) // 2]
 
 
 def small(case: Case) -> Case:
@@ -339,37 +208,46 @@ def benchmark(
     First every case without torch.compile, then those with it.
     """
     device, start = "cpu" if dry else "cuda", time.perf_counter()
-    document: dict[str, Any] = {
-        "machine": machine(device),
-        "copy_gb_per_s": copy_rate(device, 1 << (16 if dry else 31)) / 1e9,
-        "results": [],
-        "left_out": [],
-    }
-    results: list[dict[str, Any]] = document["results"]
+    rate = copy_rate(device, 1 << (16 if dry else 31)) / 1e9
+    document: dict[str, Any] = {"machine": machine(device), "copy_gb_per_s": rate}
+    left_out: list[str] = []
+    results: list[dict[str, Any]] = []
+    document |= {"results": results, "left_out": left_out}
+
+    def one(title: str, case: Case, compiles: bool) -> dict[str, Any]:
+        found = measure(small(case) if dry else case, device, compiles, 2 if dry else ROUNDS)
+        print(line(title, found, rate), flush=True)
+        return found
+
     plan = [(c, False) for c in cases] + [(c, True) for c in cases if c.quick_compile and not dry]
     for case, compiles in plan:
         title = case.title + ", with compile" * compiles
         if time.perf_counter() - start > seconds:
-            document["left_out"].append(title)
+            left_out.append(title)
             continue
-        try:
-            found = measure(small(case) if dry else case, device, compiles, 2 if dry else ROUNDS)
-        except Exception as error:
-            results.append({"title": title, "failed": f"{type(error).__name__}: {error}"[:500]})
-        else:
-            results.append({**found.to_json(), "title": title})
-            print(line(title, found, document["copy_gb_per_s"]), flush=True)
-        if device == "cuda":
-            torch.cuda.empty_cache()
+        results.append(told(title, device, one, title, case, compiles))
         keep(document)
     keep(document)
     return document
 
 
-def line(title: str, found: Measured, copy: float) -> str:
-    times = ", ".join(f"{k} {1e6 * (found.median(k) or 0):.0f} us" for k in found.samples)
-    rate = found.rate() or 0.0
-    wrong = f", NOT eager's result: {found.difference}" if found.wrong else ""
+def told(
+    title: str, device: str, measured: Callable[..., dict[str, Any]], *args: Any
+) -> dict[str, Any]:
+    """What was measured under its title, or why not."""
+    try:
+        return {**measured(*args), "title": title}
+    except Exception as error:
+        return {"title": title, "failed": f"{type(error).__name__}: {error}"[:500]}
+    finally:
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def line(title: str, found: dict[str, Any], copy: float) -> str:
+    times = ", ".join(f"{k} {1e6 * v:.0f} us" for k, v in found["seconds"].items())
+    rate = found["gb_per_s"].get("ours", 0.0)
+    wrong = f", NOT eager's result: {found['difference']}" if found["wrong"] else ""
     return f"{title}: {times}; ours {rate:.0f} GB/s, {100 * rate / copy:.0f} % of a copy{wrong}"
 
 
@@ -381,11 +259,11 @@ def absent() -> bool:
     return why is not None
 
 
-def run(output: Path, losses: tuple[str, ...] | None = None) -> int:
+def run(output: Path, losses: Iterable[str]) -> int:
     """What `fusedloss bench --device cuda` does: 0, 1 for a wrong result, 2 without a GPU."""
     if absent():
         return 2
-    cases = tuple(c for c in CASES if losses is None or c.loss in losses)
+    cases = tuple(c for c in CASES if c.loss in losses)
     document = benchmark(lambda d: write(output, d), float("inf"), cases=cases)
     print(f"Wrote {output}; a copy moves {document['copy_gb_per_s']:.0f} GB/s.")
     return int(any(r.get("wrong") or "failed" in r for r in document["results"]))

@@ -1,37 +1,28 @@
-"""Times and memory of a loss, taken in processes of their own.
-
-A fork server that has imported torch, and has never run it, starts each process: no case sees the
-allocator or the threads of another.
-"""
+"""What every bench shares: the tensors of a case and its variants, the rounds of samples, and the result."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
 import gc
 import itertools
 import math
-import multiprocessing
 import random
-import signal
 import statistics
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from multiprocessing.connection import Connection
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from ...front.definition import REGISTRY
+from ..processes import reason
 from .cases import Case, learned, yardstick
 
-Step = Callable[[], None]
+Step = Callable[[], object]
+Loader = Callable[[], Callable[..., Tensor]]  # imports or compiles a loss
 Report = Callable[[str, float], None]
+Sampler = Callable[[int], float]  # seconds of a call, the mean of so many
 
 MEGA = 1e6
 WARM_UP = 3
@@ -48,6 +39,7 @@ class Plan:
     sample: float  # the shortest sample in seconds; fast calls are repeated to fill it
     fewest: int
     most: int = 60
+    against: str = ""  # the folder of another build, which is measured beside this one
 
 
 @dataclass
@@ -65,6 +57,7 @@ class Result:
     same_bits: bool | None = None  # on 1 thread and on more
     difference: float | None = None  # from eager, relative to the largest entry
     wrong: bool = False  # a difference that rounding does not explain
+    as_built: bool | None = None  # whether another build gives the same bits
 
     def quartiles(self, variant: str) -> tuple[float, float, float] | None:
         samples = self.samples.get(variant)
@@ -92,16 +85,31 @@ class Result:
         pairs = list(zip(self.samples.get(variant, ()), self.samples.get(to, ()), strict=False))
         return statistics.median(a / b for a, b in pairs) if pairs else None
 
-    def excess(self, variant: str) -> float | None:
-        """The peak beyond the inputs and the gradient, in MB."""
+    def shortest(self, variant: str) -> float | None:
+        """To which other programs only add."""
+        return min(self.samples.get(variant, ()), default=None)
+
+    def shortest_ratio(self, variant: str, to: str) -> float | None:
+        a, b = self.shortest(variant), self.shortest(to)
+        return a / b if a and b else None
+
+    def beyond(self, variant: str) -> int | None:
+        """The peak beyond the inputs and the gradients, in bytes."""
         peak = self.peaks.get(variant)
+        return None if peak is None else peak - self.gradient_bytes
+
+    def excess(self, variant: str) -> float | None:
+        """The same in MB."""
+        beyond = self.beyond(variant)
         # Of the gradient's own pages some may have been resident before.
-        return None if peak is None else max(0, peak - self.gradient_bytes) / MEGA
+        return None if beyond is None else max(0, beyond) / MEGA
 
     def to_json(self) -> dict[str, Any]:
         samples = {k: [float(f"{s:.5g}") for s in each] for k, each in self.samples.items()}
         case = {**asdict(self.case), "shape": list(self.case.shape)}
-        return {**asdict(self), "case": case, "samples": samples}
+        del case["at_most"]
+        fields = {**asdict(self), "case": case, "samples": samples}
+        return {k: v for k, v in fields.items() if k != "as_built" or v is not None}
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> Result:
@@ -109,25 +117,54 @@ class Result:
         return Result(**{**fields, "case": Case(**case)})
 
 
-class Workload:
-    """The tensors of a case, and its variants as calls without arguments.
+class Work:
+    """The tensors of a case on a device, and its variants as calls without arguments.
 
     A call runs forward, `backward()` and drops the gradient: what a training step does. `.grad` is
     None before, so that autograd takes the new gradient over as it is, and copies it only for a
     variant that cannot give it away. Memory is freed by the one who allocated it, on the clock.
     """
 
-    def __init__(self, case: Case) -> None:
-        self.case = case
-        generator = torch.Generator().manual_seed(0)
-        self._fill(case.row.example(case.shape, getattr(torch, case.dtype), generator))
-        self.settings = case.settings(self.tensors, generator)
+    learned: tuple[int, ...]
+
+    def __init__(self, case: Case, device: str = "cpu") -> None:
+        self.case, self.device = case, device
+        generator = torch.Generator(device).manual_seed(0)
+        with torch.device(device):
+            tensors, self.settings = self.draw(generator)
+        self._fill(tensors)
+
+    def draw(self, generator: Generator) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        case = self.case
+        self.learned = learned(case.row)
+        tensors = case.row.example(case.shape, getattr(torch, case.dtype), generator)
+        return tensors, case.settings(tensors, generator)
 
     def _fill(self, tensors: tuple[Tensor, ...]) -> None:
         self.tensors = tensors
-        case = self.case
-        self.leaves = [self.tensors[k].requires_grad_() for k in learned(case.row)]
-        self.bare = tuple(t.detach() for t in self.tensors)
+        self.leaves = [tensors[k].requires_grad_() for k in self.learned]
+        self.bare = tuple(t.detach() for t in tensors)
+
+    def losses(self) -> Mapping[str, Loader]:
+        """The variants that are losses of the tensors, each behind what loads it."""
+        row = self.case.row
+        return {
+            "ours": lambda: row.function,
+            "eager": lambda: row.torch_function,
+            "compile": lambda: compiled(row.torch_function),
+        }
+
+    def step(self, variant: str) -> Step:
+        if variant in (losses := self.losses()):
+            return self.differentiate(losses[variant]())
+        if variant == "plain":
+            plain = Case("", self.case.against_plain or "", self.case.shape, self.case.dtype)
+            return type(self)(plain, self.device).step("ours")
+        rod, bare = yardstick(self.case.row, self.bare), self.bare
+        if variant == "yardstick":
+            return lambda: rod.fresh(*bare)
+        out = [torch.empty_like(leaf).detach() for leaf in self.leaves]
+        return lambda: rod.held(out, *bare)
 
     def differentiate(self, function: Callable[..., Tensor]) -> Step:
         tensors, settings, leaves = self.tensors, self.settings, self.leaves
@@ -139,33 +176,7 @@ class Workload:
 
         return step
 
-    def step(self, variant: str) -> Step:
-        row = self.case.row
-        if variant == "ours":
-            return self.differentiate(row.function)
-        if variant == "eager":
-            return self.differentiate(row.torch_function)
-        if variant == "compile":
-            return self.differentiate(compiled(row.torch_function))
-        if variant == "plain":
-            assert self.case.against_plain is not None
-            case = replace(self.case, loss=self.case.against_plain, option="")
-            return Workload(case).differentiate(case.row.function)
-        rod, bare = yardstick(row, self.bare), self.bare
-        if variant == "yardstick":
-
-            def fresh() -> None:
-                rod.fresh(*bare)
-
-            return fresh
-        out = [torch.empty_like(leaf).detach() for leaf in self.leaves]
-
-        def held() -> None:
-            rod.held(out, *bare)
-
-        return held
-
-    def widened(self) -> Workload:
+    def widened(self) -> Work:
         """The same values in float32."""
         other = copy.copy(self)
         other._fill(tuple(map(_widened, self.bare)))
@@ -175,11 +186,7 @@ class Workload:
     def outcome(self, function: Callable[..., Tensor]) -> list[Tensor]:
         """The loss and its gradients."""
         loss = function(*self.tensors, **self.settings)
-        loss.backward()
-        grads = [leaf.grad for leaf in self.leaves if leaf.grad is not None]
-        for leaf in self.leaves:
-            leaf.grad = None
-        return [loss.detach(), *grads]
+        return [loss.detach(), *torch.autograd.grad(loss, self.leaves)]
 
 
 def _widened(value: Any) -> Any:
@@ -196,33 +203,31 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, dynamic=False)
 
 
-def time_case(case: Case, plan: Plan, report: Report) -> Result:
-    """Measures all variants of a case, a sample of each in turn."""
-    result = Result(case)
-    report("inputs", 0.0)
-    work = Workload(case)
-    result.yardstick = yardstick(case.row, work.bare).label
-    result.input_bytes = sum(t.nbytes for t in work.tensors)
-    result.gradient_bytes = sum(t.nbytes for t in work.leaves)
-    variants = list(plan.variants)
-    if "yardstick" in variants:
-        variants.append("held")
-    if case.against_plain:
-        variants.append("plain")
+def begin(work: Work) -> Result:
+    inputs, gradients = (sum(t.nbytes for t in each) for each in (work.tensors, work.leaves))
+    return Result(work.case, input_bytes=inputs, gradient_bytes=gradients)
+
+
+def prepared(
+    work: Work,
+    variants: Iterable[str],
+    result: Result,
+    report: Report = lambda phase, done: None,
+    look: Callable[[str, Step], None] = lambda variant, step: None,
+) -> dict[str, Step]:
+    """The variants that run, warm and looked at; of the others the result tells why not."""
     steps: dict[str, Step] = {}
     for variant in variants:
         report("compiling" if variant == "compile" else "warming up", 0.0)
         try:
             step = work.step(variant)
             warm_up(step)
+            look(variant, step)
         except Exception as error:
             result.skipped[variant] = reason(error)
         else:
             steps[variant] = step
-    result.samples, result.calls = interleave(steps, plan, report)
-    report("comparing", 1.0)
-    check(work, result)
-    return result
+    return steps
 
 
 def warm_up(step: Step) -> None:
@@ -234,54 +239,7 @@ def warm_up(step: Step) -> None:
             break
 
 
-def reason(error: BaseException) -> str:
-    """The first line of what went wrong; of torch.compile's, the cause of all."""
-    chain = [error]
-    while (cause := chain[-1].__cause__ or getattr(chain[-1], "inner_exception", None)) is not None:
-        if cause in chain:
-            break
-        chain.append(cause)
-    if any(type(each).__name__ == "InvalidCxxCompiler" for each in chain):
-        return NO_COMPILER
-    last = chain[-1]
-    line = next((line for line in str(last).splitlines() if line.strip()), "")
-    return f"{type(last).__name__}: {line}"[:200]
-
-
-NO_COMPILER = "torch.compile found no C++ compiler (set CXX)"
-
-
-def interleave(
-    steps: dict[str, Step], plan: Plan, report: Report
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Rounds of one sample of each variant, in a new order each round."""
-    calls = {name: fill(step, plan.sample) for name, step in steps.items()}
-    samples: dict[str, list[float]] = {name: [] for name in steps}
-    order, generator = list(steps), random.Random(0)
-    gc.collect()
-    gc.disable()
-    start = time.perf_counter()
-    for done in range(1, plan.most + 1):
-        generator.shuffle(order)
-        for name in order:
-            samples[name].append(sample(steps[name], calls[name]))
-        spent = time.perf_counter() - start
-        report("sampling", min(max(done / plan.most, spent / max(plan.seconds, 1e-9)), 1.0))
-        if done >= plan.fewest and spent >= plan.seconds:
-            break
-    gc.enable()
-    return samples, calls
-
-
-def fill(step: Step, seconds: float) -> int:
-    """How many calls make a sample of this length: counted anew until they do."""
-    calls = 1
-    while (spent := calls * sample(step, calls)) < seconds:
-        calls = max(calls + 1, min(10 * calls, math.ceil(1.2 * calls * seconds / spent)))
-    return calls
-
-
-def sample(step: Step, calls: int) -> float:
+def wall(step: Step, calls: int) -> float:
     step()  # finds caches and allocator as another variant left them
     repeat = itertools.repeat(None, calls)
     start = time.perf_counter()
@@ -290,26 +248,43 @@ def sample(step: Step, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def check(work: Workload, result: Result) -> None:
-    """Whether ours gives the same bits on any number of threads, and what eager gives."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    one = work.outcome(work.case.row.function)
-    torch.set_num_threads(max(threads, 2))
-    many = work.outcome(work.case.row.function)
-    torch.set_num_threads(threads)
-    result.same_bits = all(
-        torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-        for a, b in zip(one, many, strict=True)
-    )
-    del many
-    if "eager" not in result.samples:
-        return
-    # Eager's own roundings of half types may turn a hinge.
-    half = work.case.dtype in ("bfloat16", "float16")
-    eager = (work.widened() if half else work).outcome(work.case.row.torch_function)
-    differences = [difference(a, b) for a, b in zip(one, eager, strict=True)]
-    result.wrong = not all(d <= WIDEST_ERROR[work.case.dtype] for d in differences)
+def interleave(
+    samplers: Mapping[str, Sampler], plan: Plan, report: Report = lambda phase, done: None
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Rounds of one sample of each variant, in a new order each round."""
+    calls = {name: fill(sampler, plan.sample) for name, sampler in samplers.items()}
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    order, generator = list(samplers), random.Random(0)
+    gc.collect()
+    gc.disable()
+    start = time.perf_counter()
+    for done in range(1, plan.most + 1):
+        generator.shuffle(order)
+        for name in order:
+            samples[name].append(samplers[name](calls[name]))
+        spent = time.perf_counter() - start
+        report("sampling", min(max(done / plan.most, spent / max(plan.seconds, 1e-9)), 1.0))
+        if done >= plan.fewest and spent >= plan.seconds:
+            break
+    gc.enable()
+    return samples, calls
+
+
+def fill(sampler: Sampler, seconds: float) -> int:
+    """How many calls make a sample of this length: counted anew until they do."""
+    calls = 1
+    while seconds and (spent := calls * sampler(calls)) < seconds:
+        calls = max(calls + 1, min(10 * calls, math.ceil(1.2 * calls * seconds / spent)))
+    return calls
+
+
+def compare(work: Work, ours: list[Tensor], result: Result) -> None:
+    """Whether ours is what eager gives. Eager's own roundings of half types may turn a hinge."""
+    dtype = work.case.dtype
+    wide = work.widened() if dtype in ("bfloat16", "float16") else work
+    eager = wide.outcome(wide.losses()["eager"]())
+    differences = [difference(a, b) for a, b in zip(ours, eager, strict=True)]
+    result.wrong = not all(d <= WIDEST_ERROR[dtype] for d in differences)
     result.difference = max(differences) if all(map(math.isfinite, differences)) else None
 
 
@@ -319,136 +294,3 @@ def difference(ours: Tensor, eager: Tensor) -> float:
     apart = (ours - eager).abs().max() - info.smallest_normal * info.eps / 2
     largest = eager.abs().max().clamp_min(torch.finfo(eager.dtype).tiny)
     return (apart.clamp_min(0) / largest).item()
-
-
-def peak_memory(case: Case, variant: str) -> int:
-    """The most resident memory of one call, in bytes beyond what is resident before it."""
-    small_pages()
-    torch.ones(1 << 20).exp_()  # starts the threads
-    few = replace(case, shape=tuple(min(n, 128) for n in case.shape), against_plain=None)
-    Workload(few).step(variant)()
-    step = Workload(case).step(variant)
-    if variant == "compile":
-        step()
-    return growth(step)
-
-
-def small_pages() -> None:
-    """Huge pages round up by up to 2 MiB a tensor, which is no one's demand."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
-
-
-def growth(step: Step) -> int:
-    """The most resident memory of the call, in bytes beyond what is resident before it."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
-    before = resident("VmRSS")
-    step()
-    return resident("VmHWM") - before
-
-
-def resident(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {key}")
-
-
-def available() -> float:
-    """Bytes of memory that can be had, or infinity where the system does not say."""
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024.0 * int(next(x for x in lines if x.startswith("MemAvailable")).split()[1])
-    return math.inf
-
-
-def needed(case: Case) -> float:
-    """A generous estimate of the bytes that a case takes: examples are drawn in float64."""
-    itemsize = getattr(torch, case.dtype).itemsize
-    return case.numel * (3 * 8 + 16 * itemsize)
-
-
-@dataclass(frozen=True)
-class Job:
-    """Cases to time in one process, or one case whose `memory` to take for one variant."""
-
-    cases: tuple[Case, ...]
-    plan: Plan
-    memory: str | None = None
-
-
-Event = tuple[str, int, Any]
-
-
-def work_on(job: Job, pipe: Connection) -> None:
-    """The body of a process: sends ("progress", case, (phase, done)) and ("result", case, it)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(job.plan.threads)
-    for index, case in enumerate(job.cases):
-        last = 0.0
-
-        def report(phase: str, done: float, index: int = index) -> None:
-            nonlocal last
-            if time.perf_counter() - last > 0.4 or phase != "sampling":
-                last = time.perf_counter()
-                pipe.send(("progress", index, (phase, done)))
-
-        outcome: Result | int | str
-        try:
-            if job.memory:
-                report(f"memory of {job.memory}", 0.0)
-                outcome = peak_memory(case, job.memory)
-            else:
-                outcome = time_case(case, job.plan, report)
-        except Exception as error:
-            outcome = reason(error)
-        pipe.send(("result", index, outcome))
-    pipe.close()
-
-
-def stream(job: Job) -> Iterator[Event]:
-    """Runs a job and yields its events; a process that dies gives its reason as the result."""
-    methods = multiprocessing.get_all_start_methods()
-    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:
-        context.set_forkserver_preload([__name__])
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=work_on, args=(job, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    done = 0
-    try:
-        while done < len(job.cases):
-            try:
-                event: Event = ours.recv()
-            except EOFError:
-                process.join()
-                why = f"its process ended with exit code {process.exitcode}"
-                why += " (out of memory?)" * (process.exitcode == -signal.SIGKILL)
-                event = ("result", done, why)
-            done += event[0] == "result"
-            yield event
-    finally:
-        if done < len(job.cases):
-            process.kill()
-        process.join()
-        ours.close()
-
-
-def jobs(cases: Sequence[Case], plan: Plan) -> list[Job]:
-    """A process for each case; small ones, which leave the allocator as it is, share one."""
-    found: list[Job] = []
-    shared: dict[tuple[str, str], list[Case]] = {}
-    for case in cases:
-        if case.group == "sweep" and case.numel < 1 << 20:
-            shared.setdefault((case.loss, case.dtype), []).append(case)
-        else:
-            found.append(Job((case,), plan))
-    return found + [Job(tuple(each), plan) for each in shared.values()]
-
-
-assert REGISTRY, "no loss is registered"

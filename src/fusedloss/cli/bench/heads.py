@@ -1,148 +1,154 @@
 """`fusedloss bench --linear`: heads whose logits never exist, beside PyTorch and the matrix products alone.
 
-A call runs forward and backward. Times of a case are taken in one process, its variants interleaved, and the
-memory of each variant in a process of its own. On one thread the clock is the thread's own time, which other
-programs do not stretch.
+A call runs forward and backward. On the CPU the memory of each variant is taken in a process of its own, and on
+one thread the clock is the thread's own time, which other programs do not stretch.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
 import math
-import multiprocessing
 import statistics
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
+from torch import Generator, Tensor
 from torch.nn import functional as F  # noqa: N812
 
 import fusedloss
 
 from ...engines.chunks.products import HALVES, multiplies_bfloat16
-from . import command as bench
-from .harness import Step, available, growth, reason, small_pages
+from ..processes import MEBI, available, growth, in_a_process, small_pages
+from . import cuda as gpu
+from . import tables
+from .builds import both_builds
+from .cases import Case
+from .harness import (
+    Loader,
+    Plan,
+    Result,
+    Sampler,
+    Step,
+    Work,
+    begin,
+    difference,
+    interleave,
+    prepared,
+)
+from .machine import Run
+from .machine import gpu as gpu_machine
+from .selection import other_build
 
-MEBI = 2**20
 VARIANTS = ("products", "ours", "eager", "torch")
 LABELS = {"ours": "fusedloss", "eager": "PyTorch", "torch": "PyTorch, chunked"}
 COLOURS = {"ours": "#08306b", "eager": "#cb181d", "torch": "#ef8a62"}
+PEERS = ("liger", "cut-cross-entropy")
 LONG, FEWEST = 60.0, 2  # a case that has taken so many seconds ends after so many rounds
+GPU_ROUNDS = 5
 SLOW_PRODUCTS = "this CPU has no instructions for bfloat16: its products are taken in float32"
 
 
-@dataclass(frozen=True)
-class Case:
-    group: str  # table, classes or rows
-    n: int
-    d: int
-    v: int
-    dtype: str
-
-    @property
-    def title(self) -> str:
-        return f"{self.n} x {self.d} x {self.v} {self.dtype}"
-
-    @property
-    def logits(self) -> int:
-        """Bytes."""
-        return self.n * self.v * getattr(torch, self.dtype).itemsize
-
-    @property
-    def gradients(self) -> int:
-        return (self.n + self.v) * self.d * getattr(torch, self.dtype).itemsize
+def head(group: str, n: int, d: int, v: int, dtype: str) -> Case:
+    """Rows, features and classes of a group: table, classes or rows."""
+    return Case(f"{n} x {d} x {v} {dtype}", "linear_cross_entropy", (n, d, v), dtype, group=group)
 
 
-@dataclass
-class Result:
-    case: Case
-    samples: dict[str, list[float]] = field(default_factory=dict)  # seconds of a call
-    peaks: dict[str, int] = field(default_factory=dict)  # bytes beyond the inputs
-    skipped: dict[str, str] = field(default_factory=dict)
-
-    def best(self, variant: str) -> float | None:
-        return min(self.samples[variant]) if self.samples.get(variant) else None
-
-    def ratio(self, variant: str, to: str) -> float | None:
-        """Of the shortest times: other programs can only add to a time."""
-        a, b = self.best(variant), self.best(to)
-        return a / b if a and b else None
-
-    def excess(self, variant: str) -> float | None:
-        """MiB beyond inputs and gradients."""
-        peak = self.peaks.get(variant)
-        return None if peak is None else (peak - self.case.gradients) / MEBI
+GPU_CASES = (
+    head("table", 8192, 4096, 128256, "bfloat16"),
+    head("table", 8192, 2304, 256000, "bfloat16"),
+    head("table", 16384, 2048, 32000, "bfloat16"),
+    head("table", 4096, 2048, 50257, "float32"),
+)
 
 
 def cases(quick: bool) -> list[Case]:
     shapes = [("table", 1024, 768, 32000), ("table", 2048, 512, 50257)]
     if quick:
         shapes += [("classes", 512, 256, v) for v in (4096, 16384, 65536)]
-        return [Case(*shape, "float32") for shape in shapes]
+        return [head(*shape, "float32") for shape in shapes]
     shapes += [("classes", 1024, 512, 1000 * v) for v in (4, 16, 64, 128, 256)]
     shapes += [("rows", n, 512, 32000) for n in (256, 1024, 4096, 16384)]
-    return [Case(*shape, dtype) for dtype in ("float32", "bfloat16") for shape in shapes]
+    return [head(*shape, dtype) for dtype in ("float32", "bfloat16") for shape in shapes]
 
 
-def logits_in_full(
-    input: torch.Tensor, linear_weight: torch.Tensor, target: torch.Tensor
-) -> torch.Tensor:
+def sizes(case: Case) -> tuple[int, int]:
+    """Of the logits and of the gradients, in bytes."""
+    n, d, v = case.shape
+    itemsize = getattr(torch, case.dtype).itemsize
+    return n * v * itemsize, (n + v) * d * itemsize
+
+
+def logits_in_full(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
     """What torch's linear_cross_entropy does without options; torch has that since 2.13."""
     return F.cross_entropy(F.linear(input, linear_weight), target)
 
 
-class Work:
-    """The tensors of a case, and its variants as calls without arguments."""
+def in_torchs_chunks(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(input, linear_weight, target, options=options)
 
-    def __init__(self, case: Case) -> None:
-        dtype = getattr(torch, case.dtype)
-        generator = torch.Generator().manual_seed(0)
-        self.x = torch.randn(case.n, case.d, generator=generator).to(dtype).requires_grad_()
-        weight = torch.randn(case.v, case.d, generator=generator).div_(case.d**0.5)
-        self.weight = weight.to(dtype).requires_grad_()
-        self.target = torch.randint(case.v, (case.n,), generator=generator)
+
+class HeadWork(Work):
+    """Input, weight and target; `budgets` are of memory, of ours measured with each, too."""
+
+    def __init__(self, case: Case, device: str = "cpu", budgets: tuple[int, ...] = ()) -> None:
+        super().__init__(case, device)
+        self.budgets = {f"ours, {budget // MEBI} MiB": budget for budget in budgets}
+
+    def draw(self, generator: Generator) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        n, d, v = self.case.shape
+        dtype = getattr(torch, self.case.dtype)
+        self.learned = 0, 1
+        x = torch.randn(n, d, generator=generator).to(dtype)
+        weight = torch.randn(v, d, generator=generator).div_(d**0.5).to(dtype)
+        return (x, weight, torch.randint(v, (n,), generator=generator)), {}
+
+    def losses(self) -> Mapping[str, Loader]:
+        ours = fusedloss.linear_cross_entropy
+        return {
+            "ours": lambda: ours,
+            **{k: partial(partial, ours, memory_budget=b) for k, b in self.budgets.items()},
+            "eager": lambda: logits_in_full,
+            "torch": lambda: in_torchs_chunks,
+            "liger": liger,
+            "cut-cross-entropy": cut_cross_entropy,
+        }
 
     def step(self, variant: str) -> Step:
-        if variant == "products":
-            return self.products
-        if variant == "forward":
-            return self.forward
-        loss: Callable[..., torch.Tensor] = fusedloss.linear_cross_entropy
-        options = {}
-        if variant == "eager":
-            loss = logits_in_full
-        if variant == "torch":
-            loss = F.linear_cross_entropy
-            options = {"options": torch.nn.LinearCrossEntropyOptions()}
-
-        def step() -> None:
-            loss(self.x, self.weight, self.target, **options).backward()
-            self.x.grad = self.weight.grad = None
-
-        return step
+        own: dict[str, Step] = {"products": self.products, "forward": self.forward}
+        return own.get(variant) or super().step(variant)
 
     @torch.no_grad()
     def forward(self) -> None:
-        fusedloss.linear_cross_entropy(self.x, self.weight, self.target)
+        fusedloss.linear_cross_entropy(*self.tensors)
 
     @torch.no_grad()
     def products(self) -> None:
         """What no way around is known: logits, and the gradients of input and weight."""
-        x, weight = self.x, self.weight
-        if slow_products(x.dtype):
+        x, weight, _ = self.bare
+        if self.device == "cpu" and slow_products(x.dtype):
             x, weight = x.float(), weight.float()
         logits = torch.mm(x, weight.t())
         torch.mm(logits, weight)
         torch.mm(logits.t(), x)
+
+
+def liger() -> Callable[..., Tensor]:
+    module = importlib.import_module("liger_kernel.transformers")
+    criterion = module.LigerFusedLinearCrossEntropyLoss()
+    return lambda x, w, y: criterion(w, x, y)
+
+
+def cut_cross_entropy() -> Callable[..., Tensor]:
+    function = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    return lambda x, w, y: function(x, w, y)
 
 
 def slow_products(dtype: torch.dtype) -> bool:
@@ -155,123 +161,101 @@ def why_not(case: Case, variant: str) -> str | None:
         return "an older torch"
     if variant in ("eager", "torch") and slow_products(getattr(torch, case.dtype)):
         return SLOW_PRODUCTS
-    copies = {"products": 2, "eager": 4}.get(variant, 0)
-    if copies * case.logits + 6 * case.gradients > available():
+    logits, gradients = sizes(case)
+    if {"products": 2, "eager": 4}.get(variant, 0) * logits + 6 * gradients > available():
         return "it needs more memory than there is"
     return None
 
 
-def time_case(case: Case, rounds: int, threads: int) -> dict[str, list[float]]:
-    torch.set_num_threads(threads)
-    clock = time.thread_time if threads == 1 else time.perf_counter
-    work = Work(case)
-    steps = {v: work.step(v) for v in VARIANTS if why_not(case, v) is None}
-    samples: dict[str, list[float]] = {v: [] for v in steps}
-    begun = time.perf_counter()
-    for done in range(rounds + 1):
-        if done > FEWEST and time.perf_counter() - begun > LONG:
-            break
-        for variant, step in steps.items():
-            start = clock()
+def time_case(case: Case, plan: Plan) -> Result:
+    torch.set_num_threads(plan.threads)
+    clock = time.thread_time if plan.threads == 1 else time.perf_counter
+    work = HeadWork(case)
+    result = begin(work)
+    steps = prepared(work, plan.variants, result)
+
+    def sample(step: Step, calls: int) -> float:
+        start = clock()
+        for _ in range(calls):
             step()
-            if done:  # the first round warms up
-                samples[variant].append(clock() - start)
-    return samples
+        return (clock() - start) / calls
+
+    samplers: dict[str, Sampler] = {k: partial(sample, step) for k, step in steps.items()}
+    if plan.against:
+        builds, result.as_built = both_builds(work, plan)
+        samplers |= builds
+    result.samples, result.calls = interleave(samplers, plan)
+    return result
 
 
 def peak(case: Case, variant: str, threads: int) -> int:
     """The most resident memory of one call, in bytes beyond what is resident before it."""
     torch.set_num_threads(threads)
     small_pages()
-    Work(Case(case.group, 64, 64, 512, case.dtype)).step(variant)()  # starts the threads
-    return growth(Work(case).step(variant))
-
-
-def in_a_process(function: Callable[..., Any], *args: Any) -> Any:
-    """What the function returns in a process of its own. RuntimeError where that fails."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(theirs, function, args), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        error, answer = ours.recv()
-    except EOFError:
-        process.join()
-        error, answer = f"its process ended with exit code {process.exitcode}", None
-    except BaseException:
-        process.kill()
-        raise
-    finally:
-        process.join()
-    if error:
-        raise RuntimeError(error)
-    return answer
-
-
-def _answer(pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    warnings.simplefilter("ignore")
-    try:
-        pipe.send((None, function(*args)))
-    except Exception as error:
-        pipe.send((reason(error), None))
+    HeadWork(replace(case, shape=(64, 64, 512))).step(variant)()  # starts the threads
+    return growth(HeadWork(case).step(variant))
 
 
 def measure(
-    every: list[Case], rounds: int, threads: int, run: Callable[..., Any] = in_a_process
+    every: Sequence[Case], rounds: int, threads: int, against: str = ""
 ) -> Iterator[Result]:
     for case in every:
-        result = Result(case)
-        result.skipped = {v: why for v in VARIANTS if (why := why_not(case, v))}
+        skipped = {v: why for v in VARIANTS if (why := why_not(case, v))}
+        chosen = tuple(v for v in VARIANTS if v not in skipped)
         try:
-            result.samples = run(time_case, case, rounds, threads)
+            plan = Plan(chosen, threads, LONG, 0.0, FEWEST, rounds, against)
+            result = in_a_process(time_case, case, plan)
             for variant in LABELS:
-                if variant not in result.skipped:
-                    result.peaks[variant] = run(peak, case, variant, threads)
+                if variant in result.samples:
+                    result.peaks[variant] = in_a_process(peak, case, variant, threads)
         except (RuntimeError, OSError) as error:
-            result.skipped["ours"] = str(error)
+            result = Result(case, skipped={"ours": str(error)})
+        result.skipped |= skipped
         yield result
 
 
 def run(args: argparse.Namespace, threads: int) -> int:
     """Measure and report; 0, or 1 if a case failed."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 160
-    started = time.perf_counter()
-    here = bench.machine(threads)
-    console.print(bench.headline(here), style="dim", markup=False)
+    against = other_build(args.against)
+    this = Run(threads, 160)
     results: list[Result] = []
     interrupted = False
     try:
-        for result in measure(cases(args.quick), 2 if args.quick else 7, threads):
+        for result in measure(cases(args.quick), 2 if args.quick else 7, threads, against):
             results.append(result)
-            best = number((result.best("ours") or math.nan) * 1e3, 0) or "failed"
-            console.print(f"{result.case.title}, ms: {best}", markup=False)
+            best = milliseconds(result) or "failed"
+            this.console.print(f"{result.case.title}, ms: {best}", markup=False)
     except KeyboardInterrupt:
         interrupted = True
-    console.print(table(results))
+    this.console.print(table(results))
+    if against:
+        this.console.print(tables.builds_table(results), tables.slowest(results))
     for note in dict.fromkeys(w for r in results for w in r.skipped.values()):
-        console.print(f"Left out: {note}.", style="yellow", markup=False)
-    document = {
-        "format": 1,
-        "kind": "linear",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "fusedloss": {"version": fusedloss.__version__, "commit": bench.commit()},
-        "torch": torch.__version__,
-        "machine": here,
-        "quick": args.quick,
-        "complete": not interrupted,
-        "seconds": round(time.perf_counter() - started),
-        "results": [asdict(r) for r in results],
-    }
-    args.output.write_text(json.dumps(document, allow_nan=False) + "\n")
+        this.console.print(f"Left out: {note}.", style="yellow", markup=False)
+    document = this.document(
+        kind="linear",
+        quick=args.quick,
+        complete=not interrupted,
+        results=[row(r) for r in results],
+    )
     if args.picture:
-        picture(document, args.picture)
-    console.print(f"Wrote {args.output} after {document['seconds']} s.")
+        picture(results, args.picture)
+    this.write(args.output, document)
     if interrupted:
         return 130
     return int(any("ours" in r.skipped for r in results) or not results)
+
+
+def row(result: Result) -> dict[str, Any]:
+    """A case in the JSON file."""
+    case = result.case
+    named = zip("ndv", case.shape, strict=True)
+    return {
+        "case": {"group": case.group, **dict(named), "dtype": case.dtype},
+        "samples": result.samples,
+        "peaks": result.peaks,
+        "skipped": result.skipped,
+    }
 
 
 def table(results: list[Result]) -> Table:
@@ -281,40 +265,117 @@ def table(results: list[Result]) -> Table:
     for label in LABELS.values():
         table.add_column(label, justify="right")
     for r in results:
-        best = r.best("ours")
+        pairs = (("ours", "products"), ("eager", "ours"), ("torch", "ours"))
+        ratios = (number(r.shortest_ratio(*pair), 2) for pair in pairs)
         table.add_row(
-            r.case.title,
-            number(best and best * 1e3, 0),
-            number(r.ratio("ours", "products"), 2),
-            number(r.ratio("eager", "ours"), 2),
-            number(r.ratio("torch", "ours"), 2),
-            *(number(r.excess(v), 1) for v in LABELS),
+            *(r.case.title, milliseconds(r), *ratios, *(number(mebibytes(r, v), 1) for v in LABELS))
         )
     return table
+
+
+def milliseconds(result: Result) -> str:
+    return number(1e3 * (result.shortest("ours") or math.nan), 0)
+
+
+def mebibytes(result: Result, variant: str) -> float | None:
+    """Beyond inputs and gradients."""
+    beyond = result.beyond(variant)
+    return None if beyond is None else beyond / MEBI
 
 
 def number(value: float | None, digits: int) -> str:
     return "" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
-def picture(document: dict[str, Any], path: Path) -> None:
+def picture(results: Sequence[Result], path: Path) -> None:
     """The memory over the number of classes."""
     from matplotlib.figure import Figure
 
-    results = [Result(**{**r, "case": Case(**r["case"])}) for r in document["results"]]
     points = [r for r in results if r.case.group == "classes" and r.case.dtype == "float32"]
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.add_subplot()
     for variant, label in LABELS.items():
-        xs = [r.case.v for r in points if variant in r.peaks]
-        ys = [r.excess(variant) or 0.0 for r in points if variant in r.peaks]
+        xs = [r.case.shape[-1] for r in points if variant in r.peaks]
+        ys = [mebibytes(r, variant) or 0.0 for r in points if variant in r.peaks]
         axes.plot(xs, ys, "o-", color=COLOURS[variant], label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xlabel("classes")
     axes.set_ylabel("MiB beside the gradients")
-    rows = statistics.mode(r.case.n for r in points)
+    rows = statistics.mode(r.case.shape[0] for r in points)
     axes.set_title(f"Linear cross entropy of {rows} rows, forward and backward", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path)
+
+
+def measure_on_gpu(case: Case, device: str, budgets: tuple[int, ...] = ()) -> dict[str, Any]:
+    work = HeadWork(case, device, budgets)
+    result = begin(work)
+    expected: list[Tensor] = []
+    differences: dict[str, float] = {}
+
+    def look(variant: str, step: Step) -> None:
+        result.peaks[variant] = gpu.peak(step, work)
+        if variant == "products":
+            return
+        outcome = work.outcome(work.losses()[variant]())
+        if variant == "eager":
+            expected.extend(outcome)
+        elif expected:
+            differences[variant] = max(map(difference, outcome, expected))
+
+    variants = ("eager", "ours", *work.budgets, *PEERS, "products")
+    steps = prepared(work, variants, result, look=look)
+    expected.clear()
+    result.samples = gpu.interleaved(steps, device, GPU_ROUNDS)
+    return {
+        "title": case.title,
+        "seconds": {k: statistics.median(v) for k, v in result.samples.items()},
+        "samples": result.samples,
+        "beyond_bytes": {k: result.beyond(k) for k in result.peaks},
+        "differences": differences,
+        "skipped": result.skipped,
+    }
+
+
+def line(found: dict[str, Any]) -> str:
+    parts = [
+        f"{k} {1e3 * v:.2f} ms {found['beyond_bytes'][k] / MEBI:.0f} MiB"
+        for k, v in found["seconds"].items()
+    ]
+    return ", ".join([found["title"], *parts, *(f"no {k}" for k in found["skipped"])])
+
+
+def benchmark(
+    keep: Callable[[list[dict[str, Any]]], None],
+    left: Callable[[], float],
+    dry: bool = False,
+    budgets: tuple[int, ...] = (),
+    cases: tuple[Case, ...] = GPU_CASES,
+) -> list[dict[str, Any]]:
+    """Measures on a GPU while there is time `left`, and gives `keep` what there is after each case."""
+    device = "cpu" if dry else "cuda"
+    results: list[dict[str, Any]] = []
+
+    def one(case: Case) -> dict[str, Any]:
+        found = measure_on_gpu(replace(case, shape=(9, 16, 40)) if dry else case, device, budgets)
+        print(line(found), flush=True)
+        return found
+
+    for case in cases:
+        if left() <= 0:
+            break
+        results.append(gpu.told(case.title, device, one, case))
+        keep(results)
+    return results
+
+
+def run_on_gpu(output: Path) -> int:
+    """What `fusedloss bench --device cuda --linear` does: 0, 1 where a case failed, 2 without a GPU."""
+    if gpu.absent():
+        return 2
+    about = {"format": 1, "kind": "gpu linear", "machine": gpu_machine("cuda")}
+    results = benchmark(lambda r: gpu.write(output, {**about, "linear": r}), lambda: math.inf)
+    print(f"Wrote {output}; memory is what is beyond inputs and gradients.")
+    return int(any("failed" in r or "ours" in r["skipped"] for r in results))

@@ -9,41 +9,26 @@ as in training.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
-from rich.console import Console
 from rich.table import Table
-
-import fusedloss
 
 from ...autograd import functions as autograd
 from ...front.definition import REGISTRY, Loss
-from . import command as bench
-from .cases import SIZES, Case
-from .harness import Plan, Step, interleave, warm_up
+from .cases import SIZES, Case, calls
+from .harness import Plan, Work, interleave, wall, warm_up
+from .machine import Run
 
-# Where PyTorch's functions find their operators.
-OPERATORS: dict[str, tuple[Any, str]] = {
-    "mse_loss": (torch._C._nn, "mse_loss"),
-    "binary_cross_entropy": (torch._C._nn, "binary_cross_entropy"),
-    "binary_cross_entropy_with_logits": (torch, "binary_cross_entropy_with_logits"),
-    "kl_div": (torch, "kl_div"),
-    "cross_entropy": (torch._C._nn, "cross_entropy_loss"),
-    "nll_loss": (torch._C._nn, "nll_loss_nd"),
-    "triplet_margin_loss": (torch, "triplet_margin_loss"),
-}
 QUICK, WHOLE = (0.5, 0.0005, 9), (3.0, 0.0005, 30)  # of a Plan: seconds, seconds a sample, samples
 IMPORT = """
 import time
@@ -63,11 +48,20 @@ class Calls:
     ours: float
     torch: float
     ours_before: float
-    torch_before: float
+    torch_before: float | None  # where PyTorch has no operator for the loss
 
     @property
-    def beyond(self) -> float:
-        return self.ours_before - self.torch_before
+    def beyond(self) -> float | None:
+        return None if self.torch_before is None else self.ours_before - self.torch_before
+
+
+def operator(name: str) -> tuple[Any, str] | None:
+    """Where PyTorch's function finds its operator."""
+    for where in (torch._C._nn, torch):
+        for found in (f"{name}_nd", f"{name}_loss", name):
+            if hasattr(where, found):
+                return where, found
+    return None
 
 
 @contextmanager
@@ -78,25 +72,24 @@ def _replaced(where: Any, name: str) -> Iterator[None]:
 
 
 def measure(loss: Loss, plan: Plan) -> Calls:
-    generator = torch.Generator().manual_seed(0)
-    tensors = loss.example(SIZES["15"], torch.float32, generator)
-    settings = Case("", loss.key, SIZES["15"]).settings(tensors, generator)
-    functions = {"ours": loss.function, "torch": getattr(torch.nn.functional, loss.name)}
-
-    def step(function: Callable[..., Any]) -> Step:
-        return lambda: function(*tensors, **settings)
+    work = Work(Case("", loss.key, SIZES["15"]))
+    functions = {"ours": loss.function, "torch": loss.torch_function}
 
     def shortest(*chosen: str) -> list[float]:
-        steps = {name: step(functions[name]) for name in chosen}
+        steps = {k: partial(functions[k], *work.bare, **work.settings) for k in chosen}
         for each in steps.values():
             warm_up(each)
-        samples, _ = interleave(steps, plan, lambda *_: None)
+        samples, _ = interleave({k: partial(wall, step) for k, step in steps.items()}, plan)
         return [min(samples[name]) for name in chosen]
 
     whole = shortest("ours", "torch")
-    with _replaced(autograd, "repeat"), _replaced(*OPERATORS[loss.name]):
-        before = shortest("ours", "torch")
-    return Calls(loss.name, *whole, *before)
+    replaced = operator(loss.name)
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(autograd, "repeat"))
+        if replaced:
+            stack.enter_context(_replaced(*replaced))
+        before = shortest(*("ours", "torch")[: 1 + bool(replaced)])
+    return Calls(loss.name, whole[0], whole[1], before[0], before[1] if replaced else None)
 
 
 def imports(times: int) -> list[tuple[float, float]]:
@@ -115,33 +108,19 @@ def imports(times: int) -> list[tuple[float, float]]:
 
 def run(args: argparse.Namespace, threads: int) -> int:
     """Measure and report; 0."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120
+    this = Run(threads, 120)
     torch.set_num_threads(threads)
-    started, here = time.perf_counter(), bench.machine(threads)
-    console.print(bench.headline(here), style="dim", markup=False)
     plan = Plan((), threads, *(QUICK if args.quick else WHOLE), most=2000)
-    losses = [loss for key, loss in REGISTRY.items() if key in OPERATORS]
     with torch.no_grad():
-        results = [measure(loss, plan) for loss in losses]
+        results = [measure(REGISTRY[key], plan) for key in calls()]
     seconds = imports(3 if args.quick else 9)
-    console.print(table(results))
+    this.console.print(table(results))
     of_torch, of_ours = (statistics.median(each) * 1e3 for each in zip(*seconds, strict=True))
-    console.print(f"import torch: {of_torch:.0f} ms; import fusedloss after it: {of_ours:.0f} ms")
-    document = {
-        "format": 1,
-        "kind": "calls",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "fusedloss": {"version": fusedloss.__version__, "commit": bench.commit()},
-        "torch": torch.__version__,
-        "machine": here,
-        "seconds": round(time.perf_counter() - started),
-        "imports": seconds,
-        "results": [asdict(r) for r in results],
-    }
-    args.output.write_text(json.dumps(document, allow_nan=False) + "\n")
-    console.print(f"Wrote {args.output} after {document['seconds']} s.")
+    this.console.print(
+        f"import torch: {of_torch:.0f} ms; import fusedloss after it: {of_ours:.0f} ms"
+    )
+    document = this.document(kind="calls", imports=seconds, results=[asdict(r) for r in results])
+    this.write(args.output, document)
     return 0
 
 
@@ -152,5 +131,5 @@ def table(results: list[Calls]) -> Table:
         table.add_column(column, justify="left" if column == "loss" else "right")
     for r in results:
         times = (r.torch, r.ours, r.torch_before, r.ours_before, r.beyond)
-        table.add_row(r.loss, *(f"{1e6 * seconds:.1f}" for seconds in times))
+        table.add_row(r.loss, *("" if t is None else f"{1e6 * t:.1f}" for t in times))
     return table

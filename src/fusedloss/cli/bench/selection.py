@@ -7,20 +7,23 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from ...front.definition import REGISTRY
-from .cases import CASES, CHOICES, DTYPES, LARGEST, QUICK_SIZES, SIZES, Case, sweep
-from .harness import Job, Plan, Result, jobs
-
-FORMAT = 1  # of the JSON file
-
-
-class UsageError(ValueError):
-    """One line for the user; the exit code is 2."""
+from ..arguments import (
+    UsageError,
+    among,
+    check_picture,
+    check_writable,
+    chosen_losses,
+    chosen_threads,
+)
+from .builds import package_folder
+from .cases import CASES, CHOICES, DTYPES, LARGEST, QUICK_SIZES, SIZES, TIMED, Case, sweep
+from .cpu import Job, jobs
+from .harness import Plan, Result
+from .machine import FORMAT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cuda takes --only, --linear and --output of these options; default: %(default)s",
     )
     add("--threads", metavar="N", help="default: what torch takes")
-    add("--against", type=Path, metavar="FILE", help="compare with the JSON of an earlier run")
+    add(
+        *("--against",),
+        type=Path,
+        metavar="PATH",
+        help="compare with the JSON of an earlier run, or, call by call, with the fusedloss of a folder",
+    )
     add("--targets", action="store_true", help="print which targets are met")
     add(
         *("--output",),
@@ -86,6 +94,7 @@ class Selection:
     threads: int
     quick: bool
     then: tuple[Result, ...]
+    against: str  # the folder of another build
 
     def plan(self, case: Case) -> Plan:
         compiles = "compile" in self.variants and (not self.quick or case.quick_compile)
@@ -94,7 +103,7 @@ class Selection:
             timing = (0.3, 0.002, 3) if self.quick else (1.5, 0.005, 5)
         else:
             timing = (1.2, 0.005, 3) if self.quick else (6.0, 0.01, 9)
-        return Plan(variants, self.threads, *timing)
+        return Plan(variants, self.threads, *timing, against=self.against)
 
     def jobs(self) -> Iterator[Job]:
         """The cases in order, the memory of each after its times, and the sweep at the end."""
@@ -113,7 +122,7 @@ class Selection:
 
 def selection(args: argparse.Namespace) -> Selection:
     """Checks the arguments: whatever is wrong is found before anything is measured."""
-    losses = chosen_losses(args.only)
+    losses = chosen_losses(args.only, TIMED)
     dtypes = among("--dtype", args.dtype, DTYPES)
     variants = among("--variants", args.variants, CHOICES) or CHOICES
     variants = tuple(v for v in CHOICES if v == "ours" or v in variants)
@@ -130,41 +139,10 @@ def selection(args: argparse.Namespace) -> Selection:
     for path in (args.output, args.html):
         check_writable("--html" if path is args.html else "--output", path)
     check_picture(args.picture)
-    then = () if args.against is None else earlier(args.against)
-    return Selection(tuple(cases), variants, chosen_threads(args.threads), args.quick, then)
-
-
-# `--linear` times the others.
-TIMED = tuple(key for key, row in REGISTRY.items() if row.kind != "heads")
-
-
-def chosen_losses(words: Sequence[str] | None, valid: Sequence[str] = TIMED) -> tuple[str, ...]:
-    """Those of the `valid` registry rows; `mse`, `mse_loss` and `MSELoss` name the same, a name all its
-    variants."""
-
-    def plain(name: str) -> str:
-        return name.lower().replace("_", "").removesuffix("loss")
-
-    if words is None:
-        return tuple(valid)
-    found: dict[str, None] = {}
-    for word in words:
-        keys = [
-            key
-            for key, row in ((key, REGISTRY[key]) for key in valid)
-            if plain(word) in (plain(key), plain(row.name), plain(row.module))
-        ]
-        if not keys:
-            raise UsageError(f"--only: must be among {', '.join(valid)}, got {word!r}")
-        found.update(dict.fromkeys(keys))
-    return tuple(found)
-
-
-def among(option: str, words: Sequence[str] | None, valid: Sequence[str]) -> tuple[str, ...] | None:
-    for word in words or ():
-        if word not in valid:
-            raise UsageError(f"{option}: must be among {', '.join(valid)}, got {word!r}")
-    return None if words is None else tuple(v for v in valid if v in words)
+    against = other_build(args.against)
+    then = () if args.against is None or against else earlier(args.against)
+    threads = chosen_threads(args.threads)
+    return Selection(tuple(cases), variants, threads, args.quick, then, against)
 
 
 def chosen_sizes(words: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
@@ -182,34 +160,13 @@ def chosen_sizes(words: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
     return sizes
 
 
-def chosen_threads(word: str | None) -> int:
-    if word is None:
-        return torch.get_num_threads()
-    if not word.isdecimal() or not 1 <= int(word) <= 4096:
-        raise UsageError(f"--threads: must be an integer from 1 to 4096, got {word!r}")
-    return int(word)
-
-
-def check_picture(path: Path | None) -> None:
-    if path is None:
-        return
-    if find_spec("matplotlib") is None:
-        raise UsageError("--picture: needs matplotlib (pip install 'fusedloss[demo]')")
-    if path.suffix not in (".svg", ".png"):
-        raise UsageError(f"--picture: must end in .svg or .png, got {str(path)!r}")
-    check_writable("--picture", path)
-
-
-def check_writable(option: str, path: Path) -> None:
-    existed = path.exists()
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise UsageError(
-            f"{option}: must be a file that can be written, got {str(path)!r} ({error.strerror})"
-        ) from None
-    if not existed:
-        path.unlink()
+def other_build(path: Path | None) -> str:
+    """The folder with the package that `--against` names, if it names a folder."""
+    if path is None or not path.is_dir():
+        return ""
+    if (folder := package_folder(path)) is None:
+        raise UsageError(f"--against: must be a checkout or installed fusedloss, got {str(path)!r}")
+    return folder
 
 
 def earlier(path: Path) -> tuple[Result, ...]:

@@ -8,11 +8,13 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from .cases import TARGETS, VARIANTS, Target, geometric_mean
+from .cases import VARIANTS
 from .harness import Result
+from .targets import TARGETS, Target, geometric_mean
 
 MISSING = "-"
 SLOWER = 1.05
+SLOWER_BUILD = 1.03
 RATIOS = (("ours", "yardstick"), ("eager", "ours"), ("compile", "ours"))
 MEANS = {"table": "of the cases", "sweep": "of the sweep", "": "of all"}
 
@@ -215,3 +217,38 @@ def compared(
         relative = eager[0] / eager[1] if eager[0] and eager[1] else None
         found.append((new, old, times[0] / times[1], relative))
     return found
+
+
+def against_build(result: Result) -> tuple[float, float] | None:
+    """This build's time over the other's: in the median round, and the shortest over the shortest."""
+    median, shortest = result.ratio("new", "old"), result.shortest_ratio("new", "old")
+    return (median, shortest) if median and shortest else None
+
+
+def builds_table(results: Sequence[Result]) -> Table:
+    table = new_table("This build / the other")
+    table.add_column("case", no_wrap=True)
+    for name in ("median", "shortest", "other", "this", "bits", ""):
+        table.add_column(name, justify="right", no_wrap=True)
+    for r in results:
+        if ratios := against_build(r):
+            slower, faster = min(ratios) > SLOWER_BUILD, max(ratios) < 1 / SLOWER_BUILD
+            word = "[red]slower[/]" if slower else "[green]faster[/]" if faster else ""
+            times = (clock(r.median(v)) for v in ("old", "new"))
+            cells = [f"{ratio:.3f}" for ratio in ratios]
+            cells += [*times, "same" if r.as_built else "[yellow]other[/]", word]
+            table.add_row(escape(r.case.title), *cells)
+    return table
+
+
+def slowest(results: Sequence[Result]) -> str:
+    """A case is slower where both ratios say so: one alone may be the machine."""
+    found = [(min(ratios), r.case.title) for r in results if (ratios := against_build(r))]
+    if not found:
+        return "No case was measured with both builds."
+    ratio, title = max(found)
+    count = sum(each > SLOWER_BUILD for each, _ in found)
+    return (
+        f"The slowest against the other build: {ratio:.3f}, {escape(title)}; "
+        f"{count} of {len(found)} above {SLOWER_BUILD}."
+    )

@@ -19,8 +19,8 @@ from torch.nn import functional as F  # noqa: N812
 
 import fusedloss
 
-from ..bench.harness import resident
-from ..bench.heads import COLOURS, LABELS, MEBI, in_a_process
+from ..bench.heads import COLOURS, LABELS
+from ..processes import MEBI, in_a_process, resident
 
 VOCABULARY = 32768
 CORPUS_BYTES = 8_000_000

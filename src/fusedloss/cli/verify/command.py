@@ -24,7 +24,7 @@ from ... import __version__
 from ...core import reduce
 from ...engines.cpu.load import FLOATS
 from ...front.definition import REGISTRY, Loss
-from ..bench.selection import UsageError, among, check_writable, chosen_losses
+from ..arguments import UsageError, among, check_writable, chosen_losses
 from ..bench.tables import new_table, short
 from . import exact, measured
 from .measured import PYTORCH, SUM_BOUND, TRITON, Errors, Path, Sum
@@ -69,7 +69,7 @@ class Row:
 def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True, highlight=False)
     try:
-        keys = chosen_losses(args.only)
+        keys = chosen_losses(args.only, [k for k, row in REGISTRY.items() if row.kind != "heads"])
         names = among("--dtype", args.dtype, tuple(DTYPES)) or (
             QUICK if args.quick else tuple(DTYPES)
         )
