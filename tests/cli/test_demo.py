@@ -184,7 +184,8 @@ def test_missing_package(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "rich", None)
-    monkeypatch.delitem(sys.modules, "fusedloss.cli.demo")
+    for name in ("fusedloss.cli.demo", "fusedloss.cli.demo.command"):
+        monkeypatch.delitem(sys.modules, name)
     assert main(["demo"]) == 2
     assert capsys.readouterr().err == (
         "fusedloss demo: needs rich, which is not installed: run pip install 'fusedloss[demo]'\n"
