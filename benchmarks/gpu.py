@@ -83,9 +83,9 @@ def main() -> int:
     if not (ROOT / "src/fusedloss/__init__.py").exists():
         raise SystemExit("benchmarks/gpu.py: run it from a checkout")
     sys.path.insert(0, str(ROOT / "src"))
+    from fusedloss import engines
     from fusedloss.cli.bench import cuda as bench
     from fusedloss.cli.bench import heads as linear
-    from fusedloss.engines import gpu
 
     if args.warm:
         warm(bench, *args.warm)
@@ -140,11 +140,9 @@ def main() -> int:
             }
             for part, outcome in runs.items():
                 keep(part)(outcome.result())
+    stack = contextlib.ExitStack()
     if args.dry_run:
-        from fusedloss.engines.gpu import interpreter
-
-        interpreter.mend()
-        gpu.on_cpu = True
+        stack.enter_context(engines.interpreted())
     cases = tuple(c for c in bench.CASES if not args.dry_run or c.title.endswith(("bf16", "3x5")))
     for process in warming:
         process.wait()

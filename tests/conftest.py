@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
+from fusedloss import engines
 from fusedloss.core import trace
 from fusedloss.core.reduce import wide
-from fusedloss.engines import cpu, gpu
+from fusedloss.engines import cpu
 from fusedloss.engines.cpu import load
 from fusedloss.front.definition import REGISTRY, Loss
 from fusedloss.route import memo
@@ -32,10 +33,8 @@ FLOAT64_ROUNDINGS = 8192
 GPU = os.environ.get("FUSEDLOSS_TEST_GPU", "")
 DEVICE = "cuda" if GPU == "cuda" else "cpu"
 if GPU == "interpreted":
-    from fusedloss.engines.gpu import interpreter
-
-    interpreter.mend()
-    gpu.on_cpu = True
+    INTERPRETED = contextlib.ExitStack()  # to the end of the process
+    INTERPRETED.enter_context(engines.interpreted())
 
 NAMES = {loss.name for loss in REGISTRY.values()} & set(dir(torch.nn.functional))
 ORIGINALS = [getattr(torch.nn.functional, name) for name in sorted(NAMES)]

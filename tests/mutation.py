@@ -74,7 +74,7 @@ LINEAR: dict[str, Any] = {"files": ("tests/heads/test_linear.py",)}
 HEADS = "loop_is_the_formula or log_prob or divergence"
 ERRORS: dict[str, Any] = {"files": ("tests/front/test_errors.py",)}
 REPEAT: dict[str, Any] = {"files": ("tests/route/test_repeat.py",)}
-AGAIN = "src/fusedloss/engines/cpu/again.py"
+AGAIN = "src/fusedloss/engines/cpu/engine.py"
 CE, NLL, TRIPLET = "cross_entropy", "nll_loss", "triplet_margin_loss"
 
 # fmt: off

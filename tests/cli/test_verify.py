@@ -59,7 +59,7 @@ def plant(engine: Any, monkeypatch: pytest.MonkeyPatch, spoil: Callable[..., Any
     monkeypatch.setattr(engine, "forward", spoilt)
     # A repeated call goes straight to the kernel.
     monkeypatch.setattr(memo, "known", {})
-    monkeypatch.setattr(cpu.again, "prepare", lambda *_: None)
+    monkeypatch.setattr(engine, "prepare", lambda *_: None)
 
 
 WRONG = 1 + 2.0**-20  # 8 ulp of float32
@@ -93,7 +93,7 @@ def test_a_planted_error_fails(
 ) -> None:
     arguments = ["verify", "--quick", "--only", "mse", "--dtype", "float32"]
     assert main(arguments) == 0
-    plant(cpu.pointwise, monkeypatch, spoil)
+    plant(cpu.ENGINES["pointwise"], monkeypatch, spoil)
     assert main(arguments) == 1
     assert re.search(rf"^mse_loss, float32, ({words}).* beyond", capsys.readouterr().out, re.M)
 

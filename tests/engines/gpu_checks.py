@@ -304,8 +304,10 @@ def test_a_bad_label_leaves_the_other_gradients() -> None:
     """What a step takes that runs before the error is known."""
     x, y = bad_labels()
     call = RowsCall("cross_entropy", False, "sum", -100, 0.0, torch.float32)
-    _, (expected, *_) = rows.forward(call, (x, y.clamp(max=3), None), (True, False, False))
-    _, (grad, *_) = rows.forward(call, (x, y, None), (True, False, False))
+    _, (expected, *_) = gpu.engine_of("rows").forward(
+        call, (x, y.clamp(max=3), None), (True, False, False)
+    )
+    _, (grad, *_) = gpu.engine_of("rows").forward(call, (x, y, None), (True, False, False))
     assert grad is not None and expected is not None
     rest = torch.ones_like(y, dtype=torch.bool)
     rest[2, 1] = False
@@ -384,7 +386,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
         raise OSError("no compiler")
 
     yield lambda: monkeypatch.setattr(launch, "run", fail)
-    gpu._failures.clear()
+    gpu.available.failures.clear()
 
 
 @pytest.mark.parametrize("function", ["mse_loss", "cross_entropy"])

@@ -194,7 +194,7 @@ def test_torch_operations_serve_where_triton_fails(
     problem = Problem(generator, shape=(5, 3, 20))
     on_device(problem, {})
     expected = problem.run(linear_cross_entropy)
-    monkeypatch.setattr(gpu, "_failures", {})
+    monkeypatch.setattr(gpu.available, "failures", {})
 
     def fail(*_: Any) -> None:
         raise OSError("no compiler")

@@ -234,10 +234,12 @@ def test_no_packer_takes_null_for_absent() -> None:
     x, nothing = torch.rand(3, 4), zero(torch.rand(3, 4))
     labels = torch.tensor([0, 1, 2])
     packed = [
-        lambda: cpu.pointwise.backward(mse("none"), (x, x, None), (True, False), nothing),
-        lambda: cpu.pointwise.forward(mse("sum"), (x, x, nothing), ()),
-        lambda: cpu.rows.forward(rows(), (x, zero(labels), None), ()),
-        lambda: cpu.triplet.forward(triplet(), (x, nothing, x), ()),
+        lambda: cpu.ENGINES["pointwise"].backward(
+            mse("none"), (x, x, None), (True, False), nothing
+        ),
+        lambda: cpu.ENGINES["pointwise"].forward(mse("sum"), (x, x, nothing), ()),
+        lambda: cpu.ENGINES["rows"].forward(rows(), (x, zero(labels), None), ()),
+        lambda: cpu.ENGINES["triplet"].forward(triplet(), (x, nothing, x), ()),
     ]
     for call in packed:
         with pytest.raises(RuntimeError, match=r"(incoming|weight|target|positive) .*no memory"):

@@ -146,8 +146,8 @@ def test_a_known_call_packs_no_arguments(
 
     expected = step()
     step()
-    for family in (cpu.pointwise, cpu.rows, cpu.triplet):
-        monkeypatch.setattr(family, "_launch", lambda *_: pytest.fail("they were packed anew"))
+    for engine in cpu.ENGINES.values():
+        monkeypatch.setattr(engine, "pack", lambda *_: pytest.fail("they were packed anew"))
     for got, want in zip(step(), expected, strict=True):
         assert same_bits(got, want)
 
@@ -319,7 +319,8 @@ def test_settings_that_are_equal_but_of_other_types() -> None:
 
 
 def test_a_call_that_never_comes_back_prepares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu.again, "prepare", lambda *_: pytest.fail("it was prepared"))
+    for engine in cpu.ENGINES.values():
+        monkeypatch.setattr(engine, "prepare", lambda *_: pytest.fail("it was prepared"))
     for n in range(1, 9):
         functional.mse_loss(torch.zeros(n), torch.ones(n))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core import errors, plain, torch_state
 from ..core.plain import is_plain
-from ..engines import cpu, gpu
+from ..engines import engine_of, gpu
 from ..engines.cpu.again import Again
 from ..kinds import Call
 
@@ -30,23 +30,13 @@ _profiling = torch_state.profiling
 _span = torch_state.span
 
 
-def engine(call: Call, tensor: Tensor | None) -> ModuleType:
-    """The module whose `forward` and `backward` run the call on the device of the tensor.
-
-    After the gradients a GPU's `forward` may give more, which its `rescale` takes beside them.
-    """
-    if gpu.serves(tensor):
-        return gpu.family(call.family)
-    return getattr(cpu, call.family)
-
-
 def run(loss: str, call: Call, tensors: tuple[Tensor | None, ...]) -> Tensor:
     """The loss by its kernel, differentiable by the first `call.gradients` tensors."""
     if learns():
         for tensor in tensors[: call.gradients]:
             if tensor is not None and tensor.requires_grad:
                 return _recorded(named(_Fused, loss), call, tensors)
-    return spanned(loss, lambda: engine(call, tensors[0]).forward(call, tensors, ())[0])
+    return spanned(loss, lambda: engine_of(call, tensors[0]).forward(call, tensors, ())[0])
 
 
 def learns() -> bool:
@@ -97,11 +87,10 @@ def prepare(loss: str, call: Call, tensors: tuple[Tensor | None, ...]) -> Again 
     ):
         return None
     stores = _stores_gradients(call, tensors, needed)
-    on_gpu = gpu.serves(tensors[0])
-    module = gpu.family("again") if on_gpu else cpu.again
-    again = module.prepare(engine(call, tensors[0]), call, tensors, needed, stores)
+    again: Again | None = engine_of(call, tensors[0]).prepare(call, tensors, needed, stores)
     if again is not None:
-        again.loss, again.apply = loss, named(_AgainOnGpu if on_gpu else _Again, loss)
+        kind = _AgainOnGpu if gpu.serves(tensors[0]) else _Again
+        again.loss, again.apply = loss, named(kind, loss)
     return again
 
 
@@ -151,7 +140,7 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> Tensor:
         needed = ctx.needs_input_grad[1:]
         ctx.call, ctx.stored = call, _stores_gradients(call, tensors, needed)
-        result, grads = engine(call, tensors[0]).forward(
+        result, grads = engine_of(call, tensors[0]).forward(
             call, tensors, needed if ctx.stored else ()
         )
         ctx.save_for_backward(*tensors, *grads)
@@ -298,13 +287,13 @@ def _by_kernel(
         tensors = saved.settled(create_graph=False)
         if any(t is not None and plain.gap(t) for t in tensors):
             return None
-    family = engine(call, tensors[0])
+    engine = engine_of(call, tensors[0])
     if readable:
-        return family.backward(call, tensors, saved.needed, arrived)
+        return engine.backward(call, tensors, saved.needed, arrived)
     one = torch.ones(arrived.shape, dtype=arrived.dtype, device=arrived.device)
     spread = call.spread(arrived)
     return [
-        None if g is None else g * spread for g in family.backward(call, tensors, saved.needed, one)
+        None if g is None else g * spread for g in engine.backward(call, tensors, saved.needed, one)
     ]
 
 
@@ -439,7 +428,7 @@ def rescaled(
     grads, rest = list(stored[: call.gradients]), stored[call.gradients :]
     if _keeps_graph() or not own:
         grads = [g if g is None else g.clone() for g in grads]
-    engine(call, tensors[0]).rescale(call, tensors, (*grads, *rest), incoming)
+    engine_of(call, tensors[0]).rescale(call, tensors, (*grads, *rest), incoming)
     return grads
 
 

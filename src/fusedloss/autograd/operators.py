@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core import caches, trace
 from ..core.torch_state import differentiating
-from ..engines import gpu
+from ..engines import engine_of, gpu
 from ..kinds import Call
 from ..kinds.rows import RowsCall
 from ..kinds.triplet import TripletCall
@@ -122,7 +122,7 @@ def _define(kind: type[RowsCall] | type[TripletCall]) -> None:
         return _unless_triton_fails(
             call.family,
             tensors[0],
-            lambda: autograd.engine(call, tensors[0]).forward(call, tensors, ())[0],
+            lambda: engine_of(call, tensors[0]).forward(call, tensors, ())[0],
             lambda: call.by_formula(*tensors).contiguous(),
         )
 
@@ -136,7 +136,7 @@ def _define(kind: type[RowsCall] | type[TripletCall]) -> None:
         grads = _unless_triton_fails(
             call.family,
             tensors[0],
-            lambda: autograd.engine(call, tensors[0]).backward(call, tensors, needed, incoming),
+            lambda: engine_of(call, tensors[0]).backward(call, tensors, needed, incoming),
             lambda: _gradients_by_formula(call, tensors, needed, incoming),
         )
         pairs = zip(grads, tensors, strict=False)
@@ -173,7 +173,7 @@ def _define(kind: type[RowsCall] | type[TripletCall]) -> None:
         result, grads = _unless_triton_fails(
             call.family,
             tensors[0],
-            lambda: autograd.engine(call, tensors[0]).forward(call, tensors, needed),
+            lambda: engine_of(call, tensors[0]).forward(call, tensors, needed),
             by_formula,
         )
         pairs = zip(grads[: call.gradients], tensors, strict=False)

@@ -12,9 +12,11 @@ from ..autograd import functions as autograd
 from ..core import levels, plain, torch_state, trace
 from ..core.plain import PLAIN
 from ..engines import gpu
+from ..engines.gpu import available
 from ..kinds import Call
 
 MOST = 1024
+HOST = gpu.HOST
 CONSTANTS = (str, bool, int, float, type)
 
 # Asked at every call: bound here once.
@@ -62,7 +64,7 @@ def repeat(
     ):
         return None
     host = a.is_cpu
-    device = -1 if host else a.get_device()
+    device = available.host if host else a.get_device()
     if not (b.is_cpu if host else a.is_cuda and b.is_cuda and b.get_device() == device):
         return None
     key: tuple[Any, ...]
@@ -98,7 +100,7 @@ def repeat(
     if again is _untried:
         again = autograd.prepare(loss, call, tensors)
         known[key] = call, again
-    if (not host or gpu.on_cpu) and gpu.problem(call.family):
+    if device != HOST and gpu.problem(call.family):
         return None
     _by_kernel[loss] += 1
     try:

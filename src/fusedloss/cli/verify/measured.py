@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import engines
 from ...core import trace
-from ...engines import cpu, gpu
+from ...engines import cpu
 from ...engines.cpu import load
 from ...front.definition import REGISTRY, Loss
 from ...kinds import Call
@@ -65,7 +66,7 @@ class Path:
             if self.name == "formula":
                 stack.enter_context(trace.forced("fusedloss verify asks for it"))
             elif self.environment == INTERPRETED:
-                stack.enter_context(_interpreted())
+                stack.enter_context(engines.interpreted())
             yield
         ran = {how for _, how in trace.calls() - before}
         wanted = {"formula": {"formula"}, "PyTorch": set()}.get(self.name, {"kernel"})
@@ -76,18 +77,6 @@ class Path:
         """A tensor where the path wants it."""
         on_gpu = self.name == TRITON and not self.environment and isinstance(value, Tensor)
         return value.cuda() if on_gpu else value
-
-
-@contextlib.contextmanager
-def _interpreted() -> Iterator[None]:
-    from ...engines.gpu import interpreter
-
-    interpreter.mend()
-    gpu.on_cpu = True
-    try:
-        yield
-    finally:
-        gpu.on_cpu = False
 
 
 PYTORCH = Path("PyTorch")

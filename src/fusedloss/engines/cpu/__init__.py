@@ -1,15 +1,17 @@
 """The CPU kernels: one C++ source, a library for each CPU capability, called through its C ABI."""
 
-from . import again, pointwise, rows, triplet
-from .load import capability, library, one_thread, problem
+from typing import Any
 
-__all__ = [
-    "again",
-    "capability",
-    "library",
-    "one_thread",
-    "pointwise",
-    "problem",
-    "rows",
-    "triplet",
-]
+from ..protocol import Engine
+from .load import capability, library, one_thread, problem
+from .pointwise import PointwiseEngine
+from .rows import RowsEngine
+from .triplet import TripletEngine
+
+ENGINES: dict[str, Engine[Any]] = {
+    "pointwise": PointwiseEngine(),
+    "rows": RowsEngine(),
+    "triplet": TripletEngine(),
+}  # by the family of a call
+
+__all__ = ["ENGINES", "capability", "library", "one_thread", "problem"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,8 +30,7 @@ def capability() -> str:
 
 def path(small: bool = False) -> Path:
     # An editable install has two folders: the sources and the built files.
-    from . import __path__ as folders
-
+    folders = sys.modules[__name__.rpartition(".")[0]].__path__
     narrow = "_narrow" if small and capability() == "avx512" else ""
     name = f"libfusedloss_{capability()}{narrow}.so"
     found = [Path(folder) / "lib" / name for folder in folders]

@@ -1,4 +1,4 @@
-"""The GPU kernels: the same formulas through Triton, one module for each kernel family.
+"""The GPU kernels: the same formulas through Triton, one engine for each family of calls.
 
 Importing this package imports no Triton; the first call on a GPU does.
 """
@@ -8,54 +8,40 @@ from __future__ import annotations
 import functools
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from ...core import errors, torch_state
+from ..protocol import Engine
+from .available import HOST, Failed, import_problem, interpreted, problem, serves, turn_off
 
-on_cpu = (
-    False  # tests set it: Triton interprets the kernels on CPU tensors, under TRITON_INTERPRET=1
-)
-_failures: dict[
-    str, str
-] = {}  # by family: a kernel that does not compile says little of the others
-
-
-class Failed(Exception):
-    """Triton cannot compile or launch a kernel."""
-
-
-@functools.cache
-def _import() -> str | None:
-    try:
-        importlib.import_module("triton")
-    except Exception as error:
-        return f"cannot import triton: {type(error).__name__}: {error}"
-    return None
-
-
-@torch_state.constant
-def problem(family: str | None = None) -> str | None:
-    """Why there are no GPU kernels of a family, or of any; or None."""
-    found = _failures.get(family) if family else next(iter(_failures.values()), None)
-    return found or _import()
-
-
-def serves(tensor: Tensor | None) -> bool:
-    """Whether a kernel for this tensor would be one of Triton's."""
-    return on_cpu or (tensor is not None and tensor.is_cuda)
+__all__ = [
+    "HOST",
+    "Failed",
+    "engine_of",
+    "family",
+    "interpreted",
+    "problem",
+    "serves",
+    "synchronize",
+    "turn_off",
+]
 
 
 def family(name: str) -> ModuleType:
     return importlib.import_module(f".{name}", __name__)
 
 
-def turn_off(failed: Failed, family: str) -> None:
-    """From now on the formula runs on the GPU, for the losses of a family."""
-    _failures[family] = f"Triton failed: {failed}"
-    words = f"Losses on the GPU of this kind ({family}) take the formula from now on."
-    errors.warn(f"fusedloss: {_failures[family]}. {words}")
+@functools.cache
+def engine_of(kind: str) -> Engine[Any]:
+    """Of calls of a kind."""
+    from .pointwise import PointwiseEngine
+    from .rows import RowsEngine
+    from .triplet import TripletEngine
+
+    kinds: dict[str, type[Engine[Any]]]
+    kinds = {"pointwise": PointwiseEngine, "rows": RowsEngine, "triplet": TripletEngine}
+    return kinds[kind]()
 
 
 def synchronize() -> None:
@@ -71,5 +57,5 @@ def synchronize() -> None:
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    if _import() is None:
+    if import_problem() is None:
         family("flags").raise_all()

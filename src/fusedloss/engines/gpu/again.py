@@ -9,7 +9,6 @@ import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,9 +18,10 @@ from triton import knobs
 from ...core import torch_state
 from ...core.plain import PLAIN, Unreadable
 from ...kinds import Call
-from ...kinds.rows import RowsCall
-from . import Failed, flags, launch, rows
-from .layout import Slot
+from ..plan import Slot
+from ..protocol import Engine
+from . import flags, launch
+from .available import Failed
 
 _empty_like = torch.empty_like
 _data_ptr = Tensor.data_ptr
@@ -64,7 +64,7 @@ class Again:
     """A reduced loss of contiguous tensors, whose shapes and types are those of an earlier call."""
 
     call: Call
-    family: ModuleType
+    engine: Engine[Any]
     device: torch.device
     inputs: int  # how many tensors there are
     learned: int  # the first so many need a gradient
@@ -98,7 +98,7 @@ class Again:
         return incoming.dtype is self.scalar.dtype and not incoming.dim()
 
     def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Slot]]:
-        """The loss, and what `family.forward` gives beside it."""
+        """The loss, and what the engine's gives beside it."""
         flags.raise_pending(self.device)
         grads = self.gradients(tensors) if self.stores else ()
         result = _empty_like(self.scalar)
@@ -107,7 +107,7 @@ class Again:
         scratch = map(_empty_like, self.scratch)
         if not self.launch(self.launches, (*tensors, result, *grads, *made, *scratch)):
             needed = [self.stores and k < self.learned for k in range(self.call.gradients)]
-            return self.family.forward(self.call, self.whole(tensors), needed)
+            return self.engine.forward(self.call, self.whole(tensors), needed)
         return result, (*self.slots(grads), *rest) if self.stores else ()
 
     def backward(
@@ -126,10 +126,10 @@ class Again:
         if not self.launch(self.launches_backward, sources):
             whole = self.whole(tensors)
             if self.stores:
-                self.family.rescale(self.call, whole, stored, incoming)
+                self.engine.rescale(self.call, whole, stored, incoming)
             else:
                 needed = [k < self.learned for k in range(slots)]
-                found = self.family.backward(self.call, whole, needed, incoming)
+                found = self.engine.backward(self.call, whole, needed, incoming)
                 grads = [g for g in found if g is not None]
         return (*grads, *self.undefined)
 
@@ -170,7 +170,7 @@ def hooked() -> bool:
 
 
 def prepare(
-    family: ModuleType,
+    engine: Engine[Any],
     call: Call,
     tensors: tuple[Slot, ...],
     needed: Sequence[bool],
@@ -184,7 +184,7 @@ def prepare(
     stores = bool(learned) and stores_gradients
     try:
         with launch.taped() as tape:
-            result, found = family.forward(call, tensors, needed if stores else ())
+            result, found = engine.forward(call, tensors, needed if stores else ())
         grads, rest = [g for g in found[:slots] if g is not None], tuple(found[slots:])
         made = [t for t in rest if t is not None and stores]
         tape.scratch = [t for t in tape.scratch if not any(t is m for m in made)]
@@ -195,9 +195,9 @@ def prepare(
             arriving = torch.empty_like(result)
             with launch.taped() as tape_backward:
                 if stores:
-                    family.rescale(call, tensors, found, arriving)
+                    engine.rescale(call, tensors, found, arriving)
                 else:
-                    given = family.backward(call, tensors, needed, arriving)
+                    given = engine.backward(call, tensors, needed, arriving)
                     grads = [g for g in given if g is not None]
             backward = _kept(tape_backward, (*inputs, arriving, *grads, *made))
     except Failed:
@@ -210,7 +210,7 @@ def prepare(
         return None
     return Again(
         call=call,
-        family=family,
+        engine=engine,
         device=inputs[0].device,
         inputs=len(inputs),
         learned=learned,
@@ -219,7 +219,7 @@ def prepare(
         stores=stores,
         rest=rest if stores else (),
         scalar=result,
-        make=rows.like(call) if isinstance(call, RowsCall) else _empty_like,
+        make=torch.zeros_like if call.name == "rows/nll_loss" else _empty_like,
         launches=launches,
         scratch=tape.scratch,
         launches_backward=backward,

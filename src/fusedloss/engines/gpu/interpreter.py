@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 
+@functools.cache
 def mend() -> None:
     """Conversions to bfloat16 round to nearest, from any type; a GPU knows no floating point warnings."""
     np.seterr(all="ignore")

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import Failed, flags
+from . import flags
+from .available import Failed
 
 MOST_PROGRAMS = 2048  # of a loop over blocks: one wave on today's GPUs, and few partial sums
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ...core import errors, reduce
 from ...kinds.formula import Pointwise
-from ...kinds.pointwise import PointwiseCall
+from ..plan import PointwisePlan, Slot
 from . import flags
+from .engine import GpuEngine
 from .launch import MOST_PROGRAMS, ceil_div, finish, launch, reporting, scratch
-from .layout import Slot, common_shape, empty_like, gradients, merged
+from .layout import merged
 from .rebind import rebound
 
 BLOCK = 1024
@@ -42,106 +43,61 @@ class Outside:
         self.formula.refuse(errors.position(position, self.shape), x, t)
 
 
-def forward(
-    call: PointwiseCall, tensors: tuple[Slot, ...], needed: Sequence[bool]
-) -> tuple[Tensor, list[Slot]]:
-    """The result, and the gradients that are needed, in the shape that the operands broadcast to."""
-    *operands, weight = tensors
-    shape = common_shape(operands)
-    first = operands[0]
-    assert first is not None
-    flags.raise_pending(first.device)
-    grads = gradients(operands[:2], needed, shape)
-    if call.reduction == "none":
-        result = empty_like(first, shape, call.dtype)
-        _launch(call, operands, weight, None, result, None, grads, shape)
-    else:
-        result = first.new_empty((), dtype=call.dtype)
-        _launch(call, operands, weight, None, None, result, grads, shape)
-    flags.raise_if_eager(first.device)
-    return result, grads
+class PointwiseEngine(GpuEngine[PointwisePlan]):
+    plan = PointwisePlan
 
-
-def backward(
-    call: PointwiseCall, tensors: tuple[Slot, ...], needed: Sequence[bool], incoming: Tensor
-) -> list[Slot]:
-    *operands, weight = tensors
-    flags.raise_pending(incoming.device)
-    shape = common_shape(operands)
-    grads = gradients(operands[:2], needed, shape)
-    _launch(call, operands, weight, incoming, None, None, grads, shape)
-    return grads
-
-
-def rescale(
-    call: PointwiseCall, tensors: tuple[Slot, ...], grads: Sequence[Slot], incoming: Tensor
-) -> None:
-    """Makes gradients that a forward stored those for `incoming`: does nothing where that is 1."""
-    *operands, weight = tensors
-    flags.raise_pending(incoming.device)
-    _launch(
-        call, operands, weight, incoming, None, None, grads, common_shape(operands), stored=True
-    )
-
-
-def _launch(
-    call: PointwiseCall,
-    operands: Sequence[Slot],
-    weight: Slot,
-    incoming: Slot,
-    losses: Slot,
-    total: Slot,
-    grads: Sequence[Slot],
-    shape: torch.Size,
-    stored: bool = False,
-) -> None:
-    formula = rebound(call.formula)
-    present = [o for o in operands if o is not None]
-    device, numel = present[0].device, shape.numel()
-    x, y, z = (*operands, None)[:3]
-    slots: list[Slot] = [x, y, z, weight, None if stored else incoming, losses, *grads]
-    slots, sizes, strides = _laid_out(slots, shape)
-    blocks = ceil_div(numel, BLOCK)
-    programs = 1 if numel <= ONE_PROGRAM else min(blocks, MOST_PROGRAMS)
-    partial = None
-    if total is not None and programs > 1:
-        partial = scratch(programs, device)
-    denominator: float | Tensor = 1.0
-    if call.reduction == "mean":
-        denominator = float(numel) if call.denominator is None else call.denominator
-    held = isinstance(denominator, Tensor)
-    record = None if formula.domain is None else Outside(call.formula, shape)
-    names = ("x", "y", "z", "weight", "incoming", "loss", "grad0", "grad1")
-    arguments: dict[str, Any] = dict(zip(names, slots, strict=True))
-    if stored:
-        arguments["incoming"] = incoming
-    launch(
-        _kernel,
-        programs,
-        device,
-        **arguments,
-        partial=partial,
-        result=total if partial is None else None,
-        count=numel,
-        blocks=blocks,
-        divisor=denominator if held else None,
-        denominator=1.0 if isinstance(denominator, Tensor) else float(denominator),
-        p0=(*call.params, 0.0, 0.0)[0],
-        p1=(*call.params, 0.0, 0.0)[1],
-        **reporting(device, record),
-        sizes=tuple(sizes),
-        strides=tuple(strides),
-        VALUE=formula.value,
-        GRAD=formula.grad,
-        DOMAIN=formula.domain,
-        COMPUTE=TRITON[reduce.wide(*present)],
-        INDEX=_index_type(sizes, strides),
-        STORED=stored,
-        BLOCK=BLOCK,
-        num_warps=4,
-    )
-    if partial is not None and total is not None:
-        finish(partial, total, denominator)
+    def launch(self, plan: PointwisePlan) -> None:
+        call, shape = plan.call, plan.shape
+        *operands, weight = plan.tensors
+        formula = rebound(call.formula)
+        present = [o for o in operands if o is not None]
+        device, numel = present[0].device, shape.numel()
+        x, y, z = (*operands, None)[:3]
+        stored, total = plan.stored, plan.total
+        arrived = None if stored else plan.incoming
+        slots: list[Slot] = [x, y, z, weight, arrived, plan.losses, *plan.grads]
+        slots, sizes, strides = _laid_out(slots, shape)
+        blocks = ceil_div(numel, BLOCK)
+        programs = 1 if numel <= ONE_PROGRAM else min(blocks, MOST_PROGRAMS)
+        partial = None
+        if total is not None and programs > 1:
+            partial = scratch(programs, device)
+        denominator: float | Tensor = 1.0
+        if call.reduction == "mean":
+            denominator = float(numel) if call.denominator is None else call.denominator
+        held = isinstance(denominator, Tensor)
+        record = None if formula.domain is None else Outside(call.formula, shape)
+        names = ("x", "y", "z", "weight", "incoming", "loss", "grad0", "grad1")
+        arguments: dict[str, Any] = dict(zip(names, slots, strict=True))
+        if stored:
+            arguments["incoming"] = plan.incoming
+        launch(
+            _kernel,
+            programs,
+            device,
+            **arguments,
+            partial=partial,
+            result=total if partial is None else None,
+            count=numel,
+            blocks=blocks,
+            divisor=denominator if held else None,
+            denominator=1.0 if isinstance(denominator, Tensor) else float(denominator),
+            p0=(*call.params, 0.0, 0.0)[0],
+            p1=(*call.params, 0.0, 0.0)[1],
+            **reporting(device, record),
+            sizes=tuple(sizes),
+            strides=tuple(strides),
+            VALUE=formula.value,
+            GRAD=formula.grad,
+            DOMAIN=formula.domain,
+            COMPUTE=TRITON[reduce.wide(*present)],
+            INDEX=_index_type(sizes, strides),
+            STORED=stored,
+            BLOCK=BLOCK,
+            num_warps=4,
+        )
+        if partial is not None and total is not None:
+            finish(partial, total, denominator)
 
 
 def _laid_out(

@@ -1,12 +1,10 @@
 """Cross entropy and negative log likelihood through Triton; the sums are those of `csrc/rows.h`.
 
-A tensor is handed over as (n, c, d): an input of shape (N, C) as (1, C, N), so that positions have one
-stride, and (N, C, d1, ...) as (N, C, d1 * ...). A program takes some positions of one n.
+A program takes some positions of one n.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -15,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core import errors, reduce
-from ...kinds.rows import RowsCall
+from ...core import errors
+from ..plan import RowsPlan, Slot, class_strides, flat, value_strides
 from . import flags, m
+from .engine import GpuEngine
 from .launch import ceil_div, finish, launch, power_of_two, reporting, scratch
-from .layout import Slot
 from .pointwise import TRITON
 
 POSITIONS = 1024  # of a program that reads one value a row
@@ -80,154 +78,90 @@ def groups(each: Tile, x: Tensor, side_by_side: bool) -> int:
     return 1 if each.single or not side_by_side else max(each.block * x.element_size() // 16, 1)
 
 
-def forward(
-    call: RowsCall, tensors: tuple[Slot, ...], needed: Sequence[bool]
-) -> tuple[Tensor, list[Slot]]:
-    """The result and the gradients that are needed; after these, what 'mean' divided by."""
-    input, target, weight = tensors
-    assert input is not None and target is not None
-    flags.raise_pending(input.device)
-    grads = _gradients(call, input, target, needed)
-    unreduced = call.reduction == "none"
-    shape = call.shape(input, target) if unreduced else ()
-    result = torch.empty(shape, dtype=call.dtype, device=input.device)
-    losses, total = (result, None) if unreduced else (None, result)
-    run = _nll if call.loss == "nll_loss" else _cross_entropy
-    divisor = run(call, input, target, weight, None, losses, total, grads)
-    flags.raise_if_eager(input.device)
-    return result, [*grads, divisor]
+class Grid(RowsPlan):
+    """Tensors as (n, c, d), and (N, C, 1) as (1, C, N), for the programs to be full."""
 
-
-def backward(
-    call: RowsCall, tensors: tuple[Slot, ...], needed: Sequence[bool], incoming: Tensor
-) -> list[Slot]:
-    input, target, weight = tensors
-    assert input is not None and target is not None
-    flags.raise_pending(input.device)
-    grads = _gradients(call, input, target, needed)
-    run = _nll if call.loss == "nll_loss" else _cross_entropy
-    run(call, input, target, weight, incoming, None, None, grads)
-    return grads
-
-
-def rescale(
-    call: RowsCall, tensors: tuple[Slot, ...], stored: Sequence[Slot], incoming: Tensor
-) -> None:
-    """Makes gradients that a forward stored those for `incoming`: does nothing where that is 1."""
-    input, target, weight = tensors
-    assert input is not None and target is not None
-    flags.raise_pending(input.device)
-    *grads, divisor = stored
-    _cross_entropy(call, input, target, weight, incoming, None, None, grads, divisor, stored=True)
-
-
-def _gradients(call: RowsCall, input: Tensor, target: Tensor, needed: Sequence[bool]) -> list[Slot]:
-    """Memory for the gradients that are needed; its dimensions d1, ... are always collapsible."""
-    grads: list[Slot] = [None, None]
-    for k, (tensor, need) in enumerate(zip((input, target), needed, strict=False)):
-        if need:
-            grads[k] = like(call)(_flat(tensor, 2), requires_grad=False).reshape(tensor.shape)
-    return grads
-
-
-def like(call: RowsCall) -> Callable[..., Tensor]:
-    """What makes the memory of a gradient: the kernel of nll writes the target's entry alone."""
-    return torch.zeros_like if call.loss == "nll_loss" else torch.empty_like
-
-
-def _flat(tensor: Tensor, first: int) -> Tensor:
-    """Dimensions from `first` on as one: a view where it can be, else a copy."""
-    return tensor.flatten(first) if tensor.dim() > first + 1 else tensor
-
-
-class Rows:
-    """Sizes of a call, and its tensors as (n, c, d)."""
-
-    def __init__(self, call: RowsCall, input: Tensor, target: Tensor, weight: Slot) -> None:
-        x = _flat(input, 2)
-        n, c, d = ((1, x.shape[0], 1), (1, x.shape[-1], x.shape[0]), x.shape)[x.dim() - 1]
-        # (N, C, 1) is (1, C, N), for the programs to be full.
-        self.alone = x.dim() == 3 and d == 1
-        self.n, self.c, self.d = (1, c, n) if self.alone else (n, c, d)
-        self.x = x
-        self.target = _flat(target, 2 if call.probabilities else 1)
-        compute = reduce.wide(input, target) if call.probabilities else reduce.wide(input)
-        self.weight = None if weight is None else weight.to(compute).contiguous()
-        self.compute = compute
+    def spread(self) -> None:
+        super().spread()
+        n, self.c, d = self.sizes()
+        self.alone = self.x.dim() == 3 and d == 1
+        self.n, self.d = (1, n) if self.alone else (n, d)
 
     @property
     def positions(self) -> int:
         return self.n * self.d
 
+    def gradient(self, tensor: Tensor) -> Tensor:
+        # The kernel of nll writes the target's entry alone.
+        memory = super().gradient(tensor)
+        return memory.zero_() if self.call.loss == "nll_loss" else memory
+
     def classes(self, tensor: Slot) -> tuple[int, int, int]:
         """The strides of a tensor with a class dimension."""
         if tensor is None:
             return 0, 0, 0
-        s = _flat(tensor, 2).stride()
-        n, c, d = ((0, s[0], 0), (0, s[-1], s[0]), s)[len(s) - 1]
+        n, c, d = class_strides(flat(tensor, 2))
         return (0, c, n) if self.alone else (n, c, d)
 
     def values(self, tensor: Slot) -> tuple[int, int]:
         """The same of a tensor with one value a row, or one for all of them."""
         if tensor is None:
             return 0, 0
-        s = tensor.stride()
-        n, d = ((0, 0), (0, *s), s)[tensor.dim()]
+        n, _, d = value_strides(tensor)
         return (0, n) if self.alone and tensor.dim() == 2 else (n, d)
 
-    def record(self, call: RowsCall, target: Tensor) -> OutOfRange | None:
-        if call.probabilities:
+    def record(self) -> OutOfRange | None:
+        call, target = self.call, self.tensors[1]
+        if call.probabilities or target is None:
             return None
         unsigned = target.dtype is torch.uint64
         return OutOfRange(call.loss, target.shape, self.c, call.ignore_index, unsigned)
 
 
-def _divisor(call: RowsCall, rows: Rows) -> Tensor:
+class RowsEngine(GpuEngine[Grid]):
+    plan = Grid
+
+    def launch(self, plan: Grid) -> None:
+        if plan.call.loss == "nll_loss":
+            _nll(plan)
+        else:
+            plan.grads.append(_cross_entropy(plan))
+
+
+def _divisor(grid: Grid) -> Tensor:
     """The sum of the weights of the counted rows."""
-    programs = ceil_div(rows.positions, POSITIONS)
-    sums = scratch(programs, rows.x.device)
-    _read(call, rows, programs, divisors=sums)
+    programs = ceil_div(grid.positions, POSITIONS)
+    sums = scratch(programs, grid.x.device)
+    _read(grid, programs, divisors=sums)
     if programs == 1:
         return sums
-    divisor = scratch(1, rows.x.device)
+    divisor = scratch(1, grid.x.device)
     finish(sums, divisor, 1.0)
     return divisor
 
 
-def _nll(
-    call: RowsCall,
-    input: Tensor,
-    target: Tensor,
-    weight: Slot,
-    incoming: Slot,
-    losses: Slot,
-    total: Slot,
-    grads: Sequence[Slot],
-) -> None:
-    rows = Rows(call, input, target, weight)
-    record = rows.record(call, target)
-    programs = ceil_div(rows.positions, POSITIONS)
-    mean, grad = call.reduction == "mean", grads[0]
-    arguments: dict[str, Any] = {"record": record, "x": rows.x}
-    if incoming is not None:
-        divisor = _divisor(call, rows) if mean and programs > 1 else None
-        incoming = _flat(incoming, 1)
-        _read(call, rows, programs, **arguments, incoming=incoming, grad=grad, divisor=divisor)
+def _nll(grid: Grid) -> None:
+    programs, device = ceil_div(grid.positions, POSITIONS), grid.x.device
+    mean, losses, total = grid.call.reduction == "mean", grid.losses, grid.total
+    arguments: dict[str, Any] = {"record": grid.record(), "x": grid.x}
+    if grid.incoming is not None:
+        divisor = _divisor(grid) if mean and programs > 1 else None
+        arguments |= {"incoming": grid.incoming, "grad": grid.grads[0], "divisor": divisor}
+        _read(grid, programs, **arguments)
     elif losses is not None:
-        _read(call, rows, programs, **arguments, loss=_flat(losses, 1))
+        _read(grid, programs, **arguments, loss=flat(losses, 1))
     elif programs == 1:
-        _read(call, rows, programs, **arguments, result=total)
+        _read(grid, programs, **arguments, result=total)
     else:
-        partial = scratch(programs, input.device)
-        divisors = scratch(programs, input.device) if mean else None
-        _read(call, rows, programs, **arguments, partial=partial, divisors=divisors)
+        partial = scratch(programs, device)
+        divisors = scratch(programs, device) if mean else None
+        _read(grid, programs, **arguments, partial=partial, divisors=divisors)
         assert total is not None
         finish(partial, total, 1.0 if divisors is None else divisors)
 
 
 def _read(
-    call: RowsCall,
-    rows: Rows,
+    grid: Grid,
     programs: int,
     record: OutOfRange | None = None,
     x: Slot = None,
@@ -239,14 +173,14 @@ def _read(
     divisor: Slot = None,
     result: Slot = None,
 ) -> None:
-    device = rows.x.device
+    device = grid.x.device
     launch(
         _one_value,
         programs,
         device,
         x=x,
-        target=rows.target,
-        weight=rows.weight,
+        target=grid.target,
+        weight=grid.weight,
         incoming=incoming,
         loss=loss,
         grad=grad,
@@ -254,18 +188,18 @@ def _read(
         divisors=divisors,
         divisor=divisor,
         result=result,
-        positions=rows.positions,
-        classes=rows.c,
-        across=rows.d,
-        x_strides=rows.classes(x),
-        target_strides=rows.values(rows.target),
-        incoming_strides=rows.values(incoming),
-        loss_strides=rows.values(loss),
-        grad_strides=rows.classes(grad),
-        ignore_index=call.ignore_index,
+        positions=grid.positions,
+        classes=grid.c,
+        across=grid.d,
+        x_strides=grid.classes(x),
+        target_strides=grid.values(grid.target),
+        incoming_strides=grid.values(incoming),
+        loss_strides=grid.values(loss),
+        grad_strides=grid.classes(grad),
+        ignore_index=grid.call.ignore_index,
         **reporting(device, record),
-        MEAN=call.reduction == "mean",
-        COMPUTE=TRITON[rows.compute],
+        MEAN=grid.call.reduction == "mean",
+        COMPUTE=TRITON[grid.compute()],
         BLOCK=POSITIONS,
         num_warps=4,
     )
@@ -356,79 +290,65 @@ def _one_value(
             tl.store(result, total.to(result.dtype.element_ty))
 
 
-def _cross_entropy(
-    call: RowsCall,
-    input: Tensor,
-    target: Tensor,
-    weight: Slot,
-    incoming: Slot,
-    losses: Slot,
-    total: Slot,
-    grads: Sequence[Slot],
-    divisor: Slot = None,
-    stored: bool = False,
-) -> Slot:
+def _cross_entropy(grid: Grid) -> Slot:
     """Gives the divisor of a mean over weights, for the gradients to be scaled anew."""
-    rows = Rows(call, input, target, weight)
-    grad, grad_target = grads
-    soft = call.smoothing / max(rows.c, 1)
+    call, x, device = grid.call, grid.x, grid.x.device
+    total, compute = grid.total, grid.compute()
+    soft = call.smoothing / max(grid.c, 1)
     held = 2 if call.probabilities or soft else 1
-    x_strides = rows.classes(rows.x)
-    beside = None if x_strides[1] == 1 or rows.d == 1 else rows.d
-    each = tile(rows.c, beside, held, rows.compute.itemsize, rows.x.element_size())
-    across = ceil_div(rows.d, each.rows)
-    programs = rows.n * across
+    x_strides = grid.classes(x)
+    beside = None if x_strides[1] == 1 or grid.d == 1 else grid.d
+    each = tile(grid.c, beside, held, compute.itemsize, x.element_size())
+    across = ceil_div(grid.d, each.rows)
+    programs = grid.n * across
     mean, weighted = call.reduction == "mean", not call.probabilities
+    divisor = grid.rest[0] if grid.rest else None
     if mean and weighted and divisor is None and programs > 1:
-        divisor = _divisor(call, rows)
+        divisor = _divisor(grid)
     partial = None
     if total is not None and programs > 1:
-        partial = scratch(programs, input.device)
-    flat_incoming = None if incoming is None else _flat(incoming, 1)
-    flat_losses = None if losses is None else _flat(losses, 1)
-    flat_grad = None if grad is None else _flat(grad, 2)
-    flat_grad_target = None if grad_target is None else _flat(grad_target, 2)
-    denominator = float(rows.positions) if mean else 1.0
+        partial = scratch(programs, device)
+    losses = None if grid.losses is None else flat(grid.losses, 1)
+    grad, grad_target = (None if g is None else flat(g, 2) for g in grid.grads)
+    denominator = float(grid.positions) if mean else 1.0
     launch(
         _softmax_rows,
         programs,
-        input.device,
-        x=rows.x,
-        target=rows.target,
-        weight=rows.weight,
-        incoming=flat_incoming,
-        loss=flat_losses,
-        grad=flat_grad,
-        grad_target=flat_grad_target,
+        device,
+        x=x,
+        target=grid.target,
+        weight=grid.weight,
+        incoming=grid.incoming,
+        loss=losses,
+        grad=grad,
+        grad_target=grad_target,
         partial=partial,
         result=total if partial is None else None,
         divisor=divisor,
-        classes=rows.c,
+        classes=grid.c,
         across=across,
-        positions=rows.d,
+        positions=grid.d,
         x_strides=x_strides,
-        target_strides=(
-            rows.classes(rows.target) if call.probabilities else rows.values(rows.target)
-        ),
-        incoming_strides=rows.values(flat_incoming),
-        loss_strides=rows.values(flat_losses),
-        grad_strides=rows.classes(flat_grad),
-        grad_target_strides=rows.classes(flat_grad_target),
+        target_strides=(grid.classes if call.probabilities else grid.values)(grid.target),
+        incoming_strides=grid.values(grid.incoming),
+        loss_strides=grid.values(losses),
+        grad_strides=grid.classes(grad),
+        grad_target_strides=grid.classes(grad_target),
         ignore_index=call.ignore_index,
         hard=1.0 - call.smoothing,
         soft=soft,
         denominator=denominator,
-        **reporting(input.device, None if stored else rows.record(call, target)),
+        **reporting(device, None if grid.stored else grid.record()),
         PROBABILITIES=call.probabilities,
         SMOOTH=soft > 0,
         WEIGHTS_MEAN=mean and weighted,
         SINGLE=each.single,
-        STORED=stored,
-        COMPUTE=TRITON[rows.compute],
-        INDEX=_index_type(rows, each, flat_grad, flat_grad_target),
+        STORED=grid.stored,
+        COMPUTE=TRITON[compute],
+        INDEX=_index_type(grid, each, grad, grad_target),
         ROWS=each.rows,
         BLOCK=each.block,
-        GROUPS=groups(each, rows.x, beside is None),
+        GROUPS=groups(each, x, beside is None),
         num_warps=each.warps,
     )
     if partial is not None and total is not None:
@@ -436,11 +356,11 @@ def _cross_entropy(
     return divisor
 
 
-def _index_type(rows: Rows, each: Tile, *grads: Slot) -> tl.dtype:
+def _index_type(grid: Grid, each: Tile, *grads: Slot) -> tl.dtype:
     """Of offsets within what a program takes."""
-    tensors = (rows.x, rows.target if rows.target.shape == rows.x.shape else None, *grads)
-    for _, c, d in map(rows.classes, tensors):
-        if (rows.c + each.block) * abs(c) + each.rows * abs(d) >= 2**31:
+    tensors = (grid.x, grid.target if grid.target.shape == grid.x.shape else None, *grads)
+    for _, c, d in map(grid.classes, tensors):
+        if (grid.c + each.block) * abs(c) + each.rows * abs(d) >= 2**31:
             return tl.int64
     return tl.int32
 

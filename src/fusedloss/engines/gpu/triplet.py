@@ -7,128 +7,69 @@ float64, and powers other than 1 and 2, are taken of ratios to the largest coord
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ...core import reduce
-from ...kinds.triplet import TripletCall
-from . import flags
+from ..plan import TripletPlan
+from .engine import GpuEngine
 from .launch import ceil_div, finish, launch, power_of_two, scratch
-from .layout import Slot, common_shape
 from .pointwise import TRITON
 
 WIDEST = 4096  # features that a program holds in registers
 
 
-def forward(
-    call: TripletCall, tensors: tuple[Slot, ...], needed: Sequence[bool]
-) -> tuple[Tensor, list[Slot]]:
-    inputs, shape = _expand(tensors)
-    flags.raise_pending(inputs[0].device)
-    grads = _gradients(inputs, needed, shape)
-    unreduced = call.reduction == "none"
-    result = inputs[0].new_empty(shape[:-1] if unreduced else (), dtype=call.dtype)
-    losses, total = (result, None) if unreduced else (None, result)
-    _launch(call, inputs, None, losses, total, grads, shape)
-    return result, grads
+class TripletEngine(GpuEngine[TripletPlan]):
+    plan = TripletPlan
 
-
-def backward(
-    call: TripletCall, tensors: tuple[Slot, ...], needed: Sequence[bool], incoming: Tensor
-) -> list[Slot]:
-    inputs, shape = _expand(tensors)
-    flags.raise_pending(inputs[0].device)
-    grads = _gradients(inputs, needed, shape)
-    _launch(call, inputs, incoming, None, None, grads, shape)
-    return grads
-
-
-def rescale(
-    call: TripletCall, tensors: tuple[Slot, ...], stored: Sequence[Slot], incoming: Tensor
-) -> None:
-    """Makes gradients that a forward stored those for `incoming`: does nothing where that is 1."""
-    inputs, shape = _expand(tensors)
-    flags.raise_pending(inputs[0].device)
-    _launch(call, inputs, incoming, None, None, stored, shape, stored=True)
-
-
-def _expand(tensors: Sequence[Slot]) -> tuple[list[Tensor], torch.Size]:
-    shape = common_shape(tensors)
-    return [t.expand(shape) for t in tensors if t is not None], shape
-
-
-def _gradients(inputs: Sequence[Tensor], needed: Sequence[bool], shape: torch.Size) -> list[Slot]:
-    wanted = needed or (False,) * 3
-    pairs = zip(inputs, wanted, strict=True)
-    return [t.new_empty(shape, requires_grad=False) if need else None for t, need in pairs]
-
-
-def _matrix(tensor: Slot, rows: int, features: int) -> Slot:
-    """Rows of features: a view where it can be, else a copy."""
-    return None if tensor is None else tensor.reshape(rows, features)
-
-
-def _launch(
-    call: TripletCall,
-    inputs: Sequence[Tensor],
-    incoming: Slot,
-    losses: Slot,
-    total: Slot,
-    grads: Sequence[Slot],
-    shape: torch.Size,
-    stored: bool = False,
-) -> None:
-    features, rows = shape[-1], shape[:-1].numel()
-    flat = [_matrix(t, rows, features) for t in (*inputs, *grads)]
-    strides = [(0, 0) if t is None else t.stride() for t in flat]
-    if incoming is not None:
-        incoming = incoming.expand(shape[:-1]).reshape(rows)
-    compute = reduce.wide(*inputs)
-    block = min(power_of_two(features), WIDEST)
-    per_program = max(1, 2048 // block)
-    programs = ceil_div(rows, per_program)
-    device = inputs[0].device
-    partial = None
-    if total is not None and programs > 1:
-        partial = scratch(programs, device)
-    denominator = float(rows) if call.reduction == "mean" else 1.0
-    launch(
-        _triplet_rows,
-        programs,
-        device,
-        anchor=flat[0],
-        positive=flat[1],
-        negative=flat[2],
-        grad0=flat[3],
-        grad1=flat[4],
-        grad2=flat[5],
-        incoming=incoming,
-        loss=None if losses is None else losses.reshape(rows),
-        partial=partial,
-        result=total if partial is None else None,
-        rows=rows,
-        features=features,
-        strides=tuple(strides),
-        incoming_stride=0 if incoming is None else incoming.stride(0),
-        margin=call.margin,
-        degree=call.p,
-        eps=call.eps,
-        denominator=denominator,
-        P=int(call.p) if call.p in (1.0, 2.0) else -1 if math.isinf(call.p) else 0,
-        SWAP=call.swap,
-        STORED=stored,
-        SINGLE=block >= features,
-        COMPUTE=TRITON[compute],
-        ROWS=per_program,
-        BLOCK=block,
-        num_warps=4 if block <= 2048 else 8,
-    )
-    if partial is not None and total is not None:
-        finish(partial, total, denominator)
+    def launch(self, plan: TripletPlan) -> None:
+        call, losses, total, incoming = plan.call, plan.losses, plan.total, plan.incoming
+        shape = plan.rows, plan.features
+        flat = [*plan.flat, *(None if g is None else g.reshape(shape) for g in plan.grads)]
+        strides = [(0, 0) if t is None else t.stride() for t in flat]
+        compute = reduce.wide(*plan.flat)
+        block = min(power_of_two(plan.features), WIDEST)
+        per_program = max(1, 2048 // block)
+        programs = ceil_div(plan.rows, per_program)
+        device = plan.flat[0].device
+        partial = None
+        if total is not None and programs > 1:
+            partial = scratch(programs, device)
+        denominator = float(plan.rows) if call.reduction == "mean" else 1.0
+        launch(
+            _triplet_rows,
+            programs,
+            device,
+            anchor=flat[0],
+            positive=flat[1],
+            negative=flat[2],
+            grad0=flat[3],
+            grad1=flat[4],
+            grad2=flat[5],
+            incoming=incoming,
+            loss=None if losses is None else losses.reshape(plan.rows),
+            partial=partial,
+            result=total if partial is None else None,
+            rows=plan.rows,
+            features=plan.features,
+            strides=tuple(strides),
+            incoming_stride=0 if incoming is None else incoming.stride(0),
+            margin=call.margin,
+            degree=call.p,
+            eps=call.eps,
+            denominator=denominator,
+            P=int(call.p) if call.p in (1.0, 2.0) else -1 if math.isinf(call.p) else 0,
+            SWAP=call.swap,
+            STORED=plan.stored,
+            SINGLE=block >= plan.features,
+            COMPUTE=TRITON[compute],
+            ROWS=per_program,
+            BLOCK=block,
+            num_warps=4 if block <= 2048 else 8,
+        )
+        if partial is not None and total is not None:
+            finish(partial, total, denominator)
 
 
 @triton.jit

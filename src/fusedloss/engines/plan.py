@@ -1,0 +1,185 @@
+"""What a call is given and gives, alike on every device: shapes, and memory for losses and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core import reduce
+from ..core.layout import empty_of_rows
+from ..kinds import PointwiseCall, RowsCall, TripletCall
+
+Slot = Tensor | None
+Slots = Sequence[Slot]
+
+
+class Plan:
+    """A call with its tensors as a kernel takes them, and the memory that it writes to."""
+
+    incoming: Slot = None
+    losses: Slot = None  # if they are not reduced
+    total: Slot = None  # if they are
+    stored: bool = (
+        False  # whether `grads` hold the gradients for 1, to be made those for `incoming`
+    )
+    rest: Slots = ()  # what forward gave beside those
+    shape: torch.Size  # that the tensors broadcast to
+
+    def __init__(self, call: Any, tensors: Slots, needed: Sequence[bool]) -> None:
+        self.call, self.tensors = call, tensors
+        self.spread()
+        self.grads: list[Slot] = [None] * call.gradients  # None for those that are not needed
+        if needed:
+            for k, need in enumerate(needed[: call.gradients]):
+                if need and (tensor := tensors[k]) is not None:
+                    self.grads[k] = self.gradient(tensor)
+
+    def spread(self) -> None:
+        """Finds the shape, and lays out the tensors."""
+        raise NotImplementedError
+
+    def gradient(self, tensor: Tensor) -> Tensor:
+        """Memory for the gradient by a tensor."""
+        raise NotImplementedError
+
+    def unreduced(self) -> Tensor:
+        """Memory for the losses."""
+        raise NotImplementedError
+
+    def arrives(self, incoming: Tensor) -> None:
+        """Lays out the gradient that arrives, of the shape of the result."""
+        raise NotImplementedError
+
+
+class PointwisePlan(Plan):
+    call: PointwiseCall
+    dense: bool  # whether every tensor has the shape and is contiguous
+
+    def spread(self) -> None:
+        first, *others = self.tensors
+        assert first is not None
+        shape, dense = first.shape, first.is_contiguous()
+        for t in others:
+            if t is not None:
+                if t.shape != shape:
+                    shape, dense = common_shape(self.tensors), False
+                    break
+                dense = dense and t.is_contiguous()
+        self.shape, self.dense = shape, dense
+
+    def gradient(self, tensor: Tensor) -> Tensor:
+        return empty_like(tensor, self.shape, tensor.dtype)
+
+    def unreduced(self) -> Tensor:
+        first = self.tensors[0]
+        assert first is not None
+        return empty_like(first, self.shape, self.call.dtype)
+
+    def arrives(self, incoming: Tensor) -> None:
+        if self.dense and self.call.reduction == "none":
+            self.incoming, self.dense = incoming, incoming.is_contiguous()
+        else:
+            self.incoming, self.dense = incoming.expand(self.shape), False
+
+
+class RowsPlan(Plan):
+    """Tensors are (n, c, d): an input of shape (N, C) is (1, C, N), so that positions have one stride, and
+
+    (N, C, d1, ...) is (N, C, d1 * ...).
+    """
+
+    call: RowsCall
+    x: Tensor
+    target: Tensor
+    weight: Slot  # of the type computed in
+
+    def spread(self) -> None:
+        input, target, weight = self.tensors
+        assert input is not None and target is not None
+        self.weight = weight if weight is None else weight.to(self.compute()).contiguous()
+        self.x = flat(input, 2)
+        self.target = flat(target, 2 if self.call.probabilities else 1)
+
+    def compute(self) -> torch.dtype:
+        """The type to compute in."""
+        input, target, _ = self.tensors
+        assert input is not None and target is not None
+        return reduce.wide(input, target) if self.call.probabilities else reduce.wide(input)
+
+    def sizes(self) -> Sequence[int]:
+        s = self.x.shape
+        return s if len(s) == 3 else (1, s[1], s[0]) if len(s) == 2 else (1, *s, 1)
+
+    def gradient(self, tensor: Tensor) -> Tensor:
+        return empty_of_rows(tensor)
+
+    def unreduced(self) -> Tensor:
+        input, target, _ = self.tensors
+        assert input is not None and target is not None
+        return input.new_empty(self.call.shape(input, target), dtype=self.call.dtype)
+
+    def arrives(self, incoming: Tensor) -> None:
+        self.incoming = flat(incoming, 1)
+
+
+class TripletPlan(Plan):
+    """Tensors are rows of features."""
+
+    call: TripletCall
+    rows: int
+    features: int
+    flat: list[Tensor]
+
+    def spread(self) -> None:
+        shape = self.shape = common_shape(self.tensors)
+        rows, features = self.rows, self.features = shape[:-1].numel(), shape[-1]
+        given = [t for t in self.tensors if t is not None]
+        if any(t.shape != shape for t in given):
+            given = [t.expand(shape) for t in given]
+        self.flat = given if len(shape) == 2 else [t.reshape(rows, features) for t in given]
+
+    def gradient(self, tensor: Tensor) -> Tensor:
+        return tensor.new_empty(self.shape)
+
+    def unreduced(self) -> Tensor:
+        return self.flat[0].new_empty(self.shape[:-1], dtype=self.call.dtype)
+
+    def arrives(self, incoming: Tensor) -> None:
+        self.incoming = incoming.expand(self.shape[:-1]).reshape(self.rows)
+
+
+def common_shape(tensors: Slots) -> torch.Size:
+    """That they broadcast to."""
+    shapes = [t.shape for t in tensors if t is not None]
+    first = shapes[0]
+    for shape in shapes:
+        if shape != first:
+            return torch.broadcast_shapes(*shapes)
+    return first
+
+
+def empty_like(tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """With the tensor's strides where it has the shape."""
+    if tensor.shape == shape:
+        return torch.empty_like(tensor, dtype=dtype)
+    return tensor.new_empty(shape, dtype=dtype)
+
+
+def flat(tensor: Tensor, first: int) -> Tensor:
+    """Dimensions from `first` on as one: a view where it can be, else a copy."""
+    return tensor.flatten(first) if tensor.dim() > first + 1 else tensor
+
+
+def class_strides(tensor: Tensor) -> Sequence[int]:
+    """(n, c, d) of a tensor with a class dimension, which is `flat` from 2."""
+    s = tensor.stride()
+    return s if len(s) == 3 else (0, s[1], s[0]) if len(s) == 2 else (0, *s, 0)
+
+
+def value_strides(tensor: Tensor) -> Sequence[int]:
+    """The same of a tensor with one value a row, or one for all of them."""
+    s = tensor.stride()
+    return (s[0], 0, s[1]) if len(s) == 2 else (0, 0, *s) if s else (0, 0, 0)
