@@ -22,7 +22,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from fusedloss.autograd import functions as autograd
 from fusedloss.cli import main, processes
-from fusedloss.cli.bench import cases, cpu, harness, overhead, selection, tables, targets
+from fusedloss.cli.bench import builds, cases, cpu, harness, overhead, selection, tables, targets
 from fusedloss.cli.bench import command as bench
 from fusedloss.front.definition import REGISTRY
 
@@ -186,6 +186,44 @@ def test_against(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"mse_loss float64 15 .*slower", capsys.readouterr().out)
 
 
+def test_against_another_build(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which is this one again: the same bits, and about the same times."""
+
+    def stream(job: cpu.Job) -> Iterator[cpu.Event]:
+        plan = replace(TINY, variants=("ours",), against=job.plan.against)
+        for index, case in enumerate(job.cases):
+            yield "result", index, time_case(case, plan)
+
+    monkeypatch.setattr(bench, "stream", stream)
+    words = ("--sizes", "15", "--only", "mse", "bce", "--dtype", "float32")
+    try:
+        assert run(*words, "--against", builds.OURS) == 0
+    finally:
+        for name in ("new", "old"):
+            with builds.started(name, builds.OURS).process as worker:
+                worker.kill()
+        builds.started.cache_clear()
+    printed = capsys.readouterr().out
+    assert re.search(r"mse_loss float32 15 .*s +same", printed)
+    assert re.search(r"The slowest against the other build: [\d.]+, \w+ float32 15; ", printed)
+    for fields in json.loads((here / "fusedloss-bench.json").read_text())["results"]:
+        assert set(fields["samples"]) == {"ours", "new", "old"} and fields["as_built"]
+        assert harness.Result.from_json(fields).to_json() == fields
+
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*targets.json")), ids=lambda path: path.stem)
+def test_results_of_before_are_read(path: Path) -> None:
+    results = selection.earlier(path)
+    assert tables.compared(results, results)
+    known = {case.title for case in cases.CASES}
+    assert {r.case.title for r in results if r.case.group != "sweep"} <= known
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -201,6 +239,8 @@ def test_against(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("--html", "."), "--html: .*Is a directory"),
         (("--picture", "a.gif"), r"--picture: must end in \.svg or \.png, got 'a.gif'"),
         (("--linear", "--picture", "no/such.svg"), "--picture: .*No such file"),
+        (("--against", "."), "--against: must be a checkout or installed fusedloss, got '.'"),
+        (("--linear", "--against", "."), "--against: must be a checkout .*"),
         (("--against", "missing.json"), "--against: .*missing.json.*No such file"),
         (("--against", "other.json"), "--against: .*other.json.*KeyError"),
         (("--against", "broken.json"), "--against: .*broken.json.*JSONDecodeError"),

@@ -34,14 +34,10 @@ PENDING_IMPORTS: set[tuple[str, str]] = set()
 PENDING_CIRCLES = {
     "autograd.functions autograd.operators autograd.traced",
     "autograd.head_operators autograd.heads",
-    "cli.bench.cases cli.bench.harness",
-    "cli.bench.command cli.bench.cuda_heads cli.bench.heads cli.bench.overhead",
 }
 PENDING_ROOMS = {
     "csrc/rows.h",
     "src/fusedloss/autograd/functions.py",
-    "src/fusedloss/cli/bench/harness.py",
-    "src/fusedloss/cli/demo/command.py",
     "src/fusedloss/engines/gpu/rows.py",
     "src/fusedloss/losses/classification.py",
     "src/fusedloss/losses/heads.py",

@@ -56,12 +56,15 @@ class Build:
         return self.ask("outcome")
 
 
-started = functools.cache(Build)  # they end with this process, whose pipes they read
+@functools.cache
+def started(name: str, folder: str) -> Build:
+    """It ends with this process, whose pipe it reads."""
+    return Build(folder)
 
 
 def both_builds(work: Work, plan: Plan) -> tuple[dict[str, Sampler], bool]:
     """The samplers "new" and "old", warm on the tensors of the case, and whether their bits are the same."""
-    builds = {"new": started(OURS), "old": started(plan.against)}
+    builds = {name: started(name, f) for name, f in (("new", OURS), ("old", plan.against))}
     name = work.case.loss.partition("[")[0]
     recipe = name, work.bare, work.learned, work.settings, plan.threads
     with tempfile.NamedTemporaryFile() as file:

@@ -13,7 +13,7 @@ import torch
 from .. import processes
 from ..processes import Send, growth, reason, small_pages
 from .builds import both_builds
-from .cases import Case, yardstick
+from .cases import Case
 from .harness import (
     Plan,
     Report,
@@ -24,30 +24,36 @@ from .harness import (
     compare,
     interleave,
     prepared,
+    unheard,
     wall,
 )
 
 
-def time_case(case: Case, plan: Plan, report: Report) -> Result:
+def time_case(case: Case, plan: Plan, report: Report = unheard) -> Result:
     """Measures all variants of a case, a sample of each in turn."""
+    torch.set_num_threads(plan.threads)
     report("inputs", 0.0)
-    work = Work(case)
+    work = plan.work(case)
     result = begin(work)
-    result.yardstick = yardstick(case.row, work.bare).label
+    result.yardstick = work.yardstick
     variants = list(plan.variants)
     if "yardstick" in variants:
         variants.append("held")
     if case.against_plain:
         variants.append("plain")
     steps = prepared(work, variants, result, report)
-    samplers: dict[str, Sampler] = {k: partial(wall, step) for k, step in steps.items()}
+    samplers: dict[str, Sampler] = {
+        name: partial(wall, step, clock=plan.clock, warm=plan.sample > 0)
+        for name, step in steps.items()
+    }
     if plan.against:
         report("builds", 0.0)
         builds, result.as_built = both_builds(work, plan)
         samplers |= builds
     result.samples, result.calls = interleave(samplers, plan, report)
     report("comparing", 1.0)
-    check(work, result)
+    if work.checked:
+        check(work, result)
     return result
 
 
@@ -68,13 +74,14 @@ def check(work: Work, result: Result) -> None:
         compare(work, one, result)
 
 
-def peak_memory(case: Case, variant: str) -> int:
+def peak_memory(case: Case, variant: str, plan: Plan) -> int:
     """The most resident memory of one call, in bytes beyond what is resident before it."""
+    torch.set_num_threads(plan.threads)
     small_pages()
     torch.ones(1 << 20).exp_()  # starts the threads
     few = replace(case, shape=tuple(min(n, 128) for n in case.shape), against_plain=None)
-    Work(few).step(variant)()
-    step = Work(case).step(variant)
+    plan.work(few).step(variant)()
+    step = plan.work(case).step(variant)
     if variant == "compile":
         step()
     return growth(step)
@@ -100,7 +107,6 @@ Event = tuple[str, int, Any]
 
 def work_on(send: Send, job: Job) -> None:
     """The body of a process: sends ("progress", case, (phase, done)) and ("result", case, it)."""
-    torch.set_num_threads(job.plan.threads)
     for index, case in enumerate(job.cases):
         last = 0.0
 
@@ -114,7 +120,7 @@ def work_on(send: Send, job: Job) -> None:
         try:
             if job.memory:
                 report(f"memory of {job.memory}", 0.0)
-                outcome = peak_memory(case, job.memory)
+                outcome = peak_memory(case, job.memory, job.plan)
             else:
                 outcome = time_case(case, job.plan, report)
         except Exception as error:

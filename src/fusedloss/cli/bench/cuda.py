@@ -19,7 +19,19 @@ from torch import Tensor
 
 from ...engines import gpu
 from .cases import GPU_CASES, Case
-from .harness import Loader, Plan, Result, Sampler, Step, Work, begin, compare, interleave, prepared
+from .harness import (
+    Loader,
+    Plan,
+    Result,
+    Sampler,
+    Step,
+    Work,
+    begin,
+    compare,
+    interleave,
+    prepared,
+    wall,
+)
 from .machine import gpu as machine
 
 ROUNDS = 15
@@ -106,19 +118,10 @@ def events(step: Step, calls: int) -> float:
     return before.elapsed_time(after) / 1e3 / calls
 
 
-def host(step: Step, calls: int) -> float:
-    """Of a dry run."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        step()
-    return (time.perf_counter() - start) / calls
-
-
 def interleaved(steps: Mapping[str, Step], device: str, rounds: int) -> dict[str, list[float]]:
     on_gpu = device == "cuda"
-    samplers: dict[str, Sampler] = {
-        name: partial(events if on_gpu else host, step) for name, step in steps.items()
-    }
+    clock: Callable[[Step, int], float] = events if on_gpu else partial(wall, warm=False)
+    samplers: dict[str, Sampler] = {name: partial(clock, step) for name, step in steps.items()}
     plan = Plan((), 0, 0.0, 2e-3 if on_gpu else 0.0, rounds, rounds)
     return interleave(samplers, plan)[0]
 

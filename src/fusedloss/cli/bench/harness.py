@@ -29,19 +29,6 @@ WARM_UP = 3
 WIDEST_ERROR = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 0.01, "float16": 0.002}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How to measure: which variants, on how many threads, and how long."""
-
-    variants: tuple[str, ...]
-    threads: int
-    seconds: float  # of sampling a case, or a little more where the fewest rounds take longer
-    sample: float  # the shortest sample in seconds; fast calls are repeated to fill it
-    fewest: int
-    most: int = 60
-    against: str = ""  # the folder of another build, which is measured beside this one
-
-
 @dataclass
 class Result:
     """What was measured of a case. A sample is the mean time of one call, in seconds."""
@@ -126,6 +113,7 @@ class Work:
     """
 
     learned: tuple[int, ...]
+    checked = True  # against eager, and on other numbers of threads
 
     def __init__(self, case: Case, device: str = "cpu") -> None:
         self.case, self.device = case, device
@@ -144,6 +132,10 @@ class Work:
         self.tensors = tensors
         self.leaves = [tensors[k].requires_grad_() for k in self.learned]
         self.bare = tuple(t.detach() for t in tensors)
+
+    @property
+    def yardstick(self) -> str:
+        return yardstick(self.case.row, self.bare).label
 
     def losses(self) -> Mapping[str, Loader]:
         """The variants that are losses of the tensors, each behind what loads it."""
@@ -203,6 +195,29 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, dynamic=False)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How to measure: which variants, on how many threads, and how long."""
+
+    variants: tuple[str, ...]
+    threads: int
+    seconds: float  # of sampling a case, or a little more where the fewest rounds take longer
+    sample: float  # the shortest sample in seconds; fast calls are repeated to fill it
+    fewest: int
+    most: int = 60
+    against: str = ""  # the folder of another build, which is measured beside this one
+    work: type[Work] = Work
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Of long calls on one thread its own time, which other programs do not stretch."""
+        return time.thread_time if self.threads == 1 and not self.sample else time.perf_counter
+
+
+def unheard(phase: str, done: float) -> None:
+    """Stands for a report that no one wants."""
+
+
 def begin(work: Work) -> Result:
     inputs, gradients = (sum(t.nbytes for t in each) for each in (work.tensors, work.leaves))
     return Result(work.case, input_bytes=inputs, gradient_bytes=gradients)
@@ -212,7 +227,7 @@ def prepared(
     work: Work,
     variants: Iterable[str],
     result: Result,
-    report: Report = lambda phase, done: None,
+    report: Report = unheard,
     look: Callable[[str, Step], None] = lambda variant, step: None,
 ) -> dict[str, Step]:
     """The variants that run, warm and looked at; of the others the result tells why not."""
@@ -239,17 +254,21 @@ def warm_up(step: Step) -> None:
             break
 
 
-def wall(step: Step, calls: int) -> float:
-    step()  # finds caches and allocator as another variant left them
+def wall(
+    step: Step, calls: int, clock: Callable[[], float] = time.perf_counter, warm: bool = True
+) -> float:
+    """By the host's clock. A call before finds caches and allocator as another variant left them."""
+    if warm:
+        step()
     repeat = itertools.repeat(None, calls)
-    start = time.perf_counter()
+    start = clock()
     for _ in repeat:
         step()
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
 def interleave(
-    samplers: Mapping[str, Sampler], plan: Plan, report: Report = lambda phase, done: None
+    samplers: Mapping[str, Sampler], plan: Plan, report: Report = unheard
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Rounds of one sample of each variant, in a new order each round."""
     calls = {name: fill(sampler, plan.sample) for name, sampler in samplers.items()}

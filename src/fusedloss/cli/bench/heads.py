@@ -10,7 +10,6 @@ import argparse
 import importlib
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,21 +24,19 @@ from torch.nn import functional as F  # noqa: N812
 import fusedloss
 
 from ...engines.chunks.products import HALVES, multiplies_bfloat16
-from ..processes import MEBI, available, growth, in_a_process, small_pages
+from ..processes import MEBI, available, in_a_process
 from . import cuda as gpu
 from . import tables
-from .builds import both_builds
 from .cases import Case
+from .cpu import peak_memory, time_case
 from .harness import (
     Loader,
     Plan,
     Result,
-    Sampler,
     Step,
     Work,
     begin,
     difference,
-    interleave,
     prepared,
 )
 from .machine import Run
@@ -97,6 +94,9 @@ def in_torchs_chunks(input: Tensor, linear_weight: Tensor, target: Tensor) -> Te
 
 class HeadWork(Work):
     """Input, weight and target; `budgets` are of memory, of ours measured with each, too."""
+
+    checked = False  # Eager's would take its time again, and more memory than there may be.
+    yardstick = "matrix products"
 
     def __init__(self, case: Case, device: str = "cpu", budgets: tuple[int, ...] = ()) -> None:
         super().__init__(case, device)
@@ -167,35 +167,6 @@ def why_not(case: Case, variant: str) -> str | None:
     return None
 
 
-def time_case(case: Case, plan: Plan) -> Result:
-    torch.set_num_threads(plan.threads)
-    clock = time.thread_time if plan.threads == 1 else time.perf_counter
-    work = HeadWork(case)
-    result = begin(work)
-    steps = prepared(work, plan.variants, result)
-
-    def sample(step: Step, calls: int) -> float:
-        start = clock()
-        for _ in range(calls):
-            step()
-        return (clock() - start) / calls
-
-    samplers: dict[str, Sampler] = {k: partial(sample, step) for k, step in steps.items()}
-    if plan.against:
-        builds, result.as_built = both_builds(work, plan)
-        samplers |= builds
-    result.samples, result.calls = interleave(samplers, plan)
-    return result
-
-
-def peak(case: Case, variant: str, threads: int) -> int:
-    """The most resident memory of one call, in bytes beyond what is resident before it."""
-    torch.set_num_threads(threads)
-    small_pages()
-    HeadWork(replace(case, shape=(64, 64, 512))).step(variant)()  # starts the threads
-    return growth(HeadWork(case).step(variant))
-
-
 def measure(
     every: Sequence[Case], rounds: int, threads: int, against: str = ""
 ) -> Iterator[Result]:
@@ -203,11 +174,11 @@ def measure(
         skipped = {v: why for v in VARIANTS if (why := why_not(case, v))}
         chosen = tuple(v for v in VARIANTS if v not in skipped)
         try:
-            plan = Plan(chosen, threads, LONG, 0.0, FEWEST, rounds, against)
+            plan = Plan(chosen, threads, LONG, 0.0, FEWEST, rounds, against, HeadWork)
             result = in_a_process(time_case, case, plan)
             for variant in LABELS:
                 if variant in result.samples:
-                    result.peaks[variant] = in_a_process(peak, case, variant, threads)
+                    result.peaks[variant] = in_a_process(peak_memory, case, variant, plan)
         except (RuntimeError, OSError) as error:
             result = Result(case, skipped={"ours": str(error)})
         result.skipped |= skipped

@@ -28,61 +28,38 @@ from .machine import FORMAT
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--quick", action="store_true", help="fewer cases, sizes and samples: two minutes at most")
-    add(
-        "--linear",
-        action="store_true",
-        help="linear cross entropy instead; takes --quick, --threads",
-    )
-    add(
-        "--calls",
-        action="store_true",
-        help="what a call on 3 x 5 costs before its kernel, and the import; takes --quick, --threads",
-    )
-    add("--only", nargs="+", metavar="LOSS", help="these losses alone")
-    add("--dtype", nargs="+", metavar="DTYPE", help=f"these of {', '.join(DTYPES)}")
-    add(
-        *("--sizes",),
-        nargs="+",
-        metavar="SIZE",
-        help=f"the sweep alone, at these of {', '.join(SIZES)}, or shapes like 1024x32000",
-    )
-    add("--no-sweep", action="store_true", help="the cases alone")
-    add("--variants", nargs="+", metavar="NAME", help=f"these of {', '.join(CHOICES)}, and ours")
-    add(
-        *("--device",),
-        choices=("cpu", "cuda"),
-        default="cpu",
-        help="cuda takes --only, --linear and --output of these options; default: %(default)s",
-    )
+    flags = {
+        "--quick": "fewer cases, sizes and samples: two minutes at most",
+        "--linear": "linear cross entropy instead; takes --quick, --threads, --against a folder",
+        "--calls": "what a call on 3 x 5 costs before its kernel, and the import; takes --quick, --threads",
+        "--no-sweep": "the cases alone",
+        "--targets": "print which targets are met",
+    }
+    lists = {
+        "--only LOSS": "these losses alone",
+        "--dtype DTYPE": f"these of {', '.join(DTYPES)}",
+        "--sizes SIZE": f"the sweep alone, at these of {', '.join(SIZES)}, or shapes like 1024x32000",
+        "--variants NAME": f"these of {', '.join(CHOICES)}, and ours",
+    }
+    files = {
+        "--against PATH": "compare with the JSON of an earlier run, or, call by call, with the fusedloss of "
+        "a folder: a checkout, or where it is installed",
+        "--picture FILE": "the ratios (with --linear the memory) as an SVG or PNG; needs matplotlib",
+    }
+    for option, text in flags.items():
+        add(option, action="store_true", help=text)
+    for words, text in lists.items():
+        option, metavar = words.split()
+        add(option, nargs="+", metavar=metavar, help=text)
+    for words, text in files.items():
+        option, metavar = words.split()
+        add(option, type=Path, metavar=metavar, help=text)
+    for option, kind in (("--output", "json"), ("--html", "html")):
+        default = Path(f"fusedloss-bench.{kind}")
+        add(option, type=Path, default=default, metavar="FILE", help="default: %(default)s")
+    takes = "cuda takes --only, --linear and --output of these options; default: %(default)s"
+    add("--device", choices=("cpu", "cuda"), default="cpu", help=takes)
     add("--threads", metavar="N", help="default: what torch takes")
-    add(
-        *("--against",),
-        type=Path,
-        metavar="PATH",
-        help="compare with the JSON of an earlier run, or, call by call, with the fusedloss of a folder",
-    )
-    add("--targets", action="store_true", help="print which targets are met")
-    add(
-        *("--output",),
-        type=Path,
-        default=Path("fusedloss-bench.json"),
-        metavar="FILE",
-        help="default: %(default)s",
-    )
-    add(
-        *("--html",),
-        type=Path,
-        default=Path("fusedloss-bench.html"),
-        metavar="FILE",
-        help="default: %(default)s",
-    )
-    add(
-        *("--picture",),
-        type=Path,
-        metavar="FILE",
-        help="the ratios (with --linear the memory) as an SVG or PNG; needs matplotlib",
-    )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from .targets import TARGETS, Target, geometric_mean
 MISSING = "-"
 SLOWER = 1.05
 SLOWER_BUILD = 1.03
+SLOWER_WORD = "[red]slower[/]"
 RATIOS = (("ours", "yardstick"), ("eager", "ours"), ("compile", "ours"))
 MEANS = {"table": "of the cases", "sweep": "of the sweep", "": "of all"}
 
@@ -184,22 +185,30 @@ def targets_table(results: Sequence[Result]) -> Table:
 
 
 def against_table(now: Sequence[Result], then: Sequence[Result]) -> Table:
-    """Ours now and then, as it is and relative to eager.
-
-    A case is slower where both say so: the first alone may be the machine.
-    """
-    table = new_table("Now / then")
-    table.add_column("case", no_wrap=True)
-    for name in ("time", "relative to eager", "then", "now", ""):
-        table.add_column(name, justify="right", no_wrap=True)
-    for new, old, time, relative in compared(now, then):
-        values = [v for v in (time, relative) if v is not None]
-        slower, faster = min(values) > SLOWER, max(values) < 1 / SLOWER
-        word = "[red]slower[/]" if slower else "[green]faster[/]" if faster else ""
-        cells = [figures(time), figures(relative)]
-        cells += [clock(old.median("ours")), clock(new.median("ours"))]
-        table.add_row(escape(new.case.title), *cells, word)
+    """Ours now and then, as it is and relative to eager."""
+    names = ("time", "relative to eager", "then", "now", "")
+    table = comparison("Now / then", names)
+    for new, old, *ratios in compared(now, then):
+        values = [v for v in ratios if v is not None]
+        times = old.median("ours"), new.median("ours")
+        table.add_row(
+            *(escape(new.case.title), *map(figures, ratios), *map(clock, times), judge(values))
+        )
     return table
+
+
+def comparison(title: str, columns: Sequence[str]) -> Table:
+    table = new_table(title)
+    table.add_column("case", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def judge(ratios: Sequence[float], bound: float = SLOWER) -> str:
+    """A case is slower where all ratios say so: one alone may be the machine."""
+    slower, faster = min(ratios) > bound, max(ratios) < 1 / bound
+    return SLOWER_WORD if slower else "[green]faster[/]" if faster else ""
 
 
 def compared(
@@ -225,24 +234,25 @@ def against_build(result: Result) -> tuple[float, float] | None:
     return (median, shortest) if median and shortest else None
 
 
+def against_word(result: Result) -> str:
+    ratios = against_build(result)
+    return judge(ratios, SLOWER_BUILD) if ratios else ""
+
+
 def builds_table(results: Sequence[Result]) -> Table:
-    table = new_table("This build / the other")
-    table.add_column("case", no_wrap=True)
-    for name in ("median", "shortest", "other", "this", "bits", ""):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = ("median", "shortest", "other", "this", "bits", "")
+    table = comparison("This build / the other", names)
     for r in results:
         if ratios := against_build(r):
-            slower, faster = min(ratios) > SLOWER_BUILD, max(ratios) < 1 / SLOWER_BUILD
-            word = "[red]slower[/]" if slower else "[green]faster[/]" if faster else ""
             times = (clock(r.median(v)) for v in ("old", "new"))
-            cells = [f"{ratio:.3f}" for ratio in ratios]
-            cells += [*times, "same" if r.as_built else "[yellow]other[/]", word]
-            table.add_row(escape(r.case.title), *cells)
+            bits = "same" if r.as_built else "[yellow]other[/]"
+            shown = (f"{ratio:.3f}" for ratio in ratios)
+            table.add_row(escape(r.case.title), *shown, *times, bits, against_word(r))
     return table
 
 
 def slowest(results: Sequence[Result]) -> str:
-    """A case is slower where both ratios say so: one alone may be the machine."""
+    """The case whose smaller ratio is the largest."""
     found = [(min(ratios), r.case.title) for r in results if (ratios := against_build(r))]
     if not found:
         return "No case was measured with both builds."
