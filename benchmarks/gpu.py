@@ -226,17 +226,17 @@ def tiles(
     attempt: Callable[..., float | str] = trial,
 ) -> list[dict[str, Any]]:
     """Times of cross entropy by other tiles than the rule's."""
-    from fusedloss.engines.gpu import rows
+    from fusedloss.engines.gpu import cross_entropy
     from fusedloss.route import memo
 
-    found, rule = [], rows.tile
+    found, rule = [], cross_entropy.tile
     for case in bench.CASES:
         for candidate in TILES.get(case.title, []):
             if left() < 0:
                 break
             if dry:
                 candidate = (2, 16, True, 4)
-            rows.tile = lambda *_, candidate=candidate: rows.Tile(*candidate)
+            cross_entropy.tile = lambda *_, candidate=candidate: cross_entropy.Tile(*candidate)
             memo.known.clear()
             seconds = attempt(
                 bench, bench.small(case) if dry else case, "cpu" if dry else "cuda", 5
@@ -244,25 +244,25 @@ def tiles(
             found.append({"title": case.title, "tile": candidate, "seconds": seconds})
             if dry:
                 break
-    rows.tile = rule
+    cross_entropy.tile = rule
     memo.known.clear()
     return found
 
 
 def choose(bench: Any, found: list[dict[str, Any]]) -> dict[str, Any]:
     """From now on the fastest tile of each case."""
-    from fusedloss.engines.gpu import rows
+    from fusedloss.engines.gpu import cross_entropy
     from fusedloss.route import memo
 
     best: dict[tuple[Any, ...], tuple[float, str, Any]] = {}
     asked: list[tuple[Any, ...]] = []
-    rule = rows.tile
+    rule = cross_entropy.tile
 
     def ask(*key: Any) -> Any:
         asked.append(key)
         return rule(*key)
 
-    rows.tile = ask
+    cross_entropy.tile = ask
     for case in bench.CASES:
         own = [t for t in found if t["title"] == case.title and isinstance(t["seconds"], float)]
         if own:
@@ -270,8 +270,8 @@ def choose(bench: Any, found: list[dict[str, Any]]) -> dict[str, Any]:
             asked.clear()
             bench.GpuWork(case, "cuda").outcome(case.row.function)
             fastest = min(own, key=lambda t: t["seconds"])
-            best[asked[0]] = fastest["seconds"], case.title, rows.Tile(*fastest["tile"])
-    rows.tile = lambda *key: best[key][2] if key in best else rule(*key)
+            best[asked[0]] = fastest["seconds"], case.title, cross_entropy.Tile(*fastest["tile"])
+    cross_entropy.tile = lambda *key: best[key][2] if key in best else rule(*key)
     memo.known.clear()
     return {title: tile for _, title, tile in best.values()}
 

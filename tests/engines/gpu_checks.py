@@ -39,7 +39,16 @@ from fusedloss.autograd import operators as ops
 from fusedloss.cli import info
 from fusedloss.cli.bench import cuda as bench
 from fusedloss.engines import gpu
-from fusedloss.engines.gpu import flags, launch, m, pointwise, rows, triplet
+from fusedloss.engines.gpu import (
+    cross_entropy,
+    flags,
+    launch,
+    m,
+    nll,
+    pointwise,
+    tiles,
+    triplet,
+)
 from fusedloss.kinds.rows import RowsCall
 from fusedloss.kinds.triplet import TripletCall
 
@@ -97,8 +106,8 @@ def test_programs_of_pointwise(
 def test_rows_longer_than_a_block(
     case: Case, shape: tuple[int, ...], generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "tile", lambda *_: rows.Tile(2, 16, shape[1] <= 16, 4))
-    monkeypatch.setattr(rows, "POSITIONS", 4)
+    monkeypatch.setattr(cross_entropy, "tile", lambda *_: tiles.Tile(2, 16, shape[1] <= 16, 4))
+    monkeypatch.setattr(nll, "POSITIONS", 4)
     tensors, options = case.example(shape, torch.float32, generator)
     options["reduction"] = "mean"
     check(case, tensors, options, generator)
@@ -127,8 +136,8 @@ def test_infinite_and_nan_logits_of_long_rows(
     options: dict[str, Any] = {"label_smoothing": 0.1} if kind == "smoothed" else {}
     options["reduction"] = "none"
     found = []
-    for each in (rows.Tile(held, 64, True, 4), rows.Tile(held, 16, False, 4)):
-        monkeypatch.setattr(rows, "tile", lambda *_, each=each: each)
+    for each in (tiles.Tile(held, 64, True, 4), tiles.Tile(held, 16, False, 4)):
+        monkeypatch.setattr(cross_entropy, "tile", lambda *_, each=each: each)
         leaf = x.to(DEVICE).requires_grad_()
         losses = functional.cross_entropy(leaf, (y if q is None else q).to(DEVICE), **options)
         (grad,) = torch.autograd.grad(losses.sum(), leaf)
@@ -176,7 +185,7 @@ def test_digits_near_certainty(
     target: str, block: int, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A logit 30 above the others, at the start, within a later block and at the end."""
-    monkeypatch.setattr(rows, "tile", lambda *_: rows.Tile(2, block, block == 64, 4))
+    monkeypatch.setattr(cross_entropy, "tile", lambda *_: tiles.Tile(2, block, block == 64, 4))
     y = tensor([0, 20, 39])
     x = torch.randint(1024, (3, 40), generator=generator) / 1024  # differences are exact
     x[torch.arange(3), y] += 30
@@ -323,7 +332,7 @@ def test_checks_eager_raises_at_the_call() -> None:
 
 
 def test_the_first_of_many_programs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "POSITIONS", 4)
+    monkeypatch.setattr(nll, "POSITIONS", 4)
     x = torch.zeros(40, 3, device=DEVICE)
     functional.nll_loss(x, torch.full((40,), 3, device=DEVICE))
     with pytest.raises(IndexError, match=r"target\[\d+\] = 3 is out of range for 3 classes"):

@@ -17,7 +17,7 @@ import fusedloss
 from fusedloss import linear_cross_entropy, linear_kl_div, linear_log_prob
 from fusedloss.engines import gpu
 from fusedloss.engines.chunks import loop as chunks
-from fusedloss.engines.gpu import linear, rows
+from fusedloss.engines.gpu import linear, tiles
 from fusedloss.kinds.heads import LinearCall, Rows
 
 assert GPU, "test_gpu.py runs this file"
@@ -36,7 +36,7 @@ def _nothing_left() -> Iterator[None]:
 @pytest.fixture(params=[64, 16], ids=["whole", "blocks"])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Rows that a program holds, and rows longer than its block."""
-    each = rows.Tile(8, request.param, request.param == 64, 4)
+    each = tiles.Tile(8, request.param, request.param == 64, 4)
     monkeypatch.setattr(linear, "tile", lambda *_: each)
     return int(request.param)
 

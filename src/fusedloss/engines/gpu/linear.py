@@ -16,20 +16,11 @@ from torch import Tensor
 
 from ...kinds.heads import LinearCall, Rows, Slot
 from . import flags, m
+from .labels import OutOfRange, labels
 from .launch import ceil_div, launch, reporting
 from .pointwise import TRITON
-from .rows import (
-    OutOfRange,
-    exp_each_to,
-    exp_to,
-    factor_of_raised,
-    gather,
-    grouped,
-    groups,
-    joined,
-    labels,
-    tile,
-)
+from .softmax import exp_each_to, exp_to, factor_of_raised, gather, grouped, joined
+from .tiles import groups, tile
 
 
 def step(
@@ -144,7 +135,7 @@ def _add(
     t, is_own, part, top, origin, others, mass, dot, products,
     SMOOTH: tl.constexpr, ENTROPY: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Adds classes to the sums of `rows.gather`, and to the others' exp(t - origin) (t - origin)."""
+    """Adds classes to the sums of `softmax.gather`, and to the others' exp(t - origin) (t - origin)."""
     new_top, new, new_others, mass, dot = gather(
         t, is_own, part, top, origin, others, mass, dot, SMOOTH, EXACT
     )
