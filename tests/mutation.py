@@ -154,8 +154,8 @@ MUTANTS = [
     Mutant(AGAIN, "if any(g.shape != t.shape", "if any(g.shape == ()", "broadcast", **REPEAT),
     Mutant(AGAIN, "(*places.inputs, place, *places.grads)", "(*places.inputs, place, *places.grads[::-1])", "packs_no", **REPEAT),
     Mutant("src/fusedloss/route/memo.py", "b.is_contiguous(), learns and b.requires_grad)", "learns and b.requires_grad)", "strides_make", **REPEAT),
-    Mutant("src/fusedloss/autograd/functions.py", "            if _scales_exactly(stored, incoming):\n", "            if True:\n", "do_not_depend", **REPEAT),
-    Mutant("src/fusedloss/autograd/functions.py", "if not plain or _keeps_graph():", "if not plain:", "given_away", **REPEAT),
+    Mutant("src/fusedloss/autograd/functions.py", "            if scales_exactly(stored, incoming):\n", "            if True:\n", "do_not_depend", **REPEAT),
+    Mutant("src/fusedloss/autograd/gradients.py", "if not plain or _keeps_graph():", "if not plain:", "given_away", **REPEAT),
     kernel("kernels.cpp", "arguments[places[i]] = pointers[i];", "arguments[places[0]] = pointers[0];", "do_not_depend", **REPEAT),
     # types
     kernel("convert.h", "(u + 0x7fffu + ((u >> 16) & 1u)) >> 16", "u >> 16", "ties_round"),

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 import fusedloss
 from fusedloss import functional
-from fusedloss.autograd import functions as autograd
+from fusedloss.autograd import functions
 from fusedloss.core import plain, torch_state, trace
 from fusedloss.route import memo
 
@@ -453,7 +453,7 @@ def test_a_readable_gradient() -> None:
     assert plain.is_plain(torch.ones(0))
     for other in (torch._efficientzerotensor(()), torch.nn.Parameter(torch.ones(()))):
         assert not plain.is_plain(other)
-    assert autograd.is_plain is plain.is_plain
+    assert functions.is_plain is plain.is_plain
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")

@@ -35,7 +35,7 @@ from torch import Generator, Tensor, tensor
 
 import fusedloss
 from fusedloss import functional
-from fusedloss.autograd import operators as ops
+from fusedloss.autograd import operators
 from fusedloss.cli import info
 from fusedloss.cli.bench import cuda as bench
 from fusedloss.engines import gpu
@@ -485,9 +485,9 @@ def test_gradients_have_the_strides_that_fakes_promise(generator: Generator) -> 
         ):
             floats = [t is not None and t.is_floating_point() for t in rest]
             needed = [True, *floats]
-            incoming = torch.ones_like(ops.run(call, (given, *rest)))
-            arguments = (needed, given, *rest, *ops.settings(call))
-            grads = ops.operator(f"{call.family}_backward")(incoming, *arguments)
+            incoming = [torch.ones_like(t) for t in operators.run(call, (given, *rest))]
+            arguments = ([True], needed, given, *rest, *operators.settings(call))
+            grads = operators.operator(f"{call.family}_backward")(incoming, *arguments)
             wanted = [t for t, need in zip((given, *rest), needed, strict=True) if need]
             for grad, like in zip(grads, map(call.empty_gradient, wanted), strict=True):
                 assert grad.stride() == like.stride()

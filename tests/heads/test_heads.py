@@ -29,7 +29,7 @@ from torch.autograd import forward_ad
 
 import fusedloss
 from fusedloss import linear_cross_entropy, linear_kl_div, linear_log_prob
-from fusedloss.autograd import head_operators as op
+from fusedloss.autograd import operators
 from fusedloss.core import trace
 from fusedloss.engines.chunks import loop as chunks
 from fusedloss.losses import heads as linear
@@ -64,7 +64,9 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         if request.param == "formula":
             stack.enter_context(formula_path())
         elif request.param == "operator":
-            monkeypatch.setattr(linear, "dispatch", lambda call, tensors, _: op.run(call, tensors))
+            monkeypatch.setattr(
+                linear, "dispatch", lambda call, tensors, _: operators.run(call, tensors)
+            )
         elif request.param == "steps":  # of devices that have no kernel
             whole = chunks.plan
             monkeypatch.setattr(chunks, "plan", lambda call, x, c, _: whole(call, x, c, True))

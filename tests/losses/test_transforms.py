@@ -33,7 +33,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import fusedloss
-from fusedloss.autograd import operators as ops
+from fusedloss.autograd import operators
 from fusedloss.core import trace
 from fusedloss.front.definition import REGISTRY
 
@@ -475,14 +475,17 @@ def operator_calls() -> list[Any]:
 @pytest.mark.parametrize("call", operator_calls(), ids=lambda c: f"{c[0]}-{c[4]}")
 def test_operators(call: Any) -> None:
     name, *arguments = call
-    torch.library.opcheck(ops.operator(name), tuple(arguments))
-    kind = next(k for k in ops.TENSORS if k.family == name)
+    kind = next(k for k in operators.TENSORS if k.family == name)
     tensors, settings = arguments[:3], arguments[3:]
-    value = ops.run(kind(*settings), tuple(tensors))
-    needed = [isinstance(t, Tensor) and t.requires_grad for t in tensors]
-    backward = ops.operator(f"{name}_backward")
+    call = kind(*settings)
+    needed = [isinstance(t, Tensor) and t.requires_grad for t in tensors[: call.gradients]]
+    for stored in ([False] * len(needed), needed) if call.stores_gradients else (needed[:0],):
+        torch.library.opcheck(operators.operator(name), (*tensors, stored, *settings))
+    (value,) = operators.run(call, tuple(tensors))
+    backward = operators.operator(f"{name}_backward")
     given = tuple(t.detach() if isinstance(t, Tensor) else t for t in arguments)
-    torch.library.opcheck(backward, (torch.ones_like(value).detach(), needed, *given))
+    arrived = [torch.ones_like(value).detach()], [True]
+    torch.library.opcheck(backward, (*arrived, needed, *given))
 
 
 # Tensor subclasses

@@ -1,32 +1,23 @@
-"""The autograd function over the loop, and what it shares with the operators."""
+"""The autograd function over the loop over chunks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core import errors, plain, torch_state
+from ..core import plain, torch_state
+from ..core.plain import is_plain
 from ..engines import gpu
 from ..engines.chunks.loop import run
 from ..kinds.heads import LinearCall, Slot, Slots
-from . import functions as autograd
+from . import traced
+from .gradients import redo, scaled
+from .saved import Saved, unchanged, unpacked
 
 _hooks = torch_state.saved_tensor_hooks
-
-
-class Like(NamedTuple):
-    """What a saved tensor was in forward."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Like:
-        return cls(tensor.shape, tensor.dtype, tensor.device)
 
 
 class Chunked(torch.autograd.Function):
@@ -35,19 +26,18 @@ class Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: LinearCall, *tensors: Slot) -> tuple[Tensor, ...]:
         needed = ctx.needs_input_grad[1:]
-        ctx.call, ctx.stored = call, call.reduction != "none"
+        ctx.call, ctx.stored = call, call.stores_gradients
         results, grads = run(call, tensors, needed[:4] if ctx.stored else ())
-        ctx.like = [None if t is None else Like.of(t) for t in tensors]
         # Autograd saves no tensor of inference mode, whose changes it could not see.
-        kept = [t if t is None or not t.is_inference() else None for t in tensors]
+        kept = (t if t is None or not t.is_inference() else None for t in tensors)
         if not ctx.stored:
-            kept = [
-                t if k is not None or t is None else t.clone()
-                for t, k in zip(tensors, kept, strict=True)
-            ]
+            pairs = zip(tensors, kept, strict=True)
+            kept = (t.clone() if k is None and t is not None else k for t, k in pairs)
         ctx.save_for_backward(*kept, *grads)
-        ctx.own = _hooks(True) is None  # what is stored is nobody else's
-        ctx.on_gpu = gpu.serves(tensors[0])
+        ctx.like = [None if t is None else (t.shape, t.dtype) for t in tensors]
+        assert tensors[0] is not None
+        ctx.device, ctx.number = tensors[0].device, tensors[0].get_device()
+        ctx.on_gpu, ctx.own = gpu.serves(tensors[0]), _hooks(True) is None
         ctx.set_materialize_grads(False)
         if call.statistics:
             ctx.mark_non_differentiable(results[-1])
@@ -56,105 +46,43 @@ class Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *incoming: Slot) -> tuple[Slot, ...]:
         if torch.compiler.is_compiling():
-            return _traced(ctx, incoming)
+            return traced.backward(ctx, *incoming)
         call, needed = ctx.call, ctx.needs_input_grad[1:]
         if ctx.on_gpu and gpu.problem(call.family) is None:
-            gpu.family("flags").raise_pending(ctx.like[0].device)
+            gpu.family("flags").raise_pending(ctx.device)
         for g in incoming:
             plain.check(call.loss, incoming=g)
-        saved = autograd.unpacked(ctx)
+        saved = unpacked(ctx)
+        tensors, stored = saved[: len(needed)], saved[len(needed) :]
         create_graph = torch.is_grad_enabled()
+        grads: Sequence[Slot] = ()
         if all(g is None for g in incoming):
-            grads: Sequence[Slot] = [None] * len(needed)
+            pass
         elif ctx.stored and not create_graph:
             assert incoming[0] is not None
-            stored = [_unchanged(each) for each in saved[len(needed) :]]
-            grads = autograd.scaled(stored, incoming[0], ctx.own and autograd.is_plain(incoming[0]))
+            own = ctx.own and is_plain(incoming[0])
+            grads = scaled(unchanged(stored), incoming[0], own)
         else:
-            tensors = _settled(ctx, saved[: len(needed)])
+            given = _settled(ctx, tensors, create_graph)
             arrived = [g for g in incoming if g is not None]
-            if create_graph or unreadable(tensors) or not all(map(autograd.is_plain, arrived)):
-                grads = redo(call, tensors, needed, incoming, create_graph)
+            if (
+                create_graph
+                or plain.first_gap(given, everywhere=True)
+                or not all(map(is_plain, arrived))
+            ):
+                grads = redo(call, given, needed, incoming, create_graph)
             else:
-                grads = run(call, tensors, needed[:4], incoming)[1]
+                grads = run(call, given, needed[:4], incoming)[1]
         return (None, *grads, *(None,) * (len(needed) - len(grads)))
 
 
-def _traced(ctx: Any, incoming: Sequence[Slot]) -> tuple[Slot, ...]:
-    """What compiled autograd traces."""
-    from .head_operators import gradients
-
+def _settled(ctx: Any, tensors: Sequence[Any], create_graph: bool) -> Slots:
+    """The tensors that forward was given, in their types."""
     call, needed = ctx.call, ctx.needs_input_grad[1:]
-    saved = ctx.saved_tensors
-    tensors, stored = saved[: len(needed)], saved[len(needed) :]
-    wanted, kept = needed[: call.gradients], stored if ctx.stored else None
-    grads = gradients(call, tensors, wanted, kept, incoming)
-    return (None, *grads, *(None,) * (len(needed) - len(grads)))
-
-
-def unreadable(tensors: Sequence[Slot]) -> str | None:
-    """Why the loop over chunks cannot take the tensors, or None. Elsewhere it is made of torch operations."""
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        ours = tensor.is_cpu or tensor.is_cuda or tensor.is_meta
-        if (ours or type(tensor) not in plain.PLAIN) and (why := plain.gap(tensor)):
-            return why
-    return None
-
-
-def _unchanged(saved: Any) -> Slot:
-    if type(saved) is autograd.Changed:
-        raise saved.error
-    return saved
-
-
-def _settled(ctx: Any, saved: Sequence[Any]) -> Slots:
-    """The tensors that forward was given.
-
-    Raises:
-        RuntimeError: one was changed in place, has another shape or device, or no memory any more; or it was
-            not kept.
-    """
-    call, found = ctx.call, []
-    for name, tensor, like in zip(call.arguments, saved, ctx.like, strict=True):
-        if type(tensor) is autograd.Changed:
-            why = (
-                "the gradient was kept, but with create_graph=True it is computed anew, from what it was"
-                if ctx.stored
-                else "without a reduction no gradient is kept, and backward takes the inputs once more"
-            )
-            words = f"{name} was changed after the loss was taken: {tensor.error} {why}: change a clone()"
-            raise RuntimeError(f"{call.loss}: {words}") from tensor.error
-        if like is not None:
-            if tensor is None:
-                words = f"{name} is of inference mode, and not kept: create_graph=True needs a clone() of it"
-                errors.fail(RuntimeError, call.loss, words)
-            if (tensor.shape, tensor.device) != (like.shape, like.device):
-                got = f"{list(tensor.shape)} on {tensor.device}"
-                words = f"{name} was saved for backward as {list(like.shape)} on {like.device}"
-                errors.fail(RuntimeError, call.loss, f"{words}, and came back as {got}")
-            plain.check(call.loss, **{name: tensor})
-            tensor = tensor.to(like.dtype)
-        found.append(tensor)
-    return tuple(found)
-
-
-def redo(
-    call: LinearCall,
-    tensors: Slots,
-    needed: Sequence[bool],
-    incoming: Sequence[Slot],
-    create_graph: bool,
-) -> list[Slot]:
-    """Gradients by the formula: for `create_graph=True`, and for gradients that are mapped."""
-    with torch.enable_grad():
-        inputs = [t for t, need in zip(tensors, needed, strict=True) if need and t is not None]
-        pairs = zip(call.by_formula(*tensors), incoming, strict=True)
-        outputs, arriving = zip(*((t, g) for t, g in pairs if g is not None), strict=True)
-        found = iter(
-            torch.autograd.grad(
-                outputs, inputs, arriving, create_graph=create_graph, materialize_grads=True
-            )
-        )
-    return [next(found) if need else None for need in needed]
+    shapes = [None if like is None else like[0] for like in ctx.like]
+    stored = () if ctx.stored else None
+    saved = Saved(
+        call.loss, call, tensors, needed, stored, torch.Size(), shapes, ctx.number, ctx.own
+    )
+    pairs = zip(saved.settled(create_graph), ctx.like, strict=True)
+    return tuple(t if t is None else t.to(like[1]) for t, like in pairs)

@@ -1,15 +1,16 @@
-"""The kernels of the row losses as operators of torch, so that torch.compile keeps them whole.
+"""Kernels, and the loops over chunks, as operators of torch, so that torch.compile keeps them whole.
 
-Each family has three. The arguments of `fusedloss::<family>` and `fusedloss::<family>_backward` are the
-tensors of its call and then the settings, field by field. `fusedloss::<family>_with_gradients` is for
-reduced losses and gives the gradients too: what is changed before backward does not reach them. The only
-overload of each is named by our version: a cached graph keeps the strides that it was compiled for.
+Each kind of call has two. The arguments of `fusedloss::<family>` are the tensors of the call, which gradients
+are to be stored, and the settings, field by field; it gives the results and those gradients: what is changed
+before backward does not reach them, and backward only scales them. `fusedloss::<family>_backward` gives those
+of unreduced losses. The only overload of each is named by our version: a cached graph keeps the strides that
+it was compiled for.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -18,10 +19,13 @@ from torch import Tensor
 from ..core import caches, trace
 from ..core.torch_state import differentiating
 from ..engines import engine_of, gpu
-from ..kinds import Call
+from ..engines.chunks.loop import run as run_chunks
+from ..kinds.distill import DistillCall
+from ..kinds.heads import LinearCall
 from ..kinds.rows import RowsCall
 from ..kinds.triplet import TripletCall
-from . import functions as autograd
+from .gradients import redo, scaled
+from .saved import Changed, unpacked
 
 KINDS = {
     "str": "str",
@@ -30,14 +34,32 @@ KINDS = {
     "float": "float",
     "torch.dtype": "ScalarType",
 }
-TENSORS = {
+HEAD = (
+    "Tensor input",
+    "Tensor linear_weight",
+    "Tensor? linear_bias",
+    "Tensor? target",
+    "Tensor? weight",
+    "Tensor? sample_weight",
+    "Tensor? denominator",
+)
+TEACHER = (
+    "Tensor? teacher_input",
+    "Tensor? teacher_weight",
+    "Tensor? teacher_bias",
+    "Tensor? teacher_logits",
+)
+TENSORS: dict[type[Any], tuple[str, ...]] = {
     RowsCall: ("Tensor input", "Tensor target", "Tensor? weight"),
     TripletCall: ("Tensor anchor", "Tensor positive", "Tensor negative"),
+    LinearCall: HEAD,
+    DistillCall: (*HEAD, *TEACHER),
 }
 WIDE = (torch.float32, torch.float64)
-T = TypeVar("T")
 LIBRARY = torch.library.Library("fusedloss", "DEF")
 OVERLOAD = f"v{caches.VERSION}"
+Slot = Tensor | None
+T = TypeVar("T")
 
 
 def settings(call: Any) -> tuple[Any, ...]:
@@ -48,177 +70,221 @@ def operator(name: str) -> Any:
     return getattr(getattr(torch.ops.fusedloss, name), OVERLOAD)
 
 
-def define(
-    schema: str,
-    forward: Callable[..., Any],
-    fake: Callable[..., Any],
-    differentiate: Callable[..., Any] | None = None,
-    keep: Callable[..., Any] | None = None,
-) -> None:
-    """The operator of a schema, with its kernel for every device."""
-    name, arguments = schema.split("(", 1)
-    name = f"{name}.{OVERLOAD}"
-    LIBRARY.define(f"{name}({arguments}")
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, forward, key)
-    torch.library.register_fake(f"fusedloss::{name}", fake, lib=LIBRARY)
-    if differentiate:
-        torch.library.register_autograd(
-            f"fusedloss::{name}", differentiate, setup_context=keep, lib=LIBRARY
-        )
-
-
-def run(call: Call, tensors: tuple[Tensor | None, ...]) -> Tensor:
-    """The loss by its operator: what `autograd.run` is to eager calls."""
+def run(call: Any, tensors: Sequence[Slot]) -> tuple[Tensor, ...]:
+    """The results of a call by its operator."""
     needed = [t is not None and t.requires_grad for t in tensors[: call.gradients]]
-    found: Tensor
-    if torch.is_grad_enabled() and any(needed) and _stores(call, tensors, needed):
-        name = f"{call.family}_with_gradients"
-        found, *_ = operator(name)(*tensors, needed, *settings(call))
-    else:
-        found = operator(call.family)(*tensors, *settings(call))
-    return found
+    if not (torch.is_grad_enabled() and _stores(call, tensors, needed)):
+        needed = [False] * len(needed)
+    found = operator(call.family)(*tensors, needed, *settings(call))
+    return tuple(found[: call.outputs])
 
 
-def _stores(call: Call, tensors: tuple[Tensor | None, ...], needed: list[bool]) -> bool:
+def _stores(call: Any, tensors: Sequence[Slot], needed: Sequence[bool]) -> bool:
     """Whether forward computes the gradients; half-typed ones would be rounded twice."""
+    if isinstance(call, LinearCall):  # they are of float32
+        return call.stores_gradients
     return call.stores_gradients and all(
         t is not None and t.dtype in WIDE for t, need in zip(tensors, needed, strict=False) if need
     )
 
 
+def gradients(
+    call: Any,
+    tensors: Sequence[Slot],
+    needed: Sequence[bool],
+    stored: Sequence[Slot] | None,
+    incoming: Sequence[Slot],
+) -> list[Slot]:
+    """By the first tensors: those that forward stored, scaled, or those of the operator for backward."""
+    grads: Sequence[Slot]
+    if stored is not None:
+        arrived = incoming[0]
+        assert arrived is not None
+        grads = scaled(stored, arrived)
+    else:
+        here = [g is not None for g in incoming]
+        given = [g for g in incoming if g is not None]
+        backward = operator(f"{call.family}_backward")
+        each = iter(backward(given, here, list(needed), *tensors, *settings(call)))
+        grads = [next(each) if need else None for need in needed]
+    pairs = zip(grads, tensors, strict=False)
+    return [g if g is None or t is None else g.sum_to_size(t.shape).to(t.dtype) for g, t in pairs]
+
+
 def _unless_triton_fails(
-    family: str, tensor: Tensor, kernel: Callable[[], T], formula: Callable[[], T]
+    call: Any, tensor: Tensor, kernel: Callable[[], T], formula: Callable[[], T]
 ) -> T:
     """As `dispatch` does, for a graph that was compiled with the operator in it."""
-    if not (gpu.serves(tensor) and gpu.problem(family)):
+    if not (gpu.serves(tensor) and gpu.problem(call.family)):
         try:
             return kernel()
         except gpu.Failed as failed:
-            gpu.turn_off(failed, family)
+            gpu.turn_off(failed, call.family)
     return formula()
 
 
-def _gradients_by_formula(
-    call: RowsCall | TripletCall, tensors: tuple[Any, ...], needed: list[bool], incoming: Tensor
-) -> list[Tensor | None]:
+def _forward(
+    call: Any, tensors: Sequence[Any], needed: Sequence[bool]
+) -> tuple[Sequence[Tensor], Sequence[Slot]]:
+    """The results, and the gradients that are needed of a reduced loss."""
+    if isinstance(call, LinearCall):
+        call.check(tensors)
+        return run_chunks(call, tuple(tensors), needed)
+
+    def by_kernel() -> tuple[Tensor, Sequence[Slot]]:
+        wanted = needed if any(needed) else ()
+        result, grads = engine_of(call, tensors[0]).forward(call, tensors, wanted)
+        return result, grads[: call.gradients]
+
+    def by_formula() -> tuple[Tensor, Sequence[Slot]]:
+        result = call.by_formula(*tensors)
+        one = torch.ones_like(result)
+        return result, _by_formula(call, tensors, needed, one) if any(needed) else ()
+
+    result, grads = _unless_triton_fails(call, tensors[0], by_kernel, by_formula)
+    return (result,), grads
+
+
+def _backward(
+    call: Any, tensors: Sequence[Any], needed: Sequence[bool], incoming: Sequence[Slot]
+) -> Sequence[Slot]:
+    if isinstance(call, LinearCall):
+        return run_chunks(call, tuple(tensors), needed, incoming)[1]
+    (arrived,) = incoming
+    assert arrived is not None
+    return _unless_triton_fails(
+        call,
+        tensors[0],
+        lambda: engine_of(call, tensors[0]).backward(call, tensors, needed, arrived),
+        lambda: _by_formula(call, tensors, needed, arrived),
+    )
+
+
+def _by_formula(
+    call: Any, tensors: Sequence[Any], needed: Sequence[bool], incoming: Slot
+) -> list[Slot]:
     with differentiating():
+        needed = [*needed, *(False,) * (len(tensors) - len(needed))]
         pairs = zip(tensors, needed, strict=True)
         leaves = [t.detach().requires_grad_() if need else t for t, need in pairs]
-        grads = autograd.redo(call, leaves, needed, incoming)
+        grads = redo(call, leaves, needed, [incoming])
     # Laid out as the graph that called expects it.
-    found = zip(grads, tensors, strict=False)
+    found = zip(grads, tensors, strict=True)
     return [g if g is None else call.empty_gradient(t).copy_(g.detach()) for g, t in found]
 
 
-def _define(kind: type[RowsCall] | type[TripletCall]) -> None:
-    name, count = kind.family, len(TENSORS[kind])
-    fields = [f"{KINDS[str(field.type)]} {field.name}" for field in dataclasses.fields(kind)]
-    arguments = ", ".join([*TENSORS[kind], *fields])
+def _present(grads: Sequence[Slot], tensors: Sequence[Any]) -> list[Tensor]:
+    pairs = zip(grads, tensors, strict=False)
+    return [g.sum_to_size(t.shape) for g, t in pairs if g is not None]
 
-    def forward(*arguments: Any) -> Tensor:
-        call, tensors = kind(*arguments[count:]), arguments[:count]
-        trace.by_kernel[call.loss] += 1
-        return _unless_triton_fails(
-            call.family,
-            tensors[0],
-            lambda: engine_of(call, tensors[0]).forward(call, tensors, ())[0],
-            lambda: call.by_formula(*tensors).contiguous(),
+
+def _of(saved: Any, reads: bool) -> Slot:
+    """A saved tensor, or where it is not read what it is now."""
+    if type(saved) is not Changed:
+        return saved
+    if reads:
+        raise saved.error
+    return saved.now
+
+
+class Operator:
+    """The operators of a kind of call."""
+
+    def __init__(self, kind: type[Any], tensors: Sequence[str]) -> None:
+        self.kind, self.count = kind, len(tensors)
+        fields = dataclasses.fields(kind)
+        self.others = 1 + len(fields)  # arguments that are no tensors
+        settings = ", ".join(f"{KINDS[str(field.type)]} {field.name}" for field in fields)
+        given = ", ".join(tensors)
+        name = kind.family
+        self.define(
+            f"{name}({given}, bool[] needed, {settings}) -> Tensor[]", self.forward, self.fake
+        )
+        self.define(
+            f"{name}_backward(Tensor[] incoming, bool[] arrived, bool[] needed, {given}, {settings})"
+            " -> Tensor[]",
+            self.backward,
+            self.fake_backward,
+        )
+        torch.library.register_autograd(
+            f"fusedloss::{name}.{OVERLOAD}",
+            self.differentiate,
+            setup_context=self.keep,
+            lib=LIBRARY,
         )
 
-    def forward_fake(*arguments: Any) -> Tensor:
-        call, tensors = kind(*arguments[count:]), arguments[:count]
+    def define(self, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+        """An operator, with its kernel for every device."""
+        name, arguments = schema.split("(", 1)
+        name = f"{name}.{OVERLOAD}"
+        LIBRARY.define(f"{name}({arguments}")
+        for key in ("CPU", "CUDA"):
+            LIBRARY.impl(name, kernel, key)
+        torch.library.register_fake(f"fusedloss::{name}", fake, lib=LIBRARY)
+
+    def parts(self, given: Sequence[Any]) -> tuple[tuple[Any, ...], list[bool], Any]:
+        return (
+            tuple(given[: self.count]),
+            given[self.count],
+            self.kind(*given[self.count + 1 :]),
+        )
+
+    def forward(self, *given: Any) -> list[Tensor]:
+        tensors, needed, call = self.parts(given)
+        trace.by_kernel[call.loss] += 1
+        results, grads = _forward(call, tensors, needed)
+        return [*(t.contiguous() for t in results), *_present(grads, tensors)]
+
+    def fake(self, *given: Any) -> list[Tensor]:
+        tensors, needed, call = self.parts(given)
         shape = call.shape(*tensors) if call.reduction == "none" else ()
-        return tensors[0].new_empty(shape, dtype=call.dtype)
+        results = [tensors[0].new_empty(shape, dtype=call.dtype) for _ in range(call.outputs)]
+        return [*results, *self.empty_gradients(call, tensors, needed)]
 
-    def backward(incoming: Tensor, needed: list[bool], *arguments: Any) -> list[Tensor]:
-        call, tensors = kind(*arguments[count:]), arguments[:count]
-        grads = _unless_triton_fails(
-            call.family,
-            tensors[0],
-            lambda: engine_of(call, tensors[0]).backward(call, tensors, needed, incoming),
-            lambda: _gradients_by_formula(call, tensors, needed, incoming),
-        )
-        pairs = zip(grads, tensors, strict=False)
-        return [g.sum_to_size(t.shape) for g, t in pairs if g is not None]
+    def empty_gradients(self, call: Any, tensors: Sequence[Any], needed: Any) -> list[Tensor]:
+        if isinstance(call, LinearCall):
+            return call.empty_gradients(tensors, needed)
+        pairs = zip(tensors, needed, strict=False)
+        return [call.empty_gradient(t) for t, need in pairs if need and t is not None]
 
-    def backward_fake(incoming: Tensor, needed: list[bool], *arguments: Any) -> list[Tensor]:
-        call, tensors = kind(*arguments[count:]), arguments[:count]
-        pairs = zip(tensors, needed, strict=True)
-        return [call.empty_gradient(t) for t, need in pairs if need]
+    def backward(
+        self, incoming: list[Tensor], arrived: list[bool], needed: list[bool], *given: Any
+    ) -> list[Tensor]:
+        tensors, call = given[: self.count], self.kind(*given[self.count :])
+        each = iter(incoming)
+        arriving = [next(each) if here else None for here in arrived]
+        return _present(_backward(call, tensors, needed, arriving), tensors)
 
-    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.call = kind(*inputs[count:])
-        ctx.save_for_backward(*inputs[:count])
+    def fake_backward(
+        self, incoming: list[Tensor], arrived: list[bool], needed: list[bool], *given: Any
+    ) -> list[Tensor]:
+        tensors, call = given[: self.count], self.kind(*given[self.count :])
+        return self.empty_gradients(call, tensors, needed)
 
-    def differentiate(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[:count]
-        if torch.is_grad_enabled():
-            grads = autograd.redo(ctx.call, ctx.saved_tensors, needed, incoming)
-        else:
-            given = (incoming, needed, *ctx.saved_tensors, *settings(ctx.call))
-            found = iter(operator(f"{name}_backward")(*given))
-            grads = [next(found) if need else None for need in needed]
-        return (*grads, *(None,) * len(fields))
-
-    def both(*given: Any) -> list[Tensor]:
-        tensors, needed, call = given[:count], given[count], kind(*given[count + 1 :])
-        trace.by_kernel[call.loss] += 1
-
-        def by_formula() -> tuple[Tensor, list[Tensor | None]]:
-            result = call.by_formula(*tensors).contiguous()
-            wanted = [*needed, *(False,) * (count - len(needed))]
-            return result, _gradients_by_formula(call, tensors, wanted, torch.ones_like(result))
-
-        result, grads = _unless_triton_fails(
-            call.family,
-            tensors[0],
-            lambda: engine_of(call, tensors[0]).forward(call, tensors, needed),
-            by_formula,
-        )
-        pairs = zip(grads[: call.gradients], tensors, strict=False)
-        return [result, *(g.sum_to_size(t.shape) for g, t in pairs if g is not None)]
-
-    def both_fake(*given: Any) -> list[Tensor]:
-        tensors, needed, call = given[:count], given[count], kind(*given[count + 1 :])
-        grads = [call.empty_gradient(t) for t, need in zip(tensors, needed, strict=False) if need]
-        return [tensors[0].new_empty((), dtype=call.dtype), *grads]
-
-    def keep_both(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-        ctx.stored, ctx.call = inputs[count], kind(*inputs[count + 1 :])
+    def keep(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+        tensors, ctx.stored, ctx.call = self.parts(inputs)
         # Detached: an output is unpacked by its node alone, and not where an input was changed.
-        ctx.save_for_backward(*inputs[:count], *(g.detach() for g in output[1:]))
+        stored = (g.detach() for g in output[ctx.call.outputs :])
+        ctx.save_for_backward(*tensors, *stored)
         ctx.set_materialize_grads(False)
 
-    def scale(ctx: Any, incoming: list[Tensor | None]) -> tuple[Any, ...]:
-        needed, arrived = ctx.needs_input_grad[:count], incoming[0]
-        saved = autograd.unpacked(ctx)
-        grads: list[Tensor | None] = [None] * count
-        if arrived is not None and torch.is_grad_enabled():
-            for each in saved[:count]:
-                if type(each) is autograd.Changed:
-                    raise each.error
-            grads = autograd.redo(ctx.call, saved[:count], needed, arrived)
-        elif arrived is not None:
-            found = iter(saved[count:])
-            for k, stored in enumerate(ctx.stored):
-                grads[k] = next(found) * arrived if stored else None
-        return (*grads, *(None,) * (1 + len(fields)))
-
-    define(f"{name}({arguments}) -> Tensor", forward, forward_fake, differentiate, keep)
-    define(
-        f"{name}_with_gradients({', '.join(TENSORS[kind])}, bool[] needed, {', '.join(fields)}) -> Tensor[]",
-        both,
-        both_fake,
-        scale,
-        keep_both,
-    )
-    define(
-        f"{name}_backward(Tensor incoming, bool[] needed, {arguments}) -> Tensor[]",
-        backward,
-        backward_fake,
-    )
+    def differentiate(self, ctx: Any, incoming: list[Slot]) -> tuple[Any, ...]:
+        call, needed = ctx.call, ctx.needs_input_grad[: self.count]
+        saved = unpacked(ctx)  # a checkpoint gives them once
+        create_graph, stores = torch.is_grad_enabled(), any(ctx.stored)
+        reads = create_graph or not stores
+        tensors = tuple(_of(each, reads) for each in saved[: self.count])
+        arriving = incoming[: call.outputs]
+        grads: Sequence[Slot] = ()
+        if any(g is not None for g in arriving):
+            if create_graph:
+                grads = redo(call, tensors, needed, arriving)
+            else:
+                each = iter(saved[self.count :])
+                stored = [next(each) if s else None for s in ctx.stored] if stores else None
+                grads = gradients(call, tensors, needed[: call.gradients], stored, arriving)
+        return (*grads, *(None,) * (self.count - len(grads) + self.others))
 
 
-for _kind in TENSORS:
-    _define(_kind)
+for _kind, _tensors in TENSORS.items():
+    Operator(_kind, _tensors)

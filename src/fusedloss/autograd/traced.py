@@ -11,51 +11,51 @@ from typing import Any
 from torch import Tensor
 
 from ..engines.cpu.again import Again
-from ..kinds import Call
 from ..kinds.pointwise import PointwiseCall
-from . import operators as ops
+from . import operators
+from .gradients import scaled
 
 Slot = Tensor | None
 
 
-def gradients(
-    call: Call,
+def _gradients(
+    call: Any,
     tensors: Sequence[Slot],
     needed: Sequence[bool],
     stored: Sequence[Slot] | None,
-    incoming: Tensor,
+    incoming: Sequence[Slot],
 ) -> list[Slot]:
     """By the first tensors; `stored` are those that forward computed, if it did."""
-    grads: list[Slot]
-    if stored is not None:
-        grads = [None if g is None else g * incoming for g in stored]
-    elif isinstance(call, PointwiseCall):
-        grads = call.gradients_by_formula(tensors, needed, incoming)
-    else:
-        given: tuple[Any, ...] = (incoming, list(needed), *tensors, *ops.settings(call))
-        found = iter(ops.operator(f"{call.family}_backward")(*given))
-        grads = [next(found) if need else None for need in needed]
-    pairs = zip(grads, tensors, strict=False)
+    if not isinstance(call, PointwiseCall):
+        return operators.gradients(call, tensors, needed, stored, incoming)
+    (arrived,) = incoming
+    assert arrived is not None
+    found: Sequence[Slot]
+    found = (
+        scaled(stored, arrived)
+        if stored is not None
+        else call.gradients_by_formula(tensors, needed, arrived)
+    )
+    pairs = zip(found, tensors, strict=False)
     return [g if g is None or t is None else g.sum_to_size(t.shape) for g, t in pairs]
 
 
-def fused(ctx: Any, incoming: Tensor) -> tuple[Slot, ...]:
-    """The backward of `autograd._Fused`."""
-    needed, saved = ctx.needs_input_grad[1:], ctx.saved_tensors
+def backward(ctx: Any, *incoming: Slot) -> tuple[Slot, ...]:
+    """Of a call that saved its tensors, and the gradients if `ctx.stored`."""
+    call, needed, saved = ctx.call, ctx.needs_input_grad[1:], ctx.saved_tensors
     tensors, stored = saved[: len(needed)], saved[len(needed) :]
-    kept = stored[: ctx.call.gradients] if ctx.stored else None
-    grads = gradients(ctx.call, tensors, needed, kept, incoming)
+    kept = stored[: call.gradients] if ctx.stored else None
+    grads = _gradients(call, tensors, needed[: call.gradients], kept, incoming)
     return (None, *grads, *(None,) * (len(tensors) - len(grads)))
 
 
 def again(ctx: Any, incoming: Tensor) -> tuple[Slot, ...]:
-    """The backward of `autograd._Again`."""
+    """Of a call like an earlier one."""
     plan, saved = ctx.again, ctx.saved_tensors
     tensors, stored = (*saved[: plan.inputs], *plan.absent), saved[plan.inputs :]
-    needed = [k < plan.learned for k in range(len(tensors))]
+    needed = [k < plan.learned for k in range(plan.call.gradients)]
     stores = plan.stored if isinstance(plan, Again) else plan.stores
-    grads = gradients(
-        plan.call, tensors, needed, stored[: plan.learned] if stores else None, incoming
-    )
+    kept = stored[: plan.learned] if stores else None
+    grads = _gradients(plan.call, tensors, needed, kept, [incoming])
     lacking = (None,) * (plan.inputs - len(grads))
     return (None, *grads[: plan.inputs], *lacking)

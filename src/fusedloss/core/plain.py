@@ -5,6 +5,8 @@ Asked of every argument, of gradients that arrive in backward, and of what was s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,20 @@ def gap(tensor: Tensor) -> str | None:
     if torch_state.is_functional(tensor):
         return "a functional tensor has no memory"
     return "a zero tensor has no memory" if tensor._is_zerotensor() else FREED
+
+
+def first_gap(tensors: Sequence[Tensor | None], everywhere: bool = False) -> str | None:
+    """The same of several; `everywhere` torch operations serve where there are no kernels."""
+    for tensor in tensors:
+        if tensor is None or (
+            everywhere
+            and type(tensor) in PLAIN
+            and not (tensor.is_cpu or tensor.is_cuda or tensor.is_meta)
+        ):
+            continue
+        if why := gap(tensor):
+            return why
+    return None
 
 
 def check(function: str, **tensors: Tensor | None) -> None:

@@ -75,6 +75,15 @@ def constant(function: F) -> F:
     return function
 
 
+def bare_backward(function: Any, traced: Callable[..., Any]) -> None:
+    """An autograd function's backward runs as its own `apply` would run it, and a microsecond sooner.
+
+    But for choosing between `backward` and `vjp`. Compiled autograd looks for `backward`, and traces it.
+    """
+    function._backward_cls.apply = function.backward
+    function.backward = staticmethod(traced)
+
+
 @constant
 def is_exporting() -> bool:
     # The dynamo of torch 2.11 takes torch's own function for true.

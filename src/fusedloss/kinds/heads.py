@@ -7,7 +7,7 @@ sample_weight (N, K), denominator (); all but the first, the second and the targ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -17,7 +17,9 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812
 
 from ..core import reduce, torch_state
+from ..core.indices import check_range
 from . import torch_m as formula
+from .call import Kind
 from .rows import RowsCall
 
 Slot = Tensor | None
@@ -37,7 +39,7 @@ class Rows(NamedTuple):
 
 
 @dataclass(slots=True)
-class LinearCall:
+class LinearCall(Kind):
     loss: str
     probabilities: bool
     reduction: str
@@ -52,6 +54,9 @@ class LinearCall:
     dtype: torch.dtype  # of the result
 
     family: ClassVar[str] = "linear"
+    indices: ClassVar[int | None] = 3
+    hides: ClassVar[bool] = True
+    everywhere: ClassVar[bool] = True
     logits: ClassVar[int] = 1  # of each row and class, in a chunk
     gradients: ClassVar[int] = 4  # by the first four tensors, unless the target is of indices
 
@@ -66,6 +71,45 @@ class LinearCall:
         "sample_weight",
         "denominator",
     )
+
+    @property
+    def stores_gradients(self) -> bool:
+        return self.reduction != "none"
+
+    @property
+    def outputs(self) -> int:
+        return 4 if self.statistics else 1
+
+    def reads(self, k: int, needed: Sequence[bool]) -> bool:
+        """Whether the gradients that are needed depend on what tensor k holds: on all."""
+        return True
+
+    def shape(self, input: Tensor, linear_weight: Tensor, *_: Slot) -> tuple[int, int]:
+        """Of the unreduced results."""
+        return input.shape[0], linear_weight.shape[1]
+
+    def empty_gradients(self, tensors: Sequence[Slot], needed: Sequence[bool]) -> list[Tensor]:
+        """Laid out as the loop over chunks lays out those that are needed."""
+        kept = torch.contiguous_format
+        return [
+            torch.empty_like(t, dtype=t.dtype if k == 3 else reduce.wide(t), memory_format=kept)
+            for k, (t, need) in enumerate(zip(tensors, needed, strict=False))
+            if need and t is not None
+        ]
+
+    def replicated(self, tensors: Sequence[Slot]) -> tuple[int, int]:
+        """Class indices and weights, but no teacher's tensors."""
+        return 3, 7
+
+    def check(self, tensors: Sequence[Slot], given: Slot = None) -> None:
+        """IndexError for a class index out of range; `given` is the target as the caller shaped it."""
+        _, linear_weight, _, target, *_ = tensors
+        if target is None or self.probabilities:
+            return
+        assert linear_weight is not None
+        if given is None:
+            given = target.squeeze(1) if target.shape[1] == 1 else target
+        check_range(self.loss, given, linear_weight.shape[0], self.ignore_index)
 
     @property
     def learns(self) -> bool:

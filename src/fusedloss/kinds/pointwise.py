@@ -12,13 +12,14 @@ from torch import Tensor
 from ..core import reduce
 from . import torch_m
 from .alone import lifted, lowered
+from .call import Kind
 from .formula import Pointwise
 
 ARGUMENTS = {"x": "input", "t": "target", "w": "pos_weight"}  # by the operands of formulas
 
 
 @dataclass(slots=True)
-class PointwiseCall:
+class PointwiseCall(Kind):
     """Tensors: the formula's operands, then a weight or None. They broadcast."""
 
     formula: Pointwise
@@ -28,6 +29,7 @@ class PointwiseCall:
     dtype: torch.dtype  # of the result
 
     family: ClassVar[str] = "pointwise"
+    operator: ClassVar[bool] = False
     gradients: ClassVar[int] = 2  # how many of the tensors the kernel differentiates by
 
     @property

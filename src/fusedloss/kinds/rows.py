@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..core import reduce
+from ..core.indices import check_range
 from ..core.layout import empty_of_rows
 from . import torch_m
 from .alone import lifted, lowered
+from .call import Kind
 
 
 @dataclass(slots=True)
-class RowsCall:
+class RowsCall(Kind):
     """Tensors: input, target (class indices or probabilities), and the class weight or None."""
 
     loss: str
@@ -29,6 +31,7 @@ class RowsCall:
 
     family: ClassVar[str] = "rows"
     gradients: ClassVar[int] = 2
+    indices: ClassVar[int | None] = 1
     arguments: ClassVar[tuple[str, ...]] = ("input", "target", "weight")
 
     @property
@@ -103,6 +106,15 @@ class RowsCall:
         if self.reduction == "mean":
             denominator = reduce.sum_of(torch.where(counted, own_weight, 0))
         return reduce.total(losses, self.reduction, denominator)
+
+    def check(self, tensors: Sequence[Any]) -> None:
+        if not self.probabilities:
+            input, target, _ = tensors
+            classes = input.shape[min(input.dim() - 1, 1)]
+            check_range(self.loss, target, classes, self.ignore_index)
+
+    def replicated(self, tensors: Sequence[Any]) -> tuple[int, int]:
+        return 2 if self.probabilities else 1, len(tensors)
 
     def spread(self, incoming: Tensor) -> Tensor:
         return incoming.unsqueeze(min(incoming.dim(), 1))

@@ -12,10 +12,11 @@ from torch import Tensor
 from ..core import reduce
 from . import torch_m
 from .alone import lifted, lowered
+from .call import Kind
 
 
 @dataclass(slots=True)
-class TripletCall:
+class TripletCall(Kind):
     """Tensors: anchor, positive, negative. They broadcast."""
 
     margin: float

@@ -5,65 +5,82 @@ The formula is torch code: whatever traces, maps or differentiates it sees opera
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..autograd import functions as autograd
-from ..autograd import operators as ops
+from ..autograd import operators
 from ..core import errors, plain, sharded, torch_state, trace
-from ..core.indices import check_range
 from ..core.plain import PLAIN
 from ..engines import abi, cpu, gpu
 from ..engines.cpu.load import FLOATS
 from ..kinds import Call
-from ..kinds.rows import RowsCall
+from . import modes
 from .memo import remember
 
-if TYPE_CHECKING:
-    from ..kinds.heads import LinearCall
 
-
-def formula_reason(
-    call: Call | LinearCall, tensors: tuple[Tensor | None, ...], by_operator: bool = False
-) -> str | None:
-    """Why this call needs the formula, or None where a kernel serves: `by_operator` under a dispatch mode."""
+def formula_reason(call: Any, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """Why this call needs the formula, or None where a kernel serves."""
     if trace.force:
         return trace.force
     if torch_state.transforms_active():
         return "a torch.func transform is active"
     if torch_state.forward_mode():
         return "forward-mode differentiation is active"
-    if torch_state.dispatch_modes() and not by_operator:
-        return "a TorchDispatchMode is active"
+    if why := _mode_gap(call, tensors):
+        return why
     if torch_state.is_tracing():
         return "torch.jit.trace is tracing"
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if why := plain.gap(tensor):
-            return why
-    on_gpu = gpu.serves(tensors[0])
-    why = _kernel_gap(call, tensors, on_gpu)
-    if why or tensors[0] is None:  # a linear loss elsewhere: torch operations serve as well
+    if why := plain.first_gap(tensors, call.everywhere) or _kernel_gap(call, tensors):
         return why
-    return gpu.problem(call.family) if on_gpu else cpu.problem()
+    if call.everywhere and not (tensors[0] is not None and tensors[0].is_cpu):
+        return None
+    return gpu.problem(call.family) if gpu.serves(tensors[0]) else cpu.problem()
 
 
-def _operator_serves(call: Call, tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether a traced call becomes an operator of `ops`; an exported one does not."""
+def _mode_gap(call: Any, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """Why an active dispatch mode, which sees every operation of torch, needs the formula."""
+    if not torch_state.dispatch_modes():
+        return None
+    if call.hides and modes.gap() is None and operator_serves(call, tensors):
+        return None
+    return "a TorchDispatchMode is active"
+
+
+def operator_serves(call: Any, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether a traced call becomes an operator of torch; an exported one does not."""
     return (
-        call.family != "pointwise"
+        call.operator
         and not torch_state.is_exporting()
         and not torch_state.transforms_active()
         and all(
             t is None or (t.device.type in ("cpu", "cuda") and not sharded.is_sharded(t))
             for t in tensors
         )
-        and not (tensors[0] is not None and tensors[0].is_cuda and gpu.problem(call.family))
-        and _kernel_gap(call, tensors, gpu.serves(tensors[0])) is None
+        and (call.everywhere or not (tensors[0].is_cuda and gpu.problem(call.family)))  # type: ignore[union-attr]
+        and _kernel_gap(call, tensors) is None
     )
+
+
+def _kernel_gap(call: Any, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """What the kernels of this call cannot do, or None."""
+    on_gpu = gpu.serves(tensors[0])
+    for k, tensor in enumerate(tensors):
+        if tensor is None:
+            continue
+        if k >= call.gradients and tensor.requires_grad:
+            return "a weight requires a gradient"
+        if call.everywhere and not (tensor.is_cpu and tensor.is_floating_point()):
+            continue
+        if tensor.dtype not in FLOATS and k != call.indices:
+            return f"there are no kernels for {tensor.dtype}"
+        if tensor.dim() > abi.MAX_DIMS:
+            return f"there are no kernels for more than {abi.MAX_DIMS} dimensions"
+        if on_gpu and not (tensor.numel() or call.everywhere):
+            return "there is nothing to compute"
+    return None
 
 
 def dispatch(
@@ -78,8 +95,8 @@ def dispatch(
     With `settings`, `repeat` may do so again: the checks saw nothing else but types and shapes.
     """
     if torch.compiler.is_compiling():
-        if why is None and _operator_serves(call, tensors):
-            return ops.run(call, tensors)
+        if why is None and operator_serves(call, tensors):
+            return operators.run(call, tensors)[0]
         return by_formula(call, tensors)
     why = why or formula_reason(call, tensors)
     if why is None:
@@ -95,17 +112,13 @@ def dispatch(
     plain.check(loss, **dict(zip(call.arguments, tensors, strict=True)))
     trace.note(loss, None, why)
     tensors = _made_dense(loss, call.arguments[0], tensors)
-    if isinstance(call, RowsCall) and not call.probabilities:
-        input, target, _ = tensors
-        classes = input.shape[min(input.dim() - 1, 1)]
-        check_range(loss, target, classes, call.ignore_index)
+    call.check(tensors)
     return autograd.spanned(loss, lambda: by_formula(call, tensors))
 
 
-def by_formula(call: Call, tensors: tuple[Any, ...]) -> Tensor:
+def by_formula(call: Any, tensors: tuple[Any, ...]) -> Any:
     """Plain class indices and weights, such as a criterion's buffers, count as replicated beside DTensors."""
-    first = 1 if isinstance(call, RowsCall) and not call.probabilities else call.gradients
-    return sharded.run(call.by_formula, tensors, first, len(tensors))
+    return sharded.run(call.by_formula, tensors, *call.replicated(tensors))
 
 
 def _made_dense(loss: str, first: str, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -118,22 +131,3 @@ def _made_dense(loss: str, first: str, tensors: tuple[Any, ...]) -> tuple[Any, .
     return tuple(
         t.to_dense() if type(t) in PLAIN and t.layout is not torch.strided else t for t in tensors
     )
-
-
-def _kernel_gap(
-    call: Call | LinearCall, tensors: tuple[Tensor | None, ...], on_gpu: bool
-) -> str | None:
-    """What the kernels of this call cannot do, or None."""
-    indices = 1 if call.family == "rows" else None  # the tensor that may hold class indices
-    for k, tensor in enumerate(tensors):
-        if tensor is None:
-            continue
-        if tensor.dtype not in FLOATS and k != indices:
-            return f"there are no kernels for {tensor.dtype}"
-        if tensor.dim() > abi.MAX_DIMS:
-            return f"there are no kernels for more than {abi.MAX_DIMS} dimensions"
-        if k >= call.gradients and tensor.requires_grad:
-            return "a weight requires a gradient"
-        if on_gpu and not tensor.numel():
-            return "there is nothing to compute"
-    return None

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..autograd.head_operators import HEAD, TEACHER
+from ..autograd.operators import HEAD, TEACHER
 from ..core import torch_state
 
 COUNTER = "torch.utils.flop_counter"  # it imports Triton: only where somebody has done so

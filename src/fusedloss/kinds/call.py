@@ -1,0 +1,28 @@
+"""What every kind of call says of itself, and what most of them say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+
+class Kind:
+    __slots__ = ()
+
+    indices: ClassVar[int | None] = None  # the tensor that may hold class indices
+    operator: ClassVar[bool] = True  # a compiled graph holds the call as one operator of torch
+    hides: ClassVar[bool] = False  # and so does every dispatch mode: the formula takes much memory
+    everywhere: ClassVar[bool] = False  # torch operations serve as well on devices without kernels
+
+    @property
+    def outputs(self) -> int:
+        """How many results there are."""
+        return 1
+
+    def replicated(self, tensors: Sequence[Any]) -> tuple[int, int]:
+        """From where to where plain tensors beside DTensors count as held alike by every process."""
+        first: int = self.gradients  # type: ignore[attr-defined]
+        return first, len(tensors)
+
+    def check(self, tensors: Sequence[Any]) -> None:
+        """Refuses what the formula would not: class indices out of range."""
