@@ -78,12 +78,18 @@ def library(elements: int = MANY) -> ctypes.CDLL:
     return lib
 
 
+@functools.cache
+def _runner(small: bool) -> Callable[[int, bytes], int]:
+    found: Callable[[int, bytes], int] = library(SMALL if small else MANY).fusedloss_run
+    return found
+
+
 Run = Callable[[str, str, bytes, int], int]  # as `run`: what launches a kernel may be replaced
 
 
 def run(kernel: str, loss: str, arguments: bytes, elements: int = MANY) -> int:
     """What the kernel returns. RuntimeError where it finds no memory."""
-    found: int = library(elements).fusedloss_run(NUMBERS[kernel], arguments)
+    found = _runner(elements <= SMALL)(NUMBERS[kernel], arguments)
     if found == abi.NO_MEMORY:
         errors.fail(RuntimeError, loss, "can't allocate memory for the kernel")
     return found
