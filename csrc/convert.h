@@ -124,9 +124,10 @@ inline void with_float(int64_t dtype, F&& f) {
     }
 }
 
-// n elements, `stride` apart (in elements), as T in `buffer`.
+// n elements, `stride` apart (in elements), as T in `buffer`. Not inlined: each of its loops stands once.
 template <class T>
-inline void load_strided(const void* data, int64_t dtype, int64_t stride, int64_t n, T* __restrict buffer) {
+__attribute__((noinline)) void load_strided(const void* data, int64_t dtype, int64_t stride, int64_t n,
+                                            T* __restrict buffer) {
     with_float(dtype, [&](auto tag) {
         using S = decltype(tag);
         const S* __restrict from = static_cast<const S*>(data);

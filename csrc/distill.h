@@ -29,7 +29,8 @@ FUSEDLOSS_LOOP void gaps_to(const T* x, T origin, T by, int64_t n, T* out) {
     for (int64_t i = 0; i < n; ++i) out[i] = (x[i] - origin) * by;
 }
 
-// The softmax at a temperature of what comes in stretches. The largest class is kept apart, as in rows.h.
+// The softmax at a temperature of what comes in stretches. The largest class is kept apart, as in
+// cross_entropy.h.
 template <class T>
 struct Softmax {
     double max = -std::numeric_limits<double>::infinity();

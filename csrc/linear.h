@@ -2,17 +2,15 @@
 //
 // A row's classes may come in several stretches: each is gathered into the row's sums, and when all have been
 // seen the row is finished. Where a gradient is wanted all classes are given at once, and it takes the
-// logits' place. With x' = softcap tanh(logit_scale x / softcap), b and B as in rows.h, and L the row's
-// log-sum-exp:
+// logits' place. With x' = softcap tanh(logit_scale x / softcap), b and B as in cross_entropy.h, and L the
+// row's log-sum-exp:
 //   loss = sum_c b_c (L - x'_c) + z_loss L^2,   entropy = L - sum_c p_c x'_c.
 #pragma once
-#include "rows.h"
+#include <memory>
+
+#include "softmax.h"
 
 namespace fusedloss {
-
-inline int64_t offset_of(const Logits& x, int64_t n, int64_t c) { return n * x.stride + c; }
-
-inline void* memory(const Logits& x, int64_t n, int64_t c) { return at(x.data, x.dtype, offset_of(x, n, c)); }
 
 // What is gathered of a row.
 template <class T>

@@ -18,6 +18,8 @@ CMAKE = (ROOT / "CMakeLists.txt").read_text()
 # The libraries of this machine's capability; small inputs may have one of their own.
 PATHS = list(dict.fromkeys(load.path(small) for small in (False, True)))
 
+UNITS = re.findall(r"csrc/\w+\.cpp", CMAKE)
+
 # An editable install finds the package before sys.path does.
 BOOT = """
 import sys
@@ -65,8 +67,8 @@ def print_formulas(root: Path) -> None:
             subprocess.run(command, stdout=header, check=True)
 
 
-def link(root: Path, source: str, to: Path, *extra: str) -> None:
-    command = [CXX, *extra, f"-I{root / 'formulas'}", "-o", to, root / source]
+def link(root: Path, sources: Sequence[str], to: Path, *extra: str) -> None:
+    command = [CXX, *extra, f"-I{root / 'formulas'}", "-o", to, *(root / s for s in sources)]
     subprocess.run(command, check=True)
 
 
@@ -76,7 +78,7 @@ def build(root: Path, *extra: str) -> None:
     print_formulas(root)
     for path in PATHS:
         to = folder(root) / path.name
-        link(root, "csrc/kernels.cpp", to, *flags(path), *extra, "-fPIC", "-shared")
+        link(root, UNITS, to, *flags(path), *extra, "-fPIC", "-shared")
 
 
 def run_python(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -48,7 +48,7 @@ def works(root: Path, *flags: str) -> bool:
 
 def driver(root: Path, *extra: str) -> Path:
     to = Path(tempfile.mkdtemp(dir=root)) / "driver"
-    elsewhere.link(root, DRIVER, to, *elsewhere.flags(), "-pthread", *extra)
+    elsewhere.link(root, [DRIVER, *elsewhere.UNITS], to, *elsewhere.flags(), "-pthread", *extra)
     return to
 
 

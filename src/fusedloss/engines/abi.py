@@ -250,7 +250,8 @@ def header() -> str:
             *kernels,
             "}  // namespace kernels",
             "}  // namespace fusedloss",
-            f"#define FUSEDLOSS_KERNELS(X) {table}\n",
+            f"#define FUSEDLOSS_KERNELS(X) {table}",
+            '#define FUSEDLOSS_EXPORT extern "C" __attribute__((visibility("default")))\n',
         ]
     )
 

@@ -1,6 +1,6 @@
 // Negative log likelihood: one value of each row, and a gradient that is zero but for one class.
 #pragma once
-#include "rows.h"
+#include "labels.h"
 
 namespace fusedloss {
 
@@ -46,7 +46,6 @@ void nll_losses(const Rows<T>& rows) {
     if (a.total.data) store_one(a.total.data, a.total.dtype, 0, total_sum(sums) / rows.denominator);
 }
 
-// S is the type of the gradient.
 template <class S, class T>
 void nll_gradient(const Rows<T>& rows) {
     const RowsArgs& a = rows.a;
@@ -79,15 +78,17 @@ void nll_gradient(const Rows<T>& rows) {
 }
 
 // Returns -1, or the position (n * d) of the first class index that is out of range.
-template <class T>
-int64_t nll(RowsArgs a) {
+inline int64_t nll(RowsArgs a) {
     lay_along_d(a);
-    Rows<T> rows(a);
-    if (const int64_t bad = rows.check(); bad >= 0) return bad;
-    if (a.loss.data || a.total.data)
-        with_float(a.input.dtype, [&](auto tag) { nll_losses<decltype(tag)>(rows); });
-    if (a.grad.data) with_float(a.grad.dtype, [&](auto tag) { nll_gradient<decltype(tag)>(rows); });
-    return -1;
+    int64_t bad = fine;
+    with_float(a.input.dtype, [&](auto tag) {  // the gradient is of this type, too
+        using S = decltype(tag);
+        Rows<std::conditional_t<sizeof(S) == 8, double, float>> rows(a);
+        bad = rows.check();
+        if (bad < 0 && (a.loss.data || a.total.data)) nll_losses<S>(rows);
+        if (bad < 0 && a.grad.data) nll_gradient<S>(rows);
+    });
+    return bad;
 }
 
 }  // namespace fusedloss

@@ -1,14 +1,10 @@
 // The functions of math.h over arrays, for the tests: fusedloss_math_exp_f32(in, out, n) and so on.
-#pragma once
-
-#include <cstdint>
-
+#include "convert.h"
 #include "math.h"
 
-#define FUSEDLOSS_PROBE(name, suffix, T, value)                                              \
-    extern "C" __attribute__((visibility("default"))) void fusedloss_math_##name##_##suffix( \
-        const T* in, T* out, std::int64_t n) {                                               \
-        fusedloss::math::map(out, n, [](auto x) { return fusedloss::math::value; }, in);     \
+#define FUSEDLOSS_PROBE(name, suffix, T, value)                                                   \
+    FUSEDLOSS_EXPORT void fusedloss_math_##name##_##suffix(const T* in, T* out, std::int64_t n) { \
+        fusedloss::math::map(out, n, [](auto x) { return fusedloss::math::value; }, in);          \
     }
 
 #define FUSEDLOSS_PROBES(name, value)        \
@@ -28,8 +24,7 @@ FUSEDLOSS_PROBES(log_sigmoid, log_sigmoid(x))
 #undef FUSEDLOSS_PROBES
 #undef FUSEDLOSS_PROBE
 
-extern "C" __attribute__((visibility("default"))) void fusedloss_math_pow_f64(const double* x, double p,
-                                                                              double* out, std::int64_t n) {
+FUSEDLOSS_EXPORT void fusedloss_math_pow_f64(const double* x, double p, double* out, std::int64_t n) {
     for (std::int64_t i = 0; i < n; ++i) {
         out[i] = fusedloss::math::pow(x[i], p);
     }
