@@ -9,7 +9,8 @@
 //   - K)
 //            K = sum_c p_s (l p_s - l m)
 // Logits stay relative to their maximum, and of the logs of the sums only the difference is taken: neither a
-// common offset nor certainty costs digits.
+// common offset nor certainty costs digits. As probabilities add up to 1, a sum of p_t (l p_t - l p_s) is
+// that of p_t (l p_t - l p_s) + p_s - p_t: no term of it is negative, and a tiny divergence keeps its digits.
 #pragma once
 #include "linear.h"
 
@@ -123,6 +124,28 @@ FUSEDLOSS_LOOP void weigh_gaps(const T* __restrict p, const T* __restrict a, T s
     for (int64_t i = 0; i < n; ++i) out[i] = p[i] == T(0) ? T(0) : p[i] * (a[i] - shift);
 }
 
+// x gap + y - x for y = x exp(-gap), gap = a + shift.
+template <class T>
+FUSEDLOSS_LOOP void excesses(const T* __restrict x, const T* __restrict y, const T* __restrict a, T shift,
+                             T* __restrict out, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        const T gap = a[i] + shift, size = math::abs(gap), e = math::exp(-size);
+        const T lost = math::expm1_of_negative(-size, e);
+        const T near = gap > T(0) ? gap + lost : -(size + lost / e);
+        const T found = size < T(1) ? x[i] * near : x[i] * gap + (y[i] - x[i]);
+        out[i] = x[i] == T(0) ? y[i] : found;
+    }
+}
+
+// beta q + rest p.
+template <class T>
+FUSEDLOSS_LOOP void mix(const T* __restrict q, const T* __restrict p, T beta, T rest, T* __restrict out,
+                        int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = beta * q[i] + rest * p[i];
+}
+
 // p_s - p_t from p = p_s / of_s, q = p_t / of_t and d = l p_t - l p_s, without the digits that the difference
 // loses.
 template <class T>
@@ -152,37 +175,43 @@ public:
             teacher.add(t, c, count, by, out);
         });
         difference = T(teacher.log_sum() - student.log_sum());
-        // The sum weighted by p_s is of gaps less that of the student's largest class, so that no digits are
+        // The mean in the gradient is of gaps less that of the student's largest class, so that no digits are
         // lost where p_s is near 1.
-        double own = 0;
         own_gap = T(0);
         mixture.shifted = false;
         if (student.top >= 0 && a.of_student) {
             relate(n, student.top, 1);
             own_gap = !a.of_teacher ? -d[0] : mixture(d[0]).student;
             if (!std::isfinite(own_gap)) own_gap = T(0);
-            own = double(own_gap);
             mixture.shifted = a.of_teacher && d[0] < T(-0.7);
             if (mixture.shifted) own_gap = mixture(d[0]).student;
         }
-        double forward = 0, mean = 0;
+        double forward = 0, reverse = 0, mean = 0;
+        const double ratio = teacher.raised_sum() / student.raised_sum();
         blocks(a.c, [&](int64_t c, int64_t count) {
             relate(n, c, count);
             exps_of(s, T(1), count, p);
             exps_of(t, T(1), count, q);
             bend(count);
+            // Both of the teacher's unit, and what they are compared with.
+            std::transform(p, p + count, s, [&](T e) { return e * T(ratio); });
+            if (a.of_student && a.of_teacher) mix(q, s, mixture.beta, mixture.rest, t, count);
             if (a.of_teacher) {
-                weigh_gaps(q, a.of_student ? to_teacher : d, T(0), out, count);
+                excesses(q, a.of_student ? t : s, a.of_student ? to_teacher : d, T(0), out, count);
                 forward += ordered_sum(out, count);
             }
             if (a.of_student) {
+                excesses(s, a.of_teacher ? t : q, d, mixture.shifted ? -mixture.log_rest : T(0), out, count);
+                reverse += ordered_sum(out, count);
+            }
+            if (a.of_student && a.differentiate) {
                 weigh_gaps(p, d, own_gap, out, count);
                 mean += ordered_sum(out, count);
             }
         });
         forward /= teacher.raised_sum();
+        reverse /= teacher.raised_sum();
         mean /= student.raised_sum();
-        const double reverse = mean + own;
         const double most = -a.beta * std::log(a.beta) - (1 - a.beta) * std::log1p(-a.beta);
         const double soft = !a.of_student   ? forward
                             : !a.of_teacher ? reverse

@@ -210,15 +210,15 @@ def exact_divergence(
     return reverse if kind == "reverse" else beta * mean(pt, lt, other) + weight * reverse, slope
 
 
-SPREADS = ("close", "far", "certain")
+SPREADS = ("tiny", "close", "far", "certain")
 
 
 def logits(spread: str, generator: Generator) -> tuple[Tensor, Tensor]:
     """A student's and a teacher's, with log-probabilities down to -120."""
     s = torch.randn(12, generator=generator, dtype=torch.float64)
     t = torch.randn(12, generator=generator, dtype=torch.float64)
-    if spread == "close":
-        return s, s + 0.04 * t
+    if spread in ("tiny", "close"):
+        return s, s + (2e-3 if spread == "tiny" else 0.04) * t
     if spread == "far":
         return s.abs() * -60, t.abs() * -60
     s[3], t[3] = s[3] + 50, t[3] + 30
