@@ -21,7 +21,7 @@ from fusedloss.engines.cpu import load
 from fusedloss.front.definition import REGISTRY, Loss
 from fusedloss.route import memo
 
-pytest_plugins = ["records_summary"]
+pytest_plugins = ["problems", "records_summary"]
 
 FLOATS = load.FLOATS
 HALVES = (torch.bfloat16, torch.float16)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEVICE, GPU, formula_path, name_of, same_bits
-from test_linear import REDUCTIONS, SETTINGS, Problem
+from problems import REDUCTIONS, SETTINGS, Problem
 from torch import Generator, Tensor
 
 import fusedloss

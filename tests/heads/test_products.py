@@ -1,0 +1,172 @@
+"""The matrix products of a head: their types, their digits, and those that are not taken."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from conftest import HALVES, formula_path, name_of
+from problems import N, Problem, close, double, each_reduction, error, exact, leaves
+from torch import Generator, Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from fusedloss import linear_cross_entropy
+from fusedloss.engines.chunks import loop as chunks
+from fusedloss.engines.chunks import products
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=name_of)
+@pytest.mark.parametrize("setting", ["plain", "all"])
+@each_reduction
+def test_errors_are_no_larger_than_eagers(
+    dtype: torch.dtype, setting: str, reduction: str, generator: Generator
+) -> None:
+    shape = (96, 64, 1500)
+    problem = Problem(generator, dtype, shape=shape)
+    settings = {**problem.settings(setting), "reduction": reduction}
+    found = problem.run(linear_cross_entropy, **settings, memory_budget=5 << 20)
+    eager = problem.run(exact, **settings)
+    wide = Problem(generator, shape=shape)
+    wide.tensors = {k: double(t) for k, t in problem.tensors.items()}
+    true = wide.run(exact, **{k: double(v) for k, v in settings.items()})
+    for ours, theirs, truth in zip(found, eager, true, strict=True):
+        assert ours.dtype == dtype
+        rounding = torch.finfo(dtype).eps / 4 * truth.abs().max()
+        assert error(ours, truth) <= 1.1 * error(theirs, truth) + rounding
+
+
+@pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="an older torch")
+@pytest.mark.parametrize(("native", "bound"), [(False, 0.5), (True, 0.75)])
+def test_less_error_than_torchs_chunks_in_bfloat16(
+    native: bool, bound: float, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: native)
+    shape = (256, 64, 1000)
+    problem = Problem(generator, torch.bfloat16, shape=shape)
+    del problem.tensors["linear_bias"]
+    problem.learned.remove("linear_bias")
+    wide = Problem(generator, shape=shape)
+    wide.tensors = {k: double(t) for k, t in problem.tensors.items()}
+    wide.learned = problem.learned
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=16)
+    *_, true = wide.run(F.linear_cross_entropy)
+    *_, theirs = problem.run(F.linear_cross_entropy, options=options)
+    *_, ours = problem.run(linear_cross_entropy, options=options)
+    assert error(ours, true) <= bound * error(theirs, true)
+
+
+@pytest.mark.parametrize("setting", ["plain", "all"])
+@each_reduction
+def test_bfloat16_by_the_machines_own_products(
+    setting: str, reduction: str, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem(generator, torch.bfloat16)
+    settings = {**problem.settings(setting), "reduction": reduction}
+    with formula_path():
+        expected = problem.run(linear_cross_entropy, **settings)
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: True)
+    found = problem.run(linear_cross_entropy, **settings, memory_budget=5 << 20)
+    close(found, expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 5), (33, 64, 1000)])
+def test_bfloat16_products_lose_no_digits_of_the_logits(
+    biased: bool, shape: tuple[int, int, int], generator: Generator
+) -> None:
+    n, d, c = shape
+    x, weight, bias = (
+        torch.randn(s, generator=generator).bfloat16() for s in ((n, d), (c, d), (c,))
+    )
+    bias = 30 * bias if biased else None
+    high, low = torch.empty(2, n, c, dtype=torch.bfloat16)
+    products.Split(weight, bias).logits(x, high, low)
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    torch.testing.assert_close(
+        high.double() + low.double(), exact, rtol=2**-15, atol=2**-16 * exact.abs().max().item()
+    )
+
+
+def test_infinite_logits_of_bfloat16_products(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem(generator, torch.bfloat16)
+    problem.tensors["linear_bias"][:2] = -torch.inf
+    problem.tensors["target"].clamp_(min=2)
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: True)
+    results = problem.run(linear_cross_entropy)
+    assert all(r.isfinite().all() for r in results)
+    assert not results[2][:2].any() and not results[3][:2].any()
+
+
+def test_rows_that_do_not_count_take_part_in_no_product(generator: Generator) -> None:
+    problem = Problem(generator)
+    input, target = problem.tensors["input"], problem.tensors["target"]
+    input[target == -100] = float("nan")
+    weight = torch.ones(N, dtype=torch.float64)
+    weight[1] = 0
+    input[1] = float("inf")
+    results = problem.run(linear_cross_entropy, sample_weight=weight)
+    assert all(r.isfinite().all() for r in results)
+    assert not results[1][target == -100].any()
+
+
+def test_only_the_gradients_that_are_needed(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem(generator)
+    whole = problem.run(linear_cross_entropy)
+    names = ["input", "linear_weight", "linear_bias"]
+    calls: list[str] = []
+    for product in ("grad_input", "grad_weight"):
+        original = getattr(products.Direct, product)
+
+        def counted(self: Any, *args: Any, name: str = product, then: Any = original) -> None:
+            calls.append(name)
+            then(self, *args)
+
+        monkeypatch.setattr(products.Direct, product, counted)
+    for wanted in itertools.chain.from_iterable(
+        itertools.combinations(range(3), size) for size in (1, 2)
+    ):
+        problem.learned = [names[k] for k in wanted]
+        calls.clear()
+        close(problem.run(linear_cross_entropy), [whole[0], *(whole[1 + k] for k in wanted)])
+        assert set(calls) == {
+            f"grad_{name.removeprefix('linear_')}" for name in problem.learned
+        } - {"grad_bias"}
+
+
+def test_the_result_of_float16_scales_before_it_rounds(generator: Generator) -> None:
+    """Its gradients would be 0 if they were stored in it before a loss scaler's factor."""
+    problem = Problem(generator, torch.float16)
+    inputs = leaves(problem)
+    loss = linear_cross_entropy(**problem.tensors, denominator=2.0**30)
+    (grad,) = torch.autograd.grad(loss, inputs[:1], torch.tensor(2.0**15, dtype=torch.float16))
+    assert grad.dtype is torch.float16 and grad.any()
+
+
+def test_options(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        pytest.skip("an older torch")
+    seen: list[int] = []
+    step = chunks.kernel.step
+
+    def counted(call: Any, logits: Tensor, *args: Any, **kwargs: Any) -> None:
+        seen.append(logits.shape[0])
+        step(call, logits, *args, **kwargs)
+
+    monkeypatch.setattr(chunks.kernel, "step", counted)
+    problem = Problem(generator)
+    problem.tensors["target"].clamp_(min=0)
+    whole = problem.run(linear_cross_entropy)
+    assert seen == [N]
+    for options, most in (
+        (torch.nn.LinearCrossEntropyOptions(batch_chunk_size=10), 10),
+        (torch.nn.LinearCrossEntropyOptions(chunking_method="aspect_ratio"), 16),
+    ):
+        seen.clear()
+        close(problem.run(linear_cross_entropy, options=options), whole)
+        assert sum(seen) == N and max(seen) <= most
