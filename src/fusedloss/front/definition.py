@@ -91,9 +91,11 @@ class Loss:
     variant: str = ""  # tells rows of one function apart
     indices: int | None = None  # the argument that holds class indices
     whole: tuple[int, ...] = ()  # the arguments that belong to all rows: a head's weight
+    learned: tuple[str, ...] = ()  # the keywords that receive gradients
     composed: Callable[..., Tensor] | None = None
     extensions: Mapping[str, Options] = field(default_factory=dict)
     bounds: Bounds = Bounds()
+    triton: bool = True  # whether a kernel on GPUs serves it; torch operations do where not
     bench: tuple[BenchCase, ...] = ()
 
     @property

@@ -13,7 +13,7 @@ from ..core import errors, plain, sharded
 from ..core.plain import PLAIN
 from ..core.reduce import autocasts, resolve, result_dtype
 from ..front.classes import check_indices, check_weight
-from ..front.definition import Loss, normal, register, uniform
+from ..front.definition import Bounds, Loss, normal, register, uniform
 from ..front.definition import plain as no_options
 from ..front.loss import FUNCTIONS
 from ..kinds.distill import KINDS, DistillCall
@@ -898,6 +898,7 @@ register(
         kind="heads",
         indices=2,
         whole=(1,),
+        learned=("linear_bias",),
         composed=composed.linear_cross_entropy,
     )
 )
@@ -910,7 +911,11 @@ register(
         differentiable=(0, 1, 2),
         kind="heads",
         variant="probabilities",
+        # The gradient by the target of a certain class is log(1 + others) of what rounds to 1.
+        bounds=Bounds(float32=(2, 3e5), float64=(2, 2e14), formula=(2, 8)),
+        triton=False,
         whole=(1,),
+        learned=("linear_bias",),
         composed=composed.linear_cross_entropy,
     )
 )
@@ -928,6 +933,7 @@ register(
         kind="heads",
         indices=2,
         whole=(1,),
+        learned=("linear_bias",),
         composed=composed.linear_log_prob,
     )
 )
@@ -947,7 +953,11 @@ register(
         },
         kind="heads",
         whole=(1, 3),
+        learned=("linear_bias",),
         composed=composed.linear_kl_div,
+        # The formula's slopes of 'js' lose digits where both are certain, of different classes.
+        bounds=Bounds(float32=(2, 4), float64=(2, 4), formula=(4, 1e13)),
+        triton=False,
     )
 )
 FUNCTIONS |= {f.__name__: f for f in (linear_cross_entropy, linear_kl_div, linear_log_prob)}

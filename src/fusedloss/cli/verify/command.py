@@ -24,9 +24,11 @@ from ... import __version__
 from ...core import reduce
 from ...engines.cpu.load import FLOATS
 from ...front.definition import REGISTRY, Loss
+from ...kinds.heads import LinearCall
 from ..arguments import UsageError, among, check_writable, chosen_losses
 from ..bench.tables import new_table, short
 from . import exact, measured
+from .heads import heads
 from .measured import PYTORCH, SUM_BOUND, TRITON, Errors, Path, Sum
 from .probes import Probe, probes
 
@@ -69,7 +71,7 @@ class Row:
 def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True, highlight=False)
     try:
-        keys = chosen_losses(args.only, [k for k, row in REGISTRY.items() if row.kind != "heads"])
+        keys = chosen_losses(args.only, list(REGISTRY))
         names = among("--dtype", args.dtype, tuple(DTYPES)) or (
             QUICK if args.quick else tuple(DTYPES)
         )
@@ -149,7 +151,7 @@ def measure(
         step = bar.add_task("50 digits", total=sum(p.tensors[0].numel() for p in given))
         exactly = []
         for probe, (call, tensors) in chosen:
-            exactly.append(exact.reference(call, tensors))
+            exactly.append(reference(call, tensors))
             bar.advance(step, probe.tensors[0].numel())
         rows: list[Row] = []
         sums: list[Sum] = []
@@ -168,6 +170,14 @@ def measure(
             rows += judged(given, exactly, answers, path)
             sums += totals
     return rows, sums
+
+
+def reference(call: Any, tensors: Sequence[Any]) -> list[exact.Exact]:
+    if isinstance(call, LinearCall):
+        # 1 - p has digits down to the smallest number.
+        with exact.mp.workdps(350 if tensors[0].dtype is torch.float64 else exact.mp.dps):
+            return heads(call, tensors)
+    return exact.reference(call, tensors)
 
 
 def judged(

@@ -126,17 +126,17 @@ def _collect(rows: Iterator[tuple[Results, Results]]) -> list[Exact]:
     found = list(rows)
     results = list(zip(*(r for r, _ in found), strict=True))
     units = list(zip(*(u for _, u in found), strict=True))
-    return [_pack(r, u) for r, u in zip(results, units, strict=True)]
+    return [pack(r, u) for r, u in zip(results, units, strict=True)]
 
 
-def _pack(results: Sequence[Number], units: Sequence[Number]) -> Exact:
+def pack(results: Sequence[Number], units: Sequence[Number]) -> Exact:
     high = [float(r) for r in results]
     low = [float(r - h) if math.isfinite(h) else 0.0 for r, h in zip(results, high, strict=True)]
     unit = [float(u) if mp.isfinite(u) else 0.0 for u in units]
     return Exact(*(torch.tensor(part, dtype=torch.float64) for part in (high, low, unit)))
 
 
-def _rounding(a: Number, info: torch.finfo) -> Number:
+def rounding(a: Number, info: torch.finfo) -> Number:
     if a in (0, 1, -1) or not mp.isfinite(a):
         return mp.mpf(0)
     return max(abs(a), mp.mpf(info.smallest_normal)) * info.eps
@@ -162,7 +162,7 @@ def _pointwise(
         here = results(point)
         units = [mp.mpf(0)] * len(here)
         for k, a in enumerate(point):
-            if step := _rounding(a, info):
+            if step := rounding(a, info):
                 # Towards 0: a probability stays one.
                 moved = results([*point[:k], a - mp.sign(a) * step, *point[k + 1 :]])
                 units = [u + abs(b - h) for u, b, h in zip(units, moved, here, strict=True)]
@@ -195,10 +195,10 @@ def _rows(call: RowsCall, tensors: Sequence[Tensor | None], info: torch.finfo) -
             values.append(found[0])
             by_input.append(found[1])
             by_target.append(found[2])
-    exact = [_pack([v for v, _ in values], [u for _, u in values])]
+    exact = [pack([v for v, _ in values], [u for _, u in values])]
     for rows in (by_input, by_target if call.probabilities else []):
         if rows:
-            flat = _pack([a for r, _ in rows for a in r], [u for _, us in rows for u in us])
+            flat = pack([a for r, _ in rows for a in r], [u for _, us in rows for u in us])
             exact.append(flat.at(input.shape))
     return exact
 
@@ -219,8 +219,8 @@ def _softmax_row(
     mass = mp.fsum(b)
     value = mp.fsum(bc * (lse - a) for bc, a in zip(b, x, strict=True) if bc != 0)
     slope = [mass * pc - bc for pc, bc in zip(p, b, strict=True)]
-    dx = [_rounding(a, info) for a in x]
-    dq = [s * _rounding(a, info) for s, a in zip(shares, q, strict=True)]
+    dx = [rounding(a, info) for a in x]
+    dq = [s * rounding(a, info) for s, a in zip(shares, q, strict=True)]
     spread = mp.fsum(pc * d for pc, d in zip(p, dx, strict=True))
     lost = mp.fsum(dq)
     by_q = [
@@ -250,7 +250,7 @@ class _Distance(NamedTuple):
 def _distance(a: Results, b: Results, call: TripletCall, info: torch.finfo) -> _Distance:
     p = call.p
     v = [s - t + mp.mpf(call.eps) for s, t in zip(a, b, strict=True)]
-    moved = [_rounding(s, info) + _rounding(t, info) for s, t in zip(a, b, strict=True)]
+    moved = [rounding(s, info) + rounding(t, info) for s, t in zip(a, b, strict=True)]
     size = [abs(d) for d in v]
     zeros = [mp.mpf(0)] * len(v)
     top = max(size)
@@ -303,9 +303,9 @@ def _triplet(
 
 
 def _stack(rows: Sequence[tuple[Number, Number, list[Results], list[Results]]]) -> list[Exact]:
-    exact = [_pack([value for value, *_ in rows], [unit for _, unit, *_ in rows])]
+    exact = [pack([value for value, *_ in rows], [unit for _, unit, *_ in rows])]
     for k in range(3):
         slopes = [g for _, _, each, _ in rows for g in each[k]]
         units = [u for *_, each in rows for u in each[k]]
-        exact.append(_pack(slopes, units).at((len(rows), -1)))
+        exact.append(pack(slopes, units).at((len(rows), -1)))
     return exact

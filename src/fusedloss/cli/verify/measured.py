@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path as File
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from ...engines import cpu
 from ...engines.cpu import load
 from ...front.definition import REGISTRY, Loss
 from ...kinds import Call
+from ...kinds.distill import DistillCall
+from ...kinds.heads import LinearCall
 from ...route import dispatch
 from . import exact
 from .exact import Exact
@@ -50,7 +53,7 @@ class Path:
     def function(self, loss: Loss) -> Callable[..., Tensor]:
         """The loss by this library, or PyTorch's, which takes what it knows of the options."""
         if self.name != "PyTorch":
-            return loss.function
+            return loss.reduced
         known = inspect.signature(loss.torch_function).parameters.keys()
 
         def theirs(*tensors: Tensor, **options: Any) -> Tensor:
@@ -108,18 +111,22 @@ def captured(probe: Probe) -> tuple[Call, tuple[Any, ...]] | None:
     """The call that a probe becomes; None where a function of the user's stands between."""
     found: list[Any] = []
 
-    def by_formula(call: Call, tensors: tuple[Any, ...]) -> Any:
+    def by_formula(call: Any, tensors: tuple[Any, ...]) -> Any:
         found.extend((call, tensors))
         raise _Reached
 
-    original, dispatch.by_formula = dispatch.by_formula, by_formula
-    try:
-        with contextlib.suppress(_Reached), trace.forced("no kernel is to run"):
-            probe.registered.function(*probe.tensors, **probe.options, reduction="none")
-    finally:
-        dispatch.by_formula = original
+    def of_head(call: LinearCall, *tensors: Any) -> Any:
+        by_formula(call, tensors)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.suppress(_Reached))
+        stack.enter_context(trace.forced("no kernel is to run"))
+        stack.enter_context(mock.patch.object(dispatch, "by_formula", by_formula))
+        for kind in (LinearCall, DistillCall):
+            stack.enter_context(mock.patch.object(kind, "by_formula", of_head))
+        probe.registered.reduced(*probe.tensors, **probe.options, reduction="none")
     given = {id(t) for t in (*probe.tensors, *probe.options.values())}
-    own = all(t is None or id(t) in given for t in found[1])
+    own = isinstance(found[0], LinearCall) or all(t is None or id(t) in given for t in found[1])
     return (found[0], found[1]) if own else None
 
 
@@ -129,6 +136,8 @@ Answer = list[tuple[str, list[Tensor | None]]]
 
 def answer(probe: Probe, path: Path) -> Answer:
     found: Answer = []
+    if path.name == TRITON and not probe.registered.triton:
+        return found
     function, classes = path.function(probe.registered), len(probe.layouts) > 1
     options = {name: path.placed(value) for name, value in probe.options.items()}
     for layout in probe.layouts:
@@ -138,8 +147,13 @@ def answer(probe: Probe, path: Path) -> Answer:
                 path.placed(t).requires_grad_(k in probe.registered.differentiable)
                 for k, t in enumerate(arranged.tensors)
             ]
-            value = function(*leaves, **options, reduction=reduction)
-            wanted = [leaves[k] for k in probe.registered.differentiable]
+            learned = {
+                k: options[k].clone().requires_grad_()
+                for k in probe.registered.learned
+                if k in options
+            }
+            value = function(*leaves, **{**options, **learned}, reduction=reduction)
+            wanted = [leaves[k] for k in probe.registered.differentiable] + [*learned.values()]
             grads = torch.autograd.grad(value, wanted, torch.ones_like(value))
             first = flat(value.detach().cpu(), layout, False) if reduction == "none" else None
             results = [first, *(flat(g.cpu(), layout, classes) for g in grads)]
@@ -240,7 +254,7 @@ def sums(keys: Sequence[str], path: Path, repeat: int, tick: Callable[[], None])
         warnings.simplefilter("ignore")
         most = 1 if path.environment == INTERPRETED else 4  # an interpreter takes its time
         for key in keys:
-            for dtype in (torch.float32, torch.float64):
+            for dtype in (torch.float32, torch.float64) if REGISTRY[key].reductions else ():
                 times = repeat if key == LONGEST and most > 1 else min(repeat, most)
                 found += _sums(REGISTRY[key], dtype, path, times)
                 tick()

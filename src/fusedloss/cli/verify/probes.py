@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from ...front.definition import REGISTRY, Loss, normal, uniform
+from ...losses.heads import CLASSES
 
 Tensors = tuple[Tensor, ...]
 Draw = Callable[[int, torch.dtype, Generator], Iterator[Tensors]]
@@ -65,7 +66,7 @@ def probes(key: str, dtype: torch.dtype, count: int) -> Iterator[Probe]:
     """About `count` elements of bulk over all options, and the hard ones of the loss."""
     loss = REGISTRY[key]
     generator = Generator().manual_seed(7)
-    classes = loss.rows and len(loss.differentiable) < 3
+    classes = loss.kind == "rows"
     options_of = {**loss.options, **loss.extensions}
     count = math.ceil(count / len(options_of))
     for option, make in options_of.items():
@@ -73,7 +74,7 @@ def probes(key: str, dtype: torch.dtype, count: int) -> Iterator[Probe]:
         def probe(kind: str, tensors: Tensors, option: str = option, make: Any = make) -> Probe:
             layouts = tuple(LAYOUTS) if classes else ("rows",)
             options = make(tensors, generator)
-            if "ignore_index" in options and kind == "hard":
+            if "ignore_index" in options and kind == "hard" and classes:
                 input, target = tensors
                 ignored = (target == options["ignore_index"]).unsqueeze(1)
                 tensors = input.masked_fill(ignored, math.nan), target
@@ -89,6 +90,8 @@ def _shapes(loss: Loss, classes: bool, count: int) -> Sequence[tuple[int, ...]]:
     if classes:
         long = max(count, 100)  # past one block of the kernels, where many are wanted
         return (2 * math.ceil(count / 20), 10), (2, long)
+    if loss.kind == "heads":
+        return ((math.ceil(count / 48), 8), (3, 200))
     return ((math.ceil(count / 24), 8),) if loss.rows else ((count,),)
 
 
@@ -179,11 +182,37 @@ def _soft_rows(count: int, dtype: torch.dtype, generator: Generator) -> Iterator
         yield x, torch.where(certain[:, None] | x.isinf().any(1, True), one_hot, soft)
 
 
+def _head(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
+    """Each logit is a state of its own; half types hold no sums of large ones."""
+    most = math.inf if dtype in (torch.float32, torch.float64) else 1000.0
+    for x, y in _hard_rows(count // 2, dtype, generator, (CLASSES,)):
+        if x.isfinite().all() and x.abs().max() < most:
+            yield x, torch.eye(CLASSES), y
+
+
+def _soft_head(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
+    """No target is certain: p - q of a head cancels there."""
+    for x, w, y in _head(count, dtype, generator):
+        one_hot = torch.nn.functional.one_hot(y, CLASSES).double()
+        yield x, w, 0.7 * one_hot + 0.3 * normal(x.shape, torch.float64, generator).softmax(1)
+
+
+def _distilled(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
+    """Not to where no exp is left, or the formula's slope of 'js' has no digits either."""
+    w = torch.eye(CLASSES)
+    for x, _, _ in _head(count, dtype, generator):
+        if x.max() - x.min() < 70:
+            yield x, w, x.flip(0), w
+    x = normal((max(2, count // 48), CLASSES), dtype, generator).double()
+    for step in (1e-1, 1e-3, 1e-5):  # divergences of about its square
+        yield x, w, x + step * normal(x.shape, torch.float64, generator), w
+
+
 def _hard_rows(
-    count: int, dtype: torch.dtype, generator: Generator
+    count: int, dtype: torch.dtype, generator: Generator, sizes: Sequence[int] = (10, 70)
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits and the class of each row: certain, offset, huge, tied, masked."""
-    for classes in (10, 70):  # short rows and long ones take different kernels
+    for classes in sizes:  # short rows and long ones take different kernels
         n = 2 * math.ceil(count / 8 / classes)
         x = normal((n, classes), torch.float64, generator)
         y = torch.randint(classes, (n,), generator=generator)
@@ -225,4 +254,8 @@ HARD: dict[str, Draw] = {
     "cross_entropy[probabilities]": _soft_rows,
     "nll_loss": _nll,
     "triplet_margin_loss": _triplet,
+    "linear_cross_entropy": _head,
+    "linear_cross_entropy[probabilities]": _soft_head,
+    "linear_log_prob": _head,
+    "linear_kl_div": _distilled,
 }
