@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 from fusedloss import linear_cross_entropy, linear_kl_div, linear_log_prob
 from fusedloss.autograd import operators
 from fusedloss.engines.chunks import loop as chunks
-from fusedloss.losses import heads as linear
+from fusedloss.front import head
 
 N, D, C = 37, 19, 53
 
@@ -303,7 +303,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
             stack.enter_context(formula_path())
         elif request.param == "operator":
             monkeypatch.setattr(
-                linear, "dispatch", lambda call, tensors, _: operators.run(call, tensors)
+                head, "dispatch", lambda call, tensors, _: operators.run(call, tensors)
             )
         elif request.param == "steps":  # of devices that have no kernel
             whole = chunks.plan
