@@ -70,7 +70,9 @@ def kernel(file: str, old: str, new: str, tests: str, **more: Any) -> Mutant:
 
 REGRESSION, BINARY = "losses/regression.py", "losses/binary.py"
 DIVERGENCE, METRIC = "losses/divergence.py", "losses/metric.py"
-LINEAR: dict[str, Any] = {"files": ("tests/heads/test_linear.py",)}
+LINEAR: dict[str, Any] = {
+    "files": tuple(f"tests/heads/test_{n}.py" for n in ("formula", "log_prob", "divergence"))
+}
 HEADS = "loop_is_the_formula or log_prob or divergence"
 ERRORS: dict[str, Any] = {"files": ("tests/front/test_errors.py",)}
 REPEAT: dict[str, Any] = {"files": ("tests/route/test_repeat.py",)}

@@ -24,7 +24,9 @@ PLAIN = (*DEBUG, "-march=x86-64-v2") if platform.machine() in ("x86_64", "AMD64"
 DRIVER = "tests/native/driver.cpp"
 FILES = (
     "tests/losses/test_losses.py",
-    "tests/heads/test_linear.py",
+    "tests/heads/test_formula.py",
+    "tests/heads/test_log_prob.py",
+    "tests/heads/test_divergence.py",
     "tests/losses/test_hostile.py",
 )
 WORDS = (

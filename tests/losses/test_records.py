@@ -290,7 +290,7 @@ def test_module_db(loss: str, dtype: torch.dtype, tally: Any) -> None:
             theirs = theirs_class(*built[0], **built[1])
             check_module(ours, theirs)
             for each in (ours, theirs):
-                each.requires_grad_(False)  # of a head; test_linear.py differentiates it
+                each.requires_grad_(False)  # of a head; tests/heads differentiate it
             call = Invocation(sample.forward_input.args, sample.forward_input.kwargs)
             if dtype is torch.float64:
                 check_against_torch(ours, theirs, call)
