@@ -54,7 +54,7 @@ def repeat(
         or trace.watched
     ):
         return None
-    a, b, *rest = tensors
+    a, b = tensors[0], tensors[1]
     if not (
         type(a) in PLAIN
         and type(b) in PLAIN
@@ -74,7 +74,7 @@ def repeat(
            a.dtype, a.shape, a.is_contiguous(), learns and a.requires_grad,
            b.dtype, b.shape, b.is_contiguous(), learns and b.requires_grad)
     # fmt: on
-    for c in rest:
+    for c in tensors[2:] if tensors[-1] is not None or len(tensors) > 3 else ():
         if c is None:
             continue
         if not (
