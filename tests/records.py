@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fusedloss
+from fusedloss.front.definition import REGISTRY
 
 # Came with torch 2.13.
 LinearCrossEntropyOptions = getattr(torch.nn, "LinearCrossEntropyOptions", None)
@@ -24,17 +26,12 @@ with warnings.catch_warnings():
 
 # Each loss function and its module; torch has the linear one since 2.13.
 LOSSES = {
-    "mse_loss": "MSELoss",
-    "binary_cross_entropy": "BCELoss",
-    "binary_cross_entropy_with_logits": "BCEWithLogitsLoss",
-    "kl_div": "KLDivLoss",
-    "cross_entropy": "CrossEntropyLoss",
-    "linear_cross_entropy": "LinearCrossEntropyLoss",
-    "nll_loss": "NLLLoss",
-    "triplet_margin_loss": "TripletMarginLoss",
-    "triplet_margin_with_distance_loss": "TripletMarginWithDistanceLoss",
+    loss.name: loss.module for loss in REGISTRY.values() if hasattr(torch.nn, loss.module or "-")
 }
-LOSSES = {name: module for name, module in LOSSES.items() if hasattr(torch.nn, module)}
+if LinearCrossEntropyOptions:
+    LOSSES["linear_cross_entropy"] = "LinearCrossEntropyLoss"
+LOSSES = dict(sorted(LOSSES.items()))
+REDUCTIONS = ("none", "mean", "sum")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 MANY = 500
@@ -113,172 +110,198 @@ def nn_samples(name: str) -> list[dict[str, Any]]:
 
 
 def own_samples(name: str, dtype: torch.dtype) -> list[SampleInput]:
-    """What PyTorch's records leave out."""
+    """What PyTorch's records leave out; of a loss without a list here, every row, option and reduction."""
     torch.manual_seed(0)
-    return list(_own(name, dtype))
+    return list(OWN[name](Draw(dtype)) if name in OWN else _of_registry(name, dtype))
 
 
-def _own(name: str, dtype: torch.dtype) -> Iterator[SampleInput]:
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
+def _of_registry(name: str, dtype: torch.dtype) -> Iterator[SampleInput]:
+    generator = torch.Generator().manual_seed(0)
+    for loss in REGISTRY.values():
+        if loss.name != name:
+            continue
+        for option, reduction in itertools.product(loss.options.values(), loss.reductions):
+            drawn = loss.example((4, 3), dtype, generator)
+            first, *others = (
+                t.requires_grad_() if k in loss.differentiable else t for k, t in enumerate(drawn)
+            )
+            settings = {**option(drawn, generator), "reduction": reduction}
+            yield SampleInput(first, args=tuple(others), kwargs=settings)
 
-    def unit(*shape: int) -> Tensor:
-        return torch.rand(shape, dtype=torch.float64).mul(0.98).add(0.01).to(dtype).requires_grad_()
 
-    def positive(*shape: int) -> Tensor:
-        return unit(*shape).detach()
+class Draw:
+    """Leaves of one type."""
 
-    def tensor(values: Any) -> Tensor:
-        return torch.tensor(values, dtype=dtype, requires_grad=True)
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
 
-    reductions = ("none", "mean", "sum")
-    match name:
-        case "mse_loss":
-            for reduction in reductions:
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64).to(self.dtype).requires_grad_()
+
+    def unit(self, *shape: int) -> Tensor:
+        drawn = torch.rand(shape, dtype=torch.float64).mul(0.98).add(0.01)
+        return drawn.to(self.dtype).requires_grad_()
+
+    def positive(self, *shape: int) -> Tensor:
+        return self.unit(*shape).detach()
+
+    def tensor(self, values: Any) -> Tensor:
+        return torch.tensor(values, dtype=self.dtype, requires_grad=True)
+
+
+def _mse_loss(d: Draw) -> Iterator[SampleInput]:
+    for reduction in REDUCTIONS:
+        yield SampleInput(
+            d.normal(4, 3), d.normal(4, 3), reduction=reduction, weight=d.positive(4, 3)
+        )
+    yield SampleInput(d.normal(0, 3), d.normal(0, 3), reduction="sum")
+    yield SampleInput(d.normal(4, 3), d.normal(4, 3), size_average=False)
+
+
+def _binary_cross_entropy(d: Draw) -> Iterator[SampleInput]:
+    # The clamps at x = 0 and 1. PyTorch's gradient by the target has none: left out.
+    x, t = d.tensor([0.0, 1.0, 0.0, 1.0, 0.5]), d.tensor([0.0, 1.0, 1.0, 0.0, 0.3]).detach()
+    for reduction in REDUCTIONS:
+        yield SampleInput(x, args=(t,), kwargs={"reduction": reduction}, name=SINGULAR)
+        yield SampleInput(d.unit(4, 3), d.unit(4, 3), weight=d.positive(3), reduction=reduction)
+        yield SampleInput(d.unit(4, 3), d.unit(4, 3), weight=d.positive(4, 1), reduction=reduction)
+    yield SampleInput(d.unit(2), d.unit(2), reduce=False)
+
+
+def _binary_cross_entropy_with_logits(d: Draw) -> Iterator[SampleInput]:
+    big = d.tensor([80.0, -80.0, 1000.0, -1000.0])
+    for reduction in REDUCTIONS:
+        yield SampleInput(big, d.unit(4), reduction=reduction)
+        yield SampleInput(
+            d.normal(2, 4, 3),
+            d.unit(2, 4, 3),
+            weight=d.positive(4, 1),
+            pos_weight=d.positive(4, 3),
+            reduction=reduction,
+        )
+    yield SampleInput(d.normal(4), d.normal(4))  # targets outside [0, 1]
+
+
+def _kl_div(d: Draw) -> Iterator[SampleInput]:
+    for reduction in ("none", "mean", "batchmean", "sum"):
+        x, t = d.normal(4, 3).log_softmax(-1), d.normal(4, 3)
+        yield SampleInput(_leaf(x), _leaf(t.softmax(-1)), reduction=reduction)
+        yield SampleInput(_leaf(x), _leaf(t.log_softmax(-1)), reduction=reduction, log_target=True)
+        yield SampleInput(_leaf(x), _leaf(t[:1].softmax(-1)), reduction=reduction)
+    yield SampleInput(_leaf(x[0, 0]), _leaf(t.softmax(-1)[0, 0]), reduction="batchmean")
+
+
+def _cross_entropy(d: Draw) -> Iterator[SampleInput]:
+    index = torch.tensor([2, 0, 4, 2, 1, 2])
+    for reduction in REDUCTIONS:
+        for smoothing in (0.0, 0.3, 1.0):
+            yield SampleInput(
+                d.normal(6, 5),
+                index,
+                weight=d.positive(5),
+                ignore_index=2,
+                label_smoothing=smoothing,
+                reduction=reduction,
+            )
+            yield SampleInput(
+                d.normal(2, 5, 3),
+                index.reshape(2, 3),
+                weight=d.positive(5),
+                ignore_index=2,
+                label_smoothing=smoothing,
+                reduction=reduction,
+            )
+            yield SampleInput(
+                d.normal(2, 5, 3),
+                _leaf(d.normal(2, 5, 3).softmax(1)),
+                weight=d.positive(5),
+                label_smoothing=smoothing,
+                reduction=reduction,
+            )
+        yield SampleInput(d.normal(5), torch.tensor(3), weight=d.positive(5), reduction=reduction)
+        yield SampleInput(d.normal(5), _leaf(d.normal(5).softmax(0)), reduction=reduction)
+    yield SampleInput(d.tensor([[80.0, -80.0], [-1000.0, 1000.0]]), torch.tensor([0, 1]))
+    yield SampleInput(d.tensor([[80.0, -80.0], [-1000.0, 1000.0]]), torch.tensor([1, 0]))
+    yield SampleInput(d.normal(6, 5), index.to(torch.uint8))
+
+
+def _linear_cross_entropy(d: Draw) -> Iterator[SampleInput]:
+    index = torch.tensor([2, 0, 4, 2, 1, 2])
+    for reduction in REDUCTIONS:
+        for smoothing in (0.0, 0.3, 1.0):
+            for bias in (None, d.normal(5)):
                 yield SampleInput(
-                    normal(4, 3), normal(4, 3), reduction=reduction, weight=positive(4, 3)
+                    d.normal(6, 3),
+                    args=(d.normal(5, 3), index),
+                    kwargs={
+                        "linear_bias": bias,
+                        "weight": d.positive(5),
+                        "ignore_index": 2,
+                        "label_smoothing": smoothing,
+                        "reduction": reduction,
+                    },
                 )
-            yield SampleInput(normal(0, 3), normal(0, 3), reduction="sum")
-            yield SampleInput(normal(4, 3), normal(4, 3), size_average=False)
-        case "binary_cross_entropy":
-            # The clamps at x = 0 and 1. PyTorch's gradient by the target has none: left out.
-            x, t = tensor([0.0, 1.0, 0.0, 1.0, 0.5]), tensor([0.0, 1.0, 1.0, 0.0, 0.3]).detach()
-            for reduction in reductions:
-                yield SampleInput(x, args=(t,), kwargs={"reduction": reduction}, name=SINGULAR)
-                yield SampleInput(unit(4, 3), unit(4, 3), weight=positive(3), reduction=reduction)
-                yield SampleInput(
-                    unit(4, 3), unit(4, 3), weight=positive(4, 1), reduction=reduction
-                )
-            yield SampleInput(unit(2), unit(2), reduce=False)
-        case "binary_cross_entropy_with_logits":
-            big = tensor([80.0, -80.0, 1000.0, -1000.0])
-            for reduction in reductions:
-                yield SampleInput(big, unit(4), reduction=reduction)
-                yield SampleInput(
-                    normal(2, 4, 3),
-                    unit(2, 4, 3),
-                    weight=positive(4, 1),
-                    pos_weight=positive(4, 3),
-                    reduction=reduction,
-                )
-            yield SampleInput(normal(4), normal(4))  # targets outside [0, 1]
-        case "kl_div":
-            for reduction in ("none", "mean", "batchmean", "sum"):
-                x, t = normal(4, 3).log_softmax(-1), normal(4, 3)
-                yield SampleInput(_leaf(x), _leaf(t.softmax(-1)), reduction=reduction)
-                yield SampleInput(
-                    _leaf(x), _leaf(t.log_softmax(-1)), reduction=reduction, log_target=True
-                )
-                yield SampleInput(_leaf(x), _leaf(t[:1].softmax(-1)), reduction=reduction)
-            yield SampleInput(_leaf(x[0, 0]), _leaf(t.softmax(-1)[0, 0]), reduction="batchmean")
-        case "cross_entropy":
-            index = torch.tensor([2, 0, 4, 2, 1, 2])
-            for reduction in reductions:
-                for smoothing in (0.0, 0.3, 1.0):
-                    yield SampleInput(
-                        normal(6, 5),
-                        index,
-                        weight=positive(5),
-                        ignore_index=2,
-                        label_smoothing=smoothing,
-                        reduction=reduction,
-                    )
-                    yield SampleInput(
-                        normal(2, 5, 3),
-                        index.reshape(2, 3),
-                        weight=positive(5),
-                        ignore_index=2,
-                        label_smoothing=smoothing,
-                        reduction=reduction,
-                    )
-                    yield SampleInput(
-                        normal(2, 5, 3),
-                        _leaf(normal(2, 5, 3).softmax(1)),
-                        weight=positive(5),
-                        label_smoothing=smoothing,
-                        reduction=reduction,
-                    )
-                yield SampleInput(
-                    normal(5), torch.tensor(3), weight=positive(5), reduction=reduction
-                )
-                yield SampleInput(normal(5), _leaf(normal(5).softmax(0)), reduction=reduction)
-            yield SampleInput(tensor([[80.0, -80.0], [-1000.0, 1000.0]]), torch.tensor([0, 1]))
-            yield SampleInput(tensor([[80.0, -80.0], [-1000.0, 1000.0]]), torch.tensor([1, 0]))
-            yield SampleInput(normal(6, 5), index.to(torch.uint8))
-        case "linear_cross_entropy":
-            index = torch.tensor([2, 0, 4, 2, 1, 2])
-            for reduction in reductions:
-                for smoothing in (0.0, 0.3, 1.0):
-                    for bias in (None, normal(5)):
-                        yield SampleInput(
-                            normal(6, 3),
-                            args=(normal(5, 3), index),
-                            kwargs={
-                                "linear_bias": bias,
-                                "weight": positive(5),
-                                "ignore_index": 2,
-                                "label_smoothing": smoothing,
-                                "reduction": reduction,
-                            },
-                        )
-                    yield SampleInput(
-                        normal(4, 3),
-                        args=(normal(5, 2, 3), _leaf(normal(4, 5, 2).softmax(1))),
-                        kwargs={
-                            "linear_bias": normal(5, 2),
-                            "weight": positive(5),
-                            "label_smoothing": smoothing,
-                            "reduction": reduction,
-                        },
-                    )
-                if LinearCrossEntropyOptions:
-                    yield SampleInput(
-                        normal(6, 3),
-                        args=(normal(5, 3), index),
-                        kwargs={
-                            "linear_bias": normal(5),
-                            "options": LinearCrossEntropyOptions(
-                                batch_chunk_size=2, allow_retain_graph=True
-                            ),
-                            "reduction": reduction,
-                        },
-                    )
-        case "nll_loss":
-            index = torch.tensor([2, 0, 4, 2, 1, 2])
-            for reduction in reductions:
-                yield SampleInput(
-                    normal(6, 5), index, weight=positive(5), ignore_index=2, reduction=reduction
-                )
-                yield SampleInput(
-                    normal(2, 5, 3), index.reshape(2, 3), weight=positive(5), reduction=reduction
-                )
-            yield SampleInput(normal(6, 5), index.to(torch.uint8))
-            yield SampleInput(normal(0, 5), index[:0], reduction="sum")
-        case _:
-            settings: list[dict[str, Any]] = [{"margin": 2.0, "swap": True}]
-            if name == "triplet_margin_loss":
-                settings += [
-                    {"p": p, "margin": 3.0, "swap": swap}
-                    for p in (1.0, 1.5, 3.0, float("inf"))
-                    for swap in (False, True)
-                ]
-                settings.append({"eps": 0.1})
-            else:
-                distances = (
-                    torch.nn.PairwiseDistance(p=1),
-                    _manhattan,
-                    torch.nn.CosineSimilarity(),
-                )
-                settings += [{"distance_function": d, "margin": 2.5} for d in distances]
-            for kwargs in settings:
-                for reduction in reductions:
-                    yield SampleInput(
-                        normal(3, 4),
-                        args=(normal(3, 4), normal(3, 4)),
-                        kwargs={**kwargs, "reduction": reduction},
-                    )
-            yield SampleInput(normal(4), args=(normal(4), normal(4)))
-            yield SampleInput(normal(3, 1, 4), args=(normal(1, 2, 4), normal(3, 2, 4)))
+            yield SampleInput(
+                d.normal(4, 3),
+                args=(d.normal(5, 2, 3), _leaf(d.normal(4, 5, 2).softmax(1))),
+                kwargs={
+                    "linear_bias": d.normal(5, 2),
+                    "weight": d.positive(5),
+                    "label_smoothing": smoothing,
+                    "reduction": reduction,
+                },
+            )
+        if LinearCrossEntropyOptions:
+            yield SampleInput(
+                d.normal(6, 3),
+                args=(d.normal(5, 3), index),
+                kwargs={
+                    "linear_bias": d.normal(5),
+                    "options": LinearCrossEntropyOptions(
+                        batch_chunk_size=2, allow_retain_graph=True
+                    ),
+                    "reduction": reduction,
+                },
+            )
+
+
+def _nll_loss(d: Draw) -> Iterator[SampleInput]:
+    index = torch.tensor([2, 0, 4, 2, 1, 2])
+    for reduction in REDUCTIONS:
+        yield SampleInput(
+            d.normal(6, 5), index, weight=d.positive(5), ignore_index=2, reduction=reduction
+        )
+        yield SampleInput(
+            d.normal(2, 5, 3), index.reshape(2, 3), weight=d.positive(5), reduction=reduction
+        )
+    yield SampleInput(d.normal(6, 5), index.to(torch.uint8))
+    yield SampleInput(d.normal(0, 5), index[:0], reduction="sum")
+
+
+def _triplets(d: Draw, settings: list[dict[str, Any]]) -> Iterator[SampleInput]:
+    for kwargs in [{"margin": 2.0, "swap": True}, *settings]:
+        for reduction in REDUCTIONS:
+            yield SampleInput(
+                d.normal(3, 4),
+                args=(d.normal(3, 4), d.normal(3, 4)),
+                kwargs={**kwargs, "reduction": reduction},
+            )
+    yield SampleInput(d.normal(4), args=(d.normal(4), d.normal(4)))
+    yield SampleInput(d.normal(3, 1, 4), args=(d.normal(1, 2, 4), d.normal(3, 2, 4)))
+
+
+def _triplet_margin_loss(d: Draw) -> Iterator[SampleInput]:
+    settings: list[dict[str, Any]] = [
+        {"p": p, "margin": 3.0, "swap": swap}
+        for p in (1.0, 1.5, 3.0, float("inf"))
+        for swap in (False, True)
+    ]
+    return _triplets(d, [*settings, {"eps": 0.1}])
+
+
+def _triplet_margin_with_distance_loss(d: Draw) -> Iterator[SampleInput]:
+    distances = (torch.nn.PairwiseDistance(p=1), _manhattan, torch.nn.CosineSimilarity())
+    return _triplets(d, [{"distance_function": f, "margin": 2.5} for f in distances])
 
 
 def _leaf(tensor: Tensor) -> Tensor:
@@ -287,6 +310,19 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 def _manhattan(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).abs().sum(-1)
+
+
+OWN: dict[str, Callable[[Draw], Iterator[SampleInput]]] = {
+    "mse_loss": _mse_loss,
+    "binary_cross_entropy": _binary_cross_entropy,
+    "binary_cross_entropy_with_logits": _binary_cross_entropy_with_logits,
+    "kl_div": _kl_div,
+    "cross_entropy": _cross_entropy,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "nll_loss": _nll_loss,
+    "triplet_margin_loss": _triplet_margin_loss,
+    "triplet_margin_with_distance_loss": _triplet_margin_with_distance_loss,
+}
 
 
 def counts() -> dict[str, dict[str, int]]:

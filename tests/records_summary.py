@@ -20,17 +20,6 @@ KINDS = {
     "own": "our own",
 }
 PAGE = Path(__file__).parent.parent / "docs" / "compatibility.md"
-ORDER = [
-    "mse_loss",
-    "binary_cross_entropy",
-    "binary_cross_entropy_with_logits",
-    "kl_div",
-    "cross_entropy",
-    "linear_cross_entropy",
-    "nll_loss",
-    "triplet_margin_loss",
-    "triplet_margin_with_distance_loss",
-]
 REPORT = "fusedloss_records"  # an attribute of the reports, which pytest-xdist carries along
 
 
@@ -119,7 +108,7 @@ def pytest_terminal_summary(
         return
     terminalreporter.section("PyTorch's records: passed of run")
     terminalreporter.write_line(f"{'':34}" + "".join(f"{kind:>18}" for kind in KINDS))
-    for loss in sorted(ran, key=ORDER.index):
+    for loss in sorted(ran):
         cells = (
             f"{passed[loss][kind]} of {ran[loss][kind]}" if ran[loss][kind] else "-"
             for kind in KINDS
@@ -130,5 +119,5 @@ def pytest_terminal_summary(
     if config.getoption("--write-records"):
         before, _, rest = PAGE.read_text().partition("<!-- records: begin -->\n")
         _, mark, after = rest.partition("<!-- records: end -->")
-        table = page_table(dict(sorted(passed.items(), key=lambda row: ORDER.index(row[0]))))
+        table = page_table(dict(sorted(passed.items())))
         PAGE.write_text(f"{before}<!-- records: begin -->\n{table}\n{mark}{after}")

@@ -54,16 +54,24 @@ class BenchCase:
 
 
 def elements(
-    label: str, near: float, beyond: float, compiled: bool = False, gpu: bool = True
+    label: str,
+    near: float | None = None,
+    beyond: float | None = None,
+    compiled: bool = False,
+    gpu: bool = True,
 ) -> tuple[BenchCase, ...]:
-    """The cases of a pointwise loss; the targets are within and beyond the caches, beside `x - y`."""
+    """The cases of a pointwise loss; with targets within and beyond the caches, beside `x - y`."""
+
+    def target(most: float | None) -> dict[str, float]:
+        return {} if most is None else {"x - y": most}
+
     large: tuple[BenchCase, ...] = (
         BenchCase(f"{label} 64M", (64, 1 << 20), group="gpu", compiled=compiled),
         BenchCase(f"{label} 64M bf16", (64, 1 << 20), "bfloat16", group="gpu"),
     )
     return (
-        BenchCase(f"{label} 4M", (4096, 1024), compiled=compiled, at_most={"x - y": near}),
-        BenchCase(f"{label} 16M", (16384, 1024), group="beyond", at_most={"x - y": beyond}),
+        BenchCase(f"{label} 4M", (4096, 1024), compiled=compiled, at_most=target(near)),
+        BenchCase(f"{label} 16M", (16384, 1024), group="beyond", at_most=target(beyond)),
         *(large if gpu else ()),
     )
 
@@ -164,7 +172,26 @@ def normals(
     return normal(shape, dtype, generator), normal(shape, dtype, generator)
 
 
-def weights(tensors: tuple[Tensor, ...], generator: Generator) -> dict[str, Any]:
-    """The option of a weight of the input's shape."""
-    first = tensors[0]
-    return {"weight": uniform(first.shape, first.dtype, generator, 0.1, 2)}
+def rates(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """Positive numbers, such as expected counts."""
+    low, high = 0.1, 5.0
+    return uniform(shape, dtype, generator, low, high), uniform(shape, dtype, generator, low, high)
+
+
+def weights(tensors: tuple[Tensor, ...], generator: Generator) -> Tensor:
+    """Of the input's shape."""
+    return uniform(tensors[0].shape, tensors[0].dtype, generator, 0.1, 2)
+
+
+def options(**settings: Any) -> dict[str, Options]:
+    """The option sets with each setting alone, none of them, and all; a function draws a tensor."""
+
+    def given(names: tuple[str, ...]) -> Options:
+        return lambda tensors, generator: {
+            n: v(tensors, generator) if callable(v := settings[n]) else v for n in names
+        }
+
+    sets = {name: given((name,)) for name in settings}
+    return {"plain": plain, **sets, **({"all": given(tuple(settings))} if len(sets) > 1 else {})}

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core import errors, levels, reduce
 from . import docs, modules, signature, strict
 from .definition import Loss, register
-from .settings import Setting
+from .settings import BY_DEFAULT, Setting
 from .signature import Memo
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {}  # every public loss, by its name
@@ -114,7 +114,8 @@ def loss(
 
     The function that is decorated says the rest: its docstring the formula and what the arguments are, its
     parameters the settings that it chooses by, of which one with a default is an extension. `settings` says
-    what each may be, in a word of `settings.py`; `rules` what `checks("strict")` refuses.
+    what each may be, in a word of `settings.py`, if its default does not say it; `rules` what
+    `checks("strict")` refuses.
 
     Raises:
         Malformed: the definition lacks a part, or says what PyTorch's signature or the library does not know.
@@ -129,7 +130,7 @@ def loss(
             return ladder.run(found, memo, dict(zip(names, arguments, strict=True)))
 
         made = signature.function(
-            found.name, body.__module__, found.signature, theirs, finish, ladder.memo(found)
+            found.name, body.__globals__, found.signature, theirs, finish, ladder.memo(found)
         )
         made.__doc__ = docs.of_function(body, module, names, found.settings, ladder.words(found))
         made.__annotations__ = {n: p.annotation for n, p in found.signature.parameters.items()}
@@ -163,9 +164,12 @@ def _definition(
         if n not in whole.parameters:
             fault = f"{n} is no parameter of PyTorch's {name}"
             raise malformed(body, fault, "give it a default, as an extension")
-        if not (n in settings or n in tensors or computes):
+        if n in settings or n in tensors or computes:
+            continue
+        if (word := BY_DEFAULT.get(type(whole.parameters[n].default))) is None:
             remedy = f"pass @loss a word of front/settings.py, such as {n}=positive"
             raise malformed(body, f"{n} does not say what it may be", remedy)
+        settings[n] = word
     for n in settings:
         if n not in own.parameters:
             raise malformed(body, f"it takes no {n}", f"let it choose by {n}, or drop the word")
@@ -179,7 +183,7 @@ def _definition(
         operands=tuple(n for n, p in tensors.items() if p.default is p.empty),
         optional=tuple(n for n, p in tensors.items() if p.default is None),
         further=tuple(n for n in own.parameters if n in tensors and tensors[n].default is None),
-        settings=settings,
+        settings={n: settings[n] for n in own.parameters if n in settings},
         extensions=tuple(n for n in whole.parameters if theirs and n not in theirs.parameters),
     )
 

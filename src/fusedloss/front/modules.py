@@ -30,9 +30,8 @@ def make(
         lines += [f"    if {' or '.join(f'self.{n}' for n in extensions)}:"]
         lines += [f"        return _function({passed}{more})"]
     lines += [f"    return _function({passed})"]
-    scope: dict[str, Any] = {"_function": function, "__name__": FACE}
     body: dict[str, Any] = {
-        "forward": compiled("\n".join(lines) + "\n", "forward", scope, f"{name}."),
+        "forward": compiled(lines, "forward", {"_function": function}, globals(), f"{name}."),
         "__module__": FACE,
         "__doc__": f"See :func:`fusedloss.functional.{function.__name__}`; constructor as "
         f":class:`torch.nn.{name}`{', and ' if extensions else ''}{', '.join(extensions)}.",
@@ -52,7 +51,6 @@ def _extension(
     lines += [f"    _theirs.__init__(self, {', '.join(f'{n}={n}' for n in arguments)})"]
     for n, default in added.items():
         lines += [f"    if {n} != {default!r}:", f"        self.{n} = {n}"]
-    scope: dict[str, Any] = {"_theirs": theirs, "__name__": FACE}
 
     def extra_repr(self: Any) -> str:
         said = theirs.extra_repr(self)
@@ -62,6 +60,8 @@ def _extension(
     return {
         **added,
         "__constants__": [*theirs.__constants__, *added],
-        "__init__": compiled("\n".join(lines) + "\n", "__init__", scope, f"{theirs.__name__}."),
+        "__init__": compiled(
+            lines, "__init__", {"_theirs": theirs}, globals(), f"{theirs.__name__}."
+        ),
         "extra_repr": extra_repr,
     }

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from ..core import advice, errors, sharded
+from ..core import advice, errors, sharded, trace
 from ..core.plain import check as check_memory
-from ..core.reduce import result_dtype, sum_of
+from ..core.reduce import promoted, result_dtype, sum_of, total
 from ..kinds.formula import Pointwise
 from ..kinds.pointwise import PointwiseCall
 from ..kinds.torch_m import OutsideDomain
@@ -40,33 +40,61 @@ def plain_reduction(loss: Definition, given: dict[str, Any]) -> Reduction:
 class Types:
     """`check` raises, or gives the type of the losses."""
 
-    check: Callable[[str, Tensors, Tensor | None], torch.dtype]
+    check: Callable[[str, Tensors, Tensor | None, Shapes], torch.dtype]
     returns: str
     raises: tuple[str, ...]
     kernel: str = ""  # PyTorch's word for what a type is lacking
     integers: bool = False  # whether some operands may be of integers
+    others: bool = (
+        False  # whether torch's operations serve where none is floating point, or one complex
+    )
 
 
-def promote(kernel: str) -> Types:
-    """Operands of any types, if one is floating point; the result is of the type that all promote to."""
+def promote(kernel: str, anything: bool = False) -> Types:
+    """Operands of any types, and the result of the type that all promote to: floating point, or also others."""
 
-    def check(name: str, operands: Tensors, weight: Tensor | None) -> torch.dtype:
+    def check(name: str, operands: Tensors, weight: Tensor | None, shapes: Shapes) -> torch.dtype:
         more = {} if weight is None else {"weight": weight}
         errors.not_narrow(name, kernel, **operands, **more)
         first, *others = operands.values()
         dtype = first.dtype
         for other in others:
-            if other.dtype != dtype:
-                dtype = torch.promote_types(dtype, other.dtype)  # of 0-dim tensors too
-        if dtype.is_complex:
+            if (
+                other.dtype != dtype
+            ):  # what PyTorch expands first yields no more to others for having no dimension
+                dtype = (
+                    torch.promote_types(dtype, other.dtype)
+                    if shapes.warns
+                    else promoted(first, other)
+                )
+        if dtype.is_complex and not anything:
             errors.not_floating(name, NotImplementedError, kernel, **operands)
         return dtype
 
-    raises = ("NotImplementedError: no floating point tensor, or a complex one",)
-    return Types(check, "in the type that the operands promote to", raises, kernel, integers=True)
+    raises = (
+        () if anything else ("NotImplementedError: no floating point tensor, or a complex one",)
+    )
+    return Types(check, "in the type that the operands promote to", raises, kernel, True, anything)
 
 
-def _same(name: str, operands: Tensors, _weight: Tensor | None) -> torch.dtype:
+def of_input(kernel: str) -> Types:
+    """A real floating point input, whose type is that of the result; a target of any real type."""
+
+    def check(name: str, operands: Tensors, _weight: Tensor | None, _shapes: Shapes) -> torch.dtype:
+        errors.not_narrow(name, kernel, **operands)
+        input, target = operands.values()
+        if not input.is_floating_point():
+            kind = RuntimeError if target.is_floating_point() else NotImplementedError
+            errors.not_floating(name, kind, kernel, advice.swapped(input, target), input=input)
+        if target.is_complex():
+            errors.not_floating(name, RuntimeError, kernel, target=target)
+        return input.dtype
+
+    raises = ("NotImplementedError: integer or complex input", "RuntimeError: a complex target")
+    return Types(check, "in the input's type", raises, kernel, integers=True)
+
+
+def _same(name: str, operands: Tensors, _weight: Tensor | None, _shapes: Shapes) -> torch.dtype:
     errors.not_narrow(name, name, **operands)
     (_, first), *others = operands.items()
     dtype = result_dtype(first.dtype, first)
@@ -95,11 +123,13 @@ class Shapes:
     refused: str = ""  # words for shapes that differ; they broadcast where there are none
     warns: bool = False
     late: bool = False  # whether PyTorch looks at types first
+    by_target: bool = False  # whether PyTorch's error tells of the target's shape first
 
     def check(self, name: str, operands: Tensors) -> None:
         """Of shapes that differ."""
         if not self.refused:
-            errors.broadcast(name, **operands)
+            named = reversed(operands.items()) if self.by_target else operands.items()
+            errors.broadcast(name, **dict(named))
             return
         input, target = operands.values()
         words = self.refused.format(target=target.size(), input=input.size())
@@ -113,6 +143,7 @@ class Shapes:
 
 
 broadcast = Shapes(late=True)
+broadcast_target = Shapes(late=True, by_target=True)
 warn = Shapes(warns=True)
 
 
@@ -139,7 +170,7 @@ class Weight:
     raises: str
 
 
-def of_input(mean_by: str) -> Weight:
+def like_input(mean_by: str) -> Weight:
     """Of the input's shape. 'mean' divides by the weights' "sum", or by the "count" of elements."""
 
     def prepare(
@@ -236,7 +267,7 @@ class Elements:
         if more or any(t.device != first.device for t in others):
             errors.same_device(name, **operands, **more)
         weight = more.pop("weight", None)
-        dtype = self.types.check(name, operands, weight)
+        dtype = self.types.check(name, operands, weight, self.shapes)
         if differ and self.shapes.late:
             self.shapes.check(name, operands)
         loss.refuse_what_users_rue(operands, reduction=reduction, **settings)
@@ -244,6 +275,8 @@ class Elements:
             errors.warn_broadcast(name, first, others[0])
         if (differ and self.shapes.warns) or not remembered:
             memo = None  # to warn again
+        if self.types.anything and not dtype.is_floating_point:
+            return self.by_torch(loss, operands, weight, settings, reduction, dtype)
         call, tensors = self.call(loss, operands, more, weight, settings, reduction, dtype)
         try:
             result = dispatch(name, call, tensors, settings=memo)
@@ -270,7 +303,7 @@ class Elements:
             )
             weight, dtype, denominator = weighed
         if self.types.integers:
-            dtype = _made_floating(name, self.types.kernel, operands, dtype)
+            _make_floating(name, self.types.kernel, operands, dtype)
         for argument, tensor in further.items():
             errors.expands(name, first.shape, **{argument: tensor})
             further[argument] = floating(name, first, **{argument: tensor})
@@ -280,6 +313,30 @@ class Elements:
         dtype = result_dtype(dtype, first)
         call = PointwiseCall(formula, numbers, reduction, denominator, dtype)
         return call, (*operands.values(), *further.values(), weight)
+
+    def by_torch(
+        self,
+        loss: Definition,
+        operands: Tensors,
+        weight: Tensor | None,
+        settings: dict[str, Any],
+        reduction: str,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The formula's value of integers or complex numbers, for which there is no kernel."""
+        check_memory(loss.name, **operands)
+        trace.note(loss.name, None, f"the operands are of {dtype}")
+        formula, numbers = self.chosen(loss, settings, {})
+        named = dict(zip(formula.params, numbers, strict=True))
+        losses = formula.value(*operands.values(), **named)
+        denominator = None
+        if weight is not None and self.weight is not None:
+            kernel = self.types.kernel
+            weight, _, denominator = self.weight.prepare(
+                loss.name, kernel, operands, weight, dtype, reduction
+            )
+            losses = losses * weight
+        return total(losses, reduction, denominator)
 
     def words(self, loss: Definition) -> docs.Words:
         unreduced = "the losses of all elements with 'none'"
@@ -296,8 +353,8 @@ class Elements:
         return docs.Words(returns, tuple(raises))
 
 
-def _made_floating(name: str, kernel: str, operands: Tensors, dtype: torch.dtype) -> torch.dtype:
-    """The type of the losses; integer operands are converted in place."""
+def _make_floating(name: str, kernel: str, operands: Tensors, dtype: torch.dtype) -> None:
+    """Converts integer operands, in place, for losses of a type."""
     if len({t.dtype for t in operands.values()}) > 1:
         check_memory(name, **operands)
     if not dtype.is_floating_point:
@@ -308,7 +365,6 @@ def _made_floating(name: str, kernel: str, operands: Tensors, dtype: torch.dtype
         kind = dtype if any(floats) else torch.float64
         for argument, t in operands.items():
             operands[argument] = t if t.is_floating_point() else t.to(kind)
-    return dtype
 
 
 def refuse_first(call: PointwiseCall, *tensors: Tensor | None) -> NoReturn:

@@ -20,18 +20,34 @@ class Setting:
 
 
 def _ranged(
-    holds: Callable[[float], bool],
-    rule: str,
-    kind: type[Exception] = ValueError,
-    got: str = ", got ",
+    holds: Callable[[float], bool], rule: str, kind: type[Exception], theirs: str
 ) -> Setting:
     def check(function: str, argument: str, value: Any) -> float:
         found = value if type(value) is float else errors.number(function, argument, value)
         if not holds(found):
-            errors.fail(kind, function, f"{argument} must be {rule}{got}{found}")
+            words = theirs.format(value=found) if theirs else f"got {found}"
+            errors.fail(
+                kind, function, f"{argument} must be {rule}{'. ' if theirs else ', '}{words}"
+            )
         return found
 
     return Setting(check, f"{kind.__name__}: {{argument}} not {rule}")
+
+
+def above(low: float, kind: type[Exception] = ValueError, theirs: str = "") -> Setting:
+    """A number above `low`; `theirs` are PyTorch's own words for one that is not."""
+    return _ranged(lambda v: v > low, f"greater than {low:g}", kind, theirs)
+
+
+def at_least(low: float, kind: type[Exception] = ValueError, theirs: str = "") -> Setting:
+    return _ranged(lambda v: v >= low, f"at least {low:g}", kind, theirs)
+
+
+def within(
+    low: float, high: float, kind: type[Exception] = ValueError, theirs: str = ""
+) -> Setting:
+    """A number from `low` to `high`, both included."""
+    return _ranged(lambda v: low <= v <= high, f"between {low} and {high}", kind, theirs)
 
 
 def _integer(function: str, argument: str, value: Any) -> int:
@@ -41,16 +57,10 @@ def _integer(function: str, argument: str, value: Any) -> int:
 
 
 number = Setting(errors.number, "TypeError: {argument} that is no number")
-positive = _ranged(lambda v: v > 0, "greater than 0")
-not_negative = _ranged(lambda v: v >= 0, "at least 0")
+positive = above(0)
 boolean = Setting(
     errors.boolean, "TypeError: {argument} that is no bool", "({0} is True or {0} is False)"
 )
 integer = Setting(_integer, "TypeError: {argument} that is no integer", key="{0}, type({0})")
-
-
-def within(
-    low: float, high: float, kind: type[Exception] = ValueError, got: str = ", got "
-) -> Setting:
-    """A number from `low` to `high`, both included."""
-    return _ranged(lambda v: low <= v <= high, f"between {low} and {high}", kind, got)
+# What a setting may be that has such a default, and of which no more is said.
+BY_DEFAULT: dict[type, Setting] = {float: number, bool: boolean, int: integer}

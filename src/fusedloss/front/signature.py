@@ -35,7 +35,10 @@ def of_torch(name: str) -> inspect.Signature | None:
         if isinstance(node, ast.FunctionDef) and node.name == name:
             node.body = [ast.Pass()]
             scope = dict(vars(HOME))
-            exec(compile(ast.Module([node], []), "<signature>", "exec"), scope)
+            exec(
+                compile(ast.fix_missing_locations(ast.Module([node], [])), "<signature>", "exec"),
+                scope,
+            )
             return inspect.signature(scope[name])
     return None
 
@@ -58,12 +61,20 @@ def bare(signature: inspect.Signature) -> str:
     return str(inspect.Signature(parameters))
 
 
-def compiled(source: str, name: str, scope: dict[str, Any], of: str = "") -> Any:
-    """The function that the source defines; tracebacks and TorchScript can read it."""
+def compiled(
+    lines: list[str], name: str, known: dict[str, Any], scope: dict[str, Any], of: str = ""
+) -> Any:
+    """The function of these lines, with what they know as its closure.
+
+    Tracebacks, TorchScript and torch.compile find its text and its globals as they find others'.
+    """
+    inner = "\n".join(f"    {line}" for line in lines)
+    source = f"def make({', '.join(known)}):\n{inner}\n    return {name}\n"
     path = f"<fusedloss {of}{name}>"
     linecache.cache[path] = (len(source), None, source.splitlines(True), path)
-    exec(compile(source, path, "exec"), scope)
-    return scope[name]
+    made: dict[str, Any] = {}
+    exec(compile(source, path, "exec"), scope, made)
+    return made["make"](**known)
 
 
 class Memo(NamedTuple):
@@ -77,13 +88,13 @@ class Memo(NamedTuple):
 
 def function(
     name: str,
-    module: str,
+    scope: dict[str, Any],
     signature: inspect.Signature,
     theirs: inspect.Signature | None,
     finish: Callable[..., Any],
     memo: Memo | None,
 ) -> Callable[..., Any]:
-    """`finish(memo, *arguments)` behind what every loss does first."""
+    """`finish(memo, *arguments)` behind what every loss does first; `scope` are the definition's globals."""
     parameters = signature.parameters.values()
     tensors = ", ".join(p.name for p in parameters if takes_tensor(p))
     passed = [
@@ -103,22 +114,21 @@ def function(
     if memo is None:
         lines.append(f"    return _finish(None, {everything})")
     else:
-        known = [
+        repeated = [
             f"    if _memo and (_known := _repeat({name!r}, ({memo.tensors}), _memo)) is not None:",
             "        return _known",
         ]
         if memo.has_domain:  # what lies outside is told below
-            known = ["    try:", *("    " + line for line in known)]
-            known += ["    except _OutsideDomain:", "        pass"]
+            repeated = ["    try:", *("    " + line for line in repeated)]
+            repeated += ["    except _OutsideDomain:", "        pass"]
         lines.append(f"    _memo = ({memo.key},) if {memo.plain} else None")
-        lines += [*known, f"    return _finish(_memo, {everything})"]
-    scope: dict[str, Any] = {
-        "__name__": module,
+        lines += [*repeated, f"    return _finish(_memo, {everything})"]
+    known = {
         "_has": has_torch_function_variadic,
         "_handle": handle_torch_function,
         "_repeat": repeat,
         "_finish": finish,
         "_OutsideDomain": OutsideDomain,
     }
-    made: Callable[..., Any] = compiled("\n".join(lines) + "\n", name, scope)
+    made: Callable[..., Any] = compiled(lines, name, known, scope)
     return made

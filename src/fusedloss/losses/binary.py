@@ -10,8 +10,7 @@ from torch import Tensor
 from ..core import advice, errors
 from ..front.definition import elements, normal, plain, row, uniform
 from ..front.loss import loss
-from ..front.pointwise import Elements, Types, broadcasting, refuse, same
-from ..front.settings import boolean
+from ..front.pointwise import Elements, Shapes, Types, broadcasting, refuse, same
 from ..front.strict import input_is_no_sigmoid, target_is_number, target_is_probability
 from ..kinds import torch_m as m
 from ..kinds.formula import Pointwise
@@ -96,7 +95,6 @@ def _logits(shape, dtype, generator):
         extensions={"exact_grad": lambda t, g: {"exact_grad": True}},
         bench=elements("BCE", near=1.7, beyond=0.6),
     ),
-    exact_grad=boolean,
 )
 def binary_cross_entropy(exact_grad: bool = False):
     r"""Binary cross entropy of probabilities: :math:`\ell = -w\,(t \log x + (1 - t) \log(1 - x))`.
@@ -157,7 +155,9 @@ def bce_with_logits_pos_grad(x, t, w):
 BCE_WITH_LOGITS_POS = Pointwise(bce_with_logits_pos, bce_with_logits_pos_grad)
 
 
-def _types(name: str, operands: dict[str, Tensor], _weight: Tensor | None) -> torch.dtype:
+def _types(
+    name: str, operands: dict[str, Tensor], _weight: Tensor | None, _shapes: Shapes
+) -> torch.dtype:
     input, target = operands.values()
     if not input.is_floating_point():
         hint = advice.swapped(input, target)

@@ -7,7 +7,7 @@ import torch
 from ..front.classes import Classes, Counted
 from ..front.definition import BenchCase, Bounds, normal, plain, row, uniform
 from ..front.loss import loss
-from ..front.settings import integer, within
+from ..front.settings import within
 from ..front.strict import (
     input_is_log_probability,
     input_is_no_softmax,
@@ -135,8 +135,7 @@ CASES_OF_PROBABILITIES = (
         bounds=Bounds(float32=(2, 3), float64=(8, 128), formula=(8, 64), triton=(4, 16)),
     ),
     rules=(target_is_number, target_is_distribution, input_is_no_softmax, some_row_counts),
-    ignore_index=integer,
-    label_smoothing=within(0.0, 1.0, RuntimeError, ". Got: "),
+    label_smoothing=within(0.0, 1.0, RuntimeError, "Got: {value}"),
 )
 def cross_entropy(ignore_index, label_smoothing):
     r"""Cross entropy of the softmax of logits, against class indices or class probabilities.
@@ -185,7 +184,6 @@ def cross_entropy(ignore_index, label_smoothing):
         ),
     ),
     rules=(input_is_log_probability, some_row_counts),
-    ignore_index=integer,
 )
 def nll_loss(ignore_index):
     r"""Negative log likelihood: :math:`\ell = -w_y\,x_y`, for class y of log-probabilities x.

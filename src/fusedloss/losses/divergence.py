@@ -12,8 +12,7 @@ from ..core.reduce import REDUCTIONS, promoted
 from ..front import strict
 from ..front.definition import BenchCase, elements, normal, row
 from ..front.loss import Definition, loss
-from ..front.pointwise import Elements, Reduction, Types, broadcast
-from ..front.settings import boolean
+from ..front.pointwise import Elements, Reduction, Shapes, Types, broadcast
 from ..kinds import torch_m as m
 from ..kinds.formula import Pointwise
 
@@ -52,7 +51,9 @@ def kl_log_grad(x, t):
 KL_LOG = Pointwise(kl_log, kl_log_grad, linear=True)
 
 
-def _types(name: str, operands: dict[str, Tensor], _weight: Tensor | None) -> torch.dtype:
+def _types(
+    name: str, operands: dict[str, Tensor], _weight: Tensor | None, _shapes: Shapes
+) -> torch.dtype:
     input, target = operands.values()
     if not (input.is_floating_point() and target.is_floating_point()):
         argument, wrong = ("target", target) if input.is_floating_point() else ("input", input)
@@ -129,7 +130,6 @@ ALL = ("none", "batchmean", "mean", "sum")
         strict.target_is_distribution,
         strict.input_is_log_probability,
     ),
-    log_target=boolean,
 )
 def kl_div(log_target):
     r"""Kullback-Leibler divergence, a term an element: :math:`\ell = t\,(\log t - x)`.

@@ -13,7 +13,7 @@ from ..front import vectors
 from ..front.composed import Composed
 from ..front.definition import BenchCase, normal, plain, row
 from ..front.loss import loss
-from ..front.settings import boolean, number, positive
+from ..front.settings import positive
 from ..kinds import torch_m as m
 from ..kinds.formula import Pointwise
 from ..kinds.pointwise import PointwiseCall
@@ -77,8 +77,6 @@ def _manhattan(a: Tensor, b: Tensor) -> Tensor:
     ),
     margin=positive,
     p=positive,
-    eps=number,
-    swap=boolean,
 )
 def triplet_margin_loss(margin, p, eps, swap):
     r"""Triplet margin loss: :math:`\ell = \max(d(a, x^+) - d(a, x^-) + \text{margin}, 0)`.

@@ -1,11 +1,13 @@
-"""Regression: the mean squared error."""
+"""Regression: squared and absolute errors, and what lies between."""
 
 from __future__ import annotations
 
-from ..front.definition import elements, normals, plain, row, weights
+from ..front.definition import elements, normals, options, row, weights
 from ..front.loss import loss
-from ..front.pointwise import Elements, of_input, promote, warn
+from ..front.pointwise import Elements, like_input, of_input, promote, warn
+from ..front.settings import above
 from ..front.strict import same_shape, target_is_number
+from ..kinds import torch_m as m
 from ..kinds.formula import Pointwise
 
 
@@ -23,10 +25,10 @@ MSE = Pointwise(mse, mse_grad)
 
 @loss(
     "MSELoss",
-    Elements(promote("mse_cpu"), shapes=warn, weight=of_input(mean_by="sum")),
+    Elements(promote("mse_cpu"), shapes=warn, weight=like_input(mean_by="sum")),
     row(
         normals,
-        {"plain": plain, "weight": weights},
+        options(weight=weights),
         bench=elements("MSE", near=1.15, beyond=0.45, compiled=True),
     ),
     rules=(same_shape, target_is_number),
@@ -41,3 +43,70 @@ def mse_loss():
         weight: of the input's shape.
     """
     return MSE
+
+
+def l1(x, t):
+    return m.abs(x - t)
+
+
+def l1_grad(x, t):
+    slope = m.where(x > t, 1.0, m.where(x < t, -1.0, x - t))
+    return slope, -slope
+
+
+L1 = Pointwise(l1, l1_grad)
+
+
+@loss(
+    "L1Loss",
+    Elements(promote("abs_cpu", anything=True), shapes=warn, weight=like_input(mean_by="sum")),
+    row(normals, options(weight=weights), bench=elements("L1")),
+    rules=(same_shape, target_is_number),
+)
+def l1_loss():
+    r"""Mean absolute error: :math:`\ell = w\,|x - t|`, reduced; its gradient is 0 where x is t.
+
+    Args:
+        input: predictions, of any shape and type.
+        target: of the same shape. Other shapes broadcast, with a warning.
+        reduction: 'none', 'mean' or 'sum'. With a weight, 'mean' divides by the weights' sum.
+        weight: of the input's shape.
+    """
+    return L1
+
+
+def huber(x, t, *, delta):
+    d = m.abs(x - t)
+    return m.where(d <= delta, 0.5 * d * d, delta * (d - 0.5 * delta))
+
+
+def huber_grad(x, t, *, delta):
+    slope = -m.maximum(-m.maximum(x - t, -delta), -delta)  # x - t, clamped to [-delta, delta]
+    return slope, -slope
+
+
+HUBER = Pointwise(huber, huber_grad)
+
+
+@loss(
+    "HuberLoss",
+    Elements(of_input("huber_cpu"), shapes=warn, weight=like_input(mean_by="count")),
+    row(
+        normals,
+        options(weight=weights, delta=0.3),
+        bench=elements("Huber"),
+    ),
+    rules=(same_shape, target_is_number),
+    delta=above(0, RuntimeError, "huber_loss does not support non-positive values for delta."),
+)
+def huber_loss(delta):
+    r"""Squared up to `delta`, then linear: :math:`\ell = w\,\delta\,(|x - t| - \delta / 2)` beyond it, else
+    :math:`w\,(x - t)^2 / 2`.
+
+    Args:
+        input: predictions, of any shape.
+        target: of the same shape. Other shapes broadcast, with a warning.
+        delta: above 0, in units of the input.
+        weight: of the input's shape; 'mean' divides by the number of elements all the same.
+    """
+    return HUBER, (delta,)
