@@ -45,7 +45,7 @@ class Types:
     raises: tuple[str, ...]
     kernel: str = ""  # PyTorch's word for what a type is lacking
     integers: bool = False  # whether some operands may be of integers
-    others: bool = (
+    anything: bool = (
         False  # whether torch's operations serve where none is floating point, or one complex
     )
 

@@ -74,7 +74,9 @@ def compiled(
     linecache.cache[path] = (len(source), None, source.splitlines(True), path)
     made: dict[str, Any] = {}
     exec(compile(source, path, "exec"), scope, made)
-    return made["make"](**known)
+    function = made["make"](**known)
+    function.__qualname__ = f"{of}{name}"
+    return function
 
 
 class Memo(NamedTuple):

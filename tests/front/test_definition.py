@@ -1,0 +1,107 @@
+"""A definition makes a function and a module; one that cannot be says where, why and what to do."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import fusedloss
+from fusedloss import nn
+from fusedloss.front.definition import REGISTRY
+from fusedloss.front.loss import FUNCTIONS, Malformed, loss
+from fusedloss.front.modules import MODULES
+from fusedloss.front.pointwise import Elements, of_input
+from fusedloss.front.settings import positive
+
+LADDER = Elements(of_input("huber_cpu"))
+
+
+def chooses_by_another_name(delta):
+    """A formula."""
+
+
+def chooses_by_a_tensor(full):
+    """A formula."""
+
+
+def says_nothing(delta):
+    return None
+
+
+def of_no_name(delta):
+    """A formula."""
+
+
+def named(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
+    body.__name__ = name
+    return body
+
+
+@pytest.mark.parametrize(
+    ("body", "settings", "words"),
+    [
+        (
+            named("smooth_l1_loss", chooses_by_another_name),
+            {},
+            "delta is no parameter of PyTorch's smooth_l1_loss: give it a default, as an extension",
+        ),
+        (
+            named("gaussian_nll_loss", chooses_by_a_tensor),
+            {"full": positive, "eps": positive},
+            "it takes no eps: let it choose by eps, or drop the word",
+        ),
+        (
+            named("huber_loss", says_nothing),
+            {},
+            "it has no docstring: write its formula and its arguments there",
+        ),
+        (
+            named("no_such_loss", of_no_name),
+            {"delta": positive},
+            "torch.nn.functional has no no_such_loss: name it as PyTorch does",
+        ),
+    ],
+)
+def test_malformed(body: Callable[..., Any], settings: dict[str, Any], words: str) -> None:
+    before = dict(REGISTRY), dict(FUNCTIONS), dict(MODULES)
+    with pytest.raises(Malformed) as caught:
+        loss("HuberLoss", LADDER, **settings)(body)
+    line = body.__code__.co_firstlineno
+    assert str(caught.value) == f"{__file__}:{line}: {body.__name__}: {words}"
+    assert before == (REGISTRY, FUNCTIONS, MODULES)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_is_found_where_it_is_public(name: str) -> None:
+    function = FUNCTIONS[name]
+    assert function is getattr(fusedloss, name) is getattr(fusedloss.functional, name)
+    assert pickle.loads(pickle.dumps(function)) is function
+    assert name in inspect.getsource(function)  # tracebacks show it
+    assert list(function.__annotations__) == [*inspect.signature(function).parameters, "return"]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_docstring_tells_of_every_argument_and_error(name: str) -> None:
+    function = FUNCTIONS[name]
+    doc = inspect.getdoc(function) or ""
+    described = re.findall(r"^    (\w+): ", doc.split("Returns:")[0], re.MULTILINE)
+    assert described == list(inspect.signature(function).parameters)
+    assert ":math:`" in doc or ".. math::" in doc
+    assert "\nRaises:\n" in doc
+    assert max(map(len, doc.splitlines())) <= 112
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_is_public(name: str) -> None:
+    assert MODULES[name] is getattr(nn, name) is getattr(fusedloss, name)
+    assert issubclass(MODULES[name], getattr(torch.nn, name))
+
+
+def test_every_loss_is_in_the_registry() -> None:
+    assert {row.name for row in REGISTRY.values()} == set(FUNCTIONS)
