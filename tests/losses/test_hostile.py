@@ -18,6 +18,7 @@ from test_compatibility import deviations
 from torch import Generator, Tensor
 
 import fusedloss
+from fusedloss.front.definition import REGISTRY
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -471,6 +472,12 @@ def test_any_call(call: Call) -> None:
 @given(calls())
 def test_any_call_of_many(call: Call) -> None:
     check(call)
+
+
+def test_every_loss_is_drawn() -> None:
+    """But those of heads, of which PyTorch has one: tests/heads draws for them."""
+    wanted = {row.name for row in REGISTRY.values() if row.kind != "heads"}
+    assert wanted == {*POINTWISE, *ROWS, *TRIPLETS}
 
 
 def test_met_deviations_are_on_the_page() -> None:
