@@ -61,6 +61,7 @@ def print_formulas(root: Path) -> None:
     headers.mkdir(exist_ok=True)
     sources = sorted((package / "losses").glob("[a-z]*.py"))
     printed = {"args.h": ["engines/abi.py"], "formulas.h": ["engines/cpu/printer.py", *sources]}
+    printed["reductions.h"] = ["engines/cpu/reductions.py", *sources]
     for name, (script, *arguments) in printed.items():
         with (headers / name).open("w") as header:
             command = [sys.executable, package / script, *arguments]

@@ -105,8 +105,8 @@ MUTANTS = [
     formula("kinds/rows.py", "reduce.sum_of(torch.where(counted, own_weight, 0))", "reduce.sum_of(own_weight)", CE),
     Mutant("src/fusedloss/core/indices.py", "(index < 0) | (index >= classes)", "(index < 0) | (index > classes)", "index and formula", **ERRORS),
     formula("kinds/rows.py", "flat = self.smoothing / max(log_p.shape[1], 1)", "flat = self.smoothing / max(log_p.shape[1] - 1, 1)", CE),
-    formula("kinds/triplet.py", "difference = a - b + self.eps", "difference = a - b", TRIPLET),
-    formula("kinds/triplet.py", "torch.clamp_min(self.margin + near - far, 0)", "torch.clamp_min(near - far, 0)", TRIPLET),
+    formula("kinds/reduction.py", "difference = gap + eps", "difference = gap", TRIPLET),
+    formula(METRIC, "return m.maximum(margin + near - least, 0.0)", "return m.maximum(near - least, 0.0)", TRIPLET),
     formula("core/reduce.py", "return losses.mean() if denominator is None else losses.sum() / denominator", "return losses.mean()", "(batchmean or weight)"),
     formula("kinds/torch_m.py", "grads[0] * s if need", "s if need", "mse_loss"),
     # the loop of pointwise losses
@@ -136,11 +136,11 @@ MUTANTS = [
     kernel("nll.h", "-rows.class_weight(y) * convert", "rows.class_weight(y) * convert", KERNELS + f" and {NLL}"),
     kernel("nll.h", "(-rows.class_weight(y) * g)", "(-rows.class_weight(y))", KERNELS + f" and {NLL}"),
     kernel("nll.h", "a.grad.stride[2] == a.c &&", "a.grad.stride[2] == a.c ||", KERNELS + f" and {NLL}"),
-    # triplets
-    kernel("triplet.h", "out[i] = f * v[i] + g * w[i];", "out[i] = f * v[i] - g * w[i];", KERNELS + f" and {TRIPLET}"),
-    kernel("triplet.h", "scale /= double(ties);", "", "share_the"),
-    kernel("triplet.h", "by_far = far < other ? 1 : other < far ? 0 : 0.5;", "by_far = far < other ? 1 : 0;", "share_the"),
-    kernel("triplet.h", "= hinge < 0 ? 0 : hinge;", "= hinge;", KERNELS + f" and {TRIPLET}"),
+    # reductions
+    kernel("reduction.h", "out[i] = f * v[i] + g * w[i];", "out[i] = f * v[i] - g * w[i];", KERNELS + f" and {TRIPLET}"),
+    kernel("reduction.h", "scale /= double(ties);", "", "share_the"),
+    Mutant(f"src/fusedloss/{METRIC}", "m.where(other < far, 0.0, 0.5)", "m.where(other < far, 0.0, 0.0)", "share_the", build=True),
+    kernel("reduction.h", "by[k] == 0 ? 0 : g * by[k]", "by[k]", KERNELS + f" and {TRIPLET}"),
     # heads without logits
     kernel("linear.h", "loss += a.z_loss * lse * lse;", "loss += a.z_loss * lse;", HEADS, **LINEAR),
     kernel("linear.h", "g[i] *= (T(1) - t) * (T(1) + t);", "g[i] *= T(1) - t;", HEADS, **LINEAR),

@@ -16,8 +16,8 @@ from fusedloss.autograd.operators import settings
 from fusedloss.core import caches
 from fusedloss.kinds.distill import DistillCall
 from fusedloss.kinds.heads import LinearCall
+from fusedloss.kinds.reduction import ReductionCall
 from fusedloss.kinds.rows import RowsCall
-from fusedloss.kinds.triplet import TripletCall
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated"),
@@ -88,7 +88,7 @@ def triplets(generator: Generator) -> Iterator[tuple[Any, tuple[Tensor | None, .
     for shape in ((5,), (4, 5), (2, 3, 4, 5), (0, 5)):
         a, p, n = torch.rand(3, *shape, generator=generator)
         for reduction in ("none", "mean"):
-            call = TripletCall(1.0, 2.0, 1e-6, True, reduction, FLOAT32)
+            call = ReductionCall("triplet_swap", (2.0, 1e-6, 1.0), reduction, FLOAT32)
             yield call, (a, p, n)
             yield call, (a[:1], p, n.sum(0)) if len(shape) > 1 else (a, p, n)
 
@@ -189,6 +189,6 @@ def test_the_default_backend_on_every_layout(key: str, dynamic: bool, generator:
 
 def test_operators_are_named_by_our_version() -> None:
     """A graph in a cache on disk keeps the strides of the fakes that it was compiled with."""
-    for name in ("rows", "triplet", "linear", "distill"):
+    for name in ("rows", "reduction", "linear", "distill"):
         for each in (name, f"{name}_backward"):
             assert getattr(torch.ops.fusedloss, each).overloads() == [f"v{caches.VERSION}"]

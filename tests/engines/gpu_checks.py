@@ -46,11 +46,11 @@ from fusedloss.engines.gpu import (
     m,
     nll,
     pointwise,
+    reduction,
     tiles,
-    triplet,
 )
+from fusedloss.kinds.reduction import ReductionCall
 from fusedloss.kinds.rows import RowsCall
-from fusedloss.kinds.triplet import TripletCall
 
 assert GPU, "test_gpu.py runs this file"
 
@@ -157,7 +157,7 @@ def test_infinite_and_nan_logits_of_long_rows(
 def test_features_more_than_a_block(
     case: Case, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triplet, "WIDEST", 16)
+    monkeypatch.setattr(reduction, "WIDEST", 16)
     tensors, options = case.example((131, 37), torch.float32, generator)
     options["reduction"] = "mean"
     check(case, tensors, options, generator)
@@ -415,7 +415,7 @@ def test_the_formula_runs_where_triton_fails(function: str, failing: Callable[[]
             torch.testing.assert_close(a, e)
     route = fusedloss.explain(case.loss.function, *tensors, **options)
     assert route.kernel is None and "no compiler" in route.why
-    assert gpu.problem("triplet") is None
+    assert gpu.problem("reduction") is None
     assert info.facts()["GPU kernels"].startswith("off: Triton failed: OSError")
 
 
@@ -474,7 +474,7 @@ def test_gradients_have_the_strides_that_fakes_promise(generator: Generator) -> 
         (RowsCall("cross_entropy", False, *last), (x, y, None)),
         (RowsCall("nll_loss", False, *last), (x, y, None)),
         (RowsCall("cross_entropy", True, *last), (x, q, None)),
-        (TripletCall(1.0, 2.0, 1e-6, False, "none", torch.float32), (x, q, q + 1)),
+        (ReductionCall("triplet", (2.0, 1e-6, 1.0), "none", torch.float32), (x, q, q + 1)),
     ]
     for call, (_, *rest) in found:
         for given in (

@@ -49,7 +49,6 @@ PENDING_FUNCTIONS = {
     "csrc/pointwise.h: int64_t pointwise(const PointwiseArgs& a) {",
     "src/fusedloss/engines/gpu/linear.py: _linear_rows",
     "src/fusedloss/engines/gpu/pointwise.py: _kernel",
-    "src/fusedloss/engines/gpu/triplet.py: _triplet_rows",
     "src/fusedloss/losses/distillation.py: linear_kl_div",
     "tests/losses/test_hostile.py: calls",
     "tests/records.py: _own",

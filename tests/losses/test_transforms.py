@@ -465,7 +465,7 @@ def operator_calls() -> list[Any]:
             ("rows", x, index, weight, "cross_entropy", False, *rest),
             ("rows", x, index, None, "nll_loss", False, *rest),
             ("rows", *soft, torch.float32),
-            ("triplet", x, y, z, 1.0, 2.0, 1e-6, True, reduction, torch.float32),
+            ("reduction", x, y, z, "triplet_swap", (2.0, 1e-6, 1.0), reduction, torch.float32),
         ]
     return found
 

@@ -154,15 +154,15 @@ void rows_call(Random& r, bool nll) {
         if (t != &total || t->dtype != F16) t->check_finite(name);
 }
 
-void triplet_call(Random& r) {
-    TripletArgs a{};
+void reduction_call(Random& r) {
+    ReductionArgs a{};
     const int64_t most = budget(r);
     a.features = size(r, std::min<int64_t>(most, 5000));
     a.rows = size(r, most / std::max<int64_t>(a.features, 1));
-    a.swap = r.chance(50);
-    a.margin = r.uniform(0.1, 3);
-    a.p = r.of<double>({1, 2, 2, 3, 0.7, INFINITY});
-    a.eps = 1e-6;
+    for (; fusedloss_reduction(a.definition + 1) && r.chance(50);) ++a.definition;
+    const double p = r.of<double>({1, 2, 2, 3, 0.7, INFINITY}), margin = r.uniform(0.1, 3);
+    const double numbers[] = {p, 1e-6, margin};
+    std::copy_n(numbers, 3, a.numbers);
     const bool special = r.chance(20), reduced = r.chance(50);
     a.denominator = reduced ? double(std::max<int64_t>(a.rows, 1)) : 1;
     a.grad_scale = 1 / a.denominator;
@@ -182,17 +182,17 @@ void triplet_call(Random& r) {
     a.total = matrix(total);
     const bool repeated = r.chance(30);
     const auto run = [&] {
-        return repeated ? again(TRIPLET, a,
-                                {offsetof(TripletArgs, input[0]), offsetof(TripletArgs, input[1]),
-                                 offsetof(TripletArgs, input[2]), offsetof(TripletArgs, total),
-                                 offsetof(TripletArgs, grad[0]), offsetof(TripletArgs, grad[1]),
-                                 offsetof(TripletArgs, grad[2])})
-                        : fusedloss_run(TRIPLET, &a);
+        return repeated ? again(REDUCTION, a,
+                                {offsetof(ReductionArgs, input[0]), offsetof(ReductionArgs, input[1]),
+                                 offsetof(ReductionArgs, input[2]), offsetof(ReductionArgs, total),
+                                 offsetof(ReductionArgs, grad[0]), offsetof(ReductionArgs, grad[1]),
+                                 offsetof(ReductionArgs, grad[2])})
+                        : fusedloss_run(REDUCTION, &a);
     };
-    on_both("triplet", false, run, {&loss, &total, &grads[0], &grads[1], &grads[2]});
-    if (special || a.p < 1) return;
+    on_both("reduction", false, run, {&loss, &total, &grads[0], &grads[1], &grads[2]});
+    if (special || p < 1) return;
     for (const Tensor* t : {&loss, &total, &grads[0], &grads[1], &grads[2]})
-        if (t != &total || t->dtype != F16) t->check_finite("triplet");
+        if (t != &total || t->dtype != F16) t->check_finite("reduction");
 }
 
 // Logits of rows with gaps between them, that a kernel may overwrite: `fill` brings them back.
@@ -332,7 +332,7 @@ void calls(uint64_t seed, int64_t count) {
             case 2: rows_call(r, true); break;
             case 3: linear_call(r); break;
             case 4: distill_call(r); break;
-            default: triplet_call(r); break;
+            default: reduction_call(r); break;
         }
     }
 }

@@ -20,6 +20,7 @@ extern "C" void fusedloss_set_parallel_for(void* function);
 extern "C" int64_t fusedloss_run(int64_t kernel, const void* arguments);
 extern "C" int64_t fusedloss_again(const int64_t* plan, const int64_t* pointers);
 extern "C" const char* fusedloss_formula(int64_t number);
+extern "C" const char* fusedloss_reduction(int64_t number);
 
 namespace {
 

@@ -239,7 +239,7 @@ def test_no_packer_takes_null_for_absent() -> None:
         ),
         lambda: cpu.ENGINES["pointwise"].forward(mse("sum"), (x, x, nothing), ()),
         lambda: cpu.ENGINES["rows"].forward(rows(), (x, zero(labels), None), ()),
-        lambda: cpu.ENGINES["triplet"].forward(triplet(), (x, nothing, x), ()),
+        lambda: cpu.ENGINES["reduction"].forward(triplet(), (x, nothing, x), ()),
     ]
     for call in packed:
         with pytest.raises(RuntimeError, match=r"(incoming|weight|target|positive) .*no memory"):
@@ -261,9 +261,9 @@ def rows() -> Any:
 
 
 def triplet() -> Any:
-    from fusedloss.kinds.triplet import TripletCall
+    from fusedloss.kinds.reduction import ReductionCall
 
-    return TripletCall(1.0, 2.0, 1e-6, False, "sum", torch.float32)
+    return ReductionCall("triplet", (2.0, 1e-6, 1.0), "sum", torch.float32)
 
 
 def test_gaps() -> None:

@@ -22,8 +22,8 @@ from ..engines import engine_of, gpu
 from ..engines.chunks.loop import run as run_chunks
 from ..kinds.distill import DistillCall
 from ..kinds.heads import LinearCall
+from ..kinds.reduction import ReductionCall
 from ..kinds.rows import RowsCall
-from ..kinds.triplet import TripletCall
 from .gradients import redo, scaled
 from .saved import Changed, unpacked
 
@@ -33,6 +33,7 @@ KINDS = {
     "int": "SymInt",
     "float": "float",
     "torch.dtype": "ScalarType",
+    "tuple[float, ...]": "float[]",
 }
 HEAD = (
     "Tensor input",
@@ -51,7 +52,7 @@ TEACHER = (
 )
 TENSORS: dict[type[Any], tuple[str, ...]] = {
     RowsCall: ("Tensor input", "Tensor target", "Tensor? weight"),
-    TripletCall: ("Tensor anchor", "Tensor positive", "Tensor negative"),
+    ReductionCall: ("Tensor first", "Tensor second", "Tensor? third"),
     LinearCall: HEAD,
     DistillCall: (*HEAD, *TEACHER),
 }

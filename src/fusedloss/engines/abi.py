@@ -167,11 +167,12 @@ ROWS = Struct(
     "Grid loss  // unreduced",
     "Grid total, grad, grad_target",
 )
-TRIPLET = Struct(
-    "TripletArgs",
-    "int64_t rows, features, swap",
-    "double margin, p, eps, denominator, grad_scale",
-    "Matrix input[3]  // anchor, positive, negative",
+REDUCTION = Struct(
+    "ReductionArgs",
+    "int64_t definition, rows, features",
+    "double denominator, grad_scale",
+    "double numbers[4]",
+    "Matrix input[3]  // the operands, then the label if there is one: a number for each row",
     "Matrix incoming  // a gradient for each row",
     "Matrix loss  // unreduced",
     "Matrix total",
@@ -223,7 +224,7 @@ KERNELS = {
     "pointwise": POINTWISE,
     "cross_entropy": ROWS,
     "nll_loss": ROWS,
-    "triplet": TRIPLET,
+    "reduction": REDUCTION,
     "linear": LINEAR,
     "distill": DISTILL,
     "accumulate": ACCUMULATE,

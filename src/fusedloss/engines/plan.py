@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core import reduce
 from ..core.layout import empty_of_rows
-from ..kinds import PointwiseCall, RowsCall, TripletCall
+from ..kinds import PointwiseCall, ReductionCall, RowsCall
 
 Slot = Tensor | None
 Slots = Sequence[Slot]
@@ -125,21 +125,24 @@ class RowsPlan(Plan):
         self.incoming = flat(incoming, 1)
 
 
-class TripletPlan(Plan):
-    """Tensors are rows of features."""
+class ReductionPlan(Plan):
+    """Operands are rows of features; a label is a column."""
 
-    call: TripletCall
+    call: ReductionCall
     rows: int
     features: int
     flat: list[Tensor]
 
     def spread(self) -> None:
-        shape = self.shape = common_shape(self.tensors)
+        operands, label = self.call.split(self.tensors)
+        shape = self.shape = common_shape(operands)
         rows, features = self.rows, self.features = shape[:-1].numel(), shape[-1]
-        given = [t for t in self.tensors if t is not None]
+        given = operands
         if any(t.shape != shape for t in given):
             given = [t.expand(shape) for t in given]
-        self.flat = given if len(shape) == 2 else [t.reshape(rows, features) for t in given]
+        self.flat = list(given if len(shape) == 2 else (t.reshape(rows, features) for t in given))
+        if label is not None:
+            self.flat.append(label.expand(shape[:-1]).reshape(rows, 1))
 
     def gradient(self, tensor: Tensor) -> Tensor:
         return tensor.new_empty(self.shape)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core import errors
 from ..core.reduce import result_dtype
-from ..kinds.triplet import TripletCall
+from ..kinds.reduction import Distances, Reduction, ReductionCall
 from ..route.dispatch import dispatch
 from . import docs
 from .loss import Definition
@@ -24,13 +24,18 @@ RAISES = (
 )
 
 
-class Distance(NamedTuple):
-    """A p-norm of differences, and what is made of two of them."""
+class Norms(NamedTuple):
+    """p-norms of differences, and a loss of these."""
 
-    margin: float
+    record: Reduction
     p: float
     eps: float
-    swap: bool
+    margin: float
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        assert isinstance(self.record.measure, Distances)
+        return self.record.measure.pairs
 
 
 @dataclass(frozen=True)
@@ -74,12 +79,11 @@ def check(name: str, anchor: Tensor, positive: Tensor, negative: Tensor) -> None
 def run(
     name: str,
     tensors: tuple[Tensor, ...],
-    distance: Distance,
+    norms: Norms,
     reduction: str,
     memo: tuple[Any, ...] | None = None,
 ) -> Tensor:
     anchor, positive, negative = tensors
-    margin, p, eps, swap = distance
     errors.not_narrow(name, "add_stub", anchor=anchor, positive=positive, negative=negative)
     dtype = anchor.dtype
     if not anchor.shape == positive.shape == negative.shape:
@@ -89,15 +93,14 @@ def run(
             dtype = torch.promote_types(dtype, other.dtype)
     if dtype != anchor.dtype or dtype != positive.dtype or dtype != negative.dtype:
         # The distance of two integer tensors has the default type, whatever the third is.
-        pairs = ((anchor, positive), (anchor, negative), (positive, negative))[: 2 + swap]
-        for pair in pairs:
-            if not any(t.is_floating_point() or t.is_complex() for t in pair):
+        for pair in norms.pairs:
+            if not any(tensors[k].is_floating_point() or tensors[k].is_complex() for k in pair):
                 dtype = torch.promote_types(dtype, torch.get_default_dtype())
     if dtype.is_complex:
         dtype = dtype.to_real()
     elif not dtype.is_floating_point:
         dtype = torch.get_default_dtype()
-    if p == math.inf and anchor.dim() and 0 in {t.shape[-1] for t in tensors}:
+    if norms.p == math.inf and anchor.dim() and 0 in {t.shape[-1] for t in tensors}:
         errors.fail(
             RuntimeError,
             name,
@@ -107,5 +110,6 @@ def run(
     if anchor.dim() and not anchor.shape[-1] == positive.shape[-1] == negative.shape[-1]:
         why = "the features broadcast"  # each distance is taken over those of its own two tensors
     dtype = result_dtype(dtype, anchor)
-    call = TripletCall(margin, float(p), float(eps), swap, reduction, dtype)
+    numbers = (float(norms.p), float(norms.eps), norms.margin)
+    call = ReductionCall(norms.record.name, numbers, reduction, dtype)
     return dispatch(name, call, tensors, why, memo)

@@ -6,9 +6,9 @@ that it takes.
 """
 
 from .pointwise import PointwiseCall
+from .reduction import ReductionCall
 from .rows import RowsCall
-from .triplet import TripletCall
 
-Call = PointwiseCall | RowsCall | TripletCall
+Call = PointwiseCall | RowsCall | ReductionCall
 
-__all__ = ["Call", "PointwiseCall", "RowsCall", "TripletCall"]
+__all__ = ["Call", "PointwiseCall", "ReductionCall", "RowsCall"]

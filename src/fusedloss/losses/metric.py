@@ -17,6 +17,7 @@ from ..front.settings import positive
 from ..kinds import torch_m as m
 from ..kinds.formula import Pointwise
 from ..kinds.pointwise import PointwiseCall
+from ..kinds.reduction import Distances, Reduction
 from ..route.dispatch import dispatch
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -39,7 +40,29 @@ def triplet_hinge_grad(near, far, *, margin):
     return slope, -slope
 
 
+def swapped_hinge(near, far, other, *, margin):
+    least = m.where((other < far) | (other != other), other, far)
+    return m.maximum(margin + near - least, 0.0)
+
+
+def swapped_hinge_grad(near, far, other, *, margin):
+    """As torch.minimum: NaN passes on, a tie shares the derivative."""
+    least = m.where((other < far) | (other != other), other, far)
+    slope = m.where(margin + near - least < 0.0, 0.0, 1.0)
+    by_far = m.where(far < other, 1.0, m.where(other < far, 0.0, 0.5))
+    return slope, -slope * by_far, -slope * (1.0 - by_far)
+
+
 HINGE = Pointwise(triplet_hinge, triplet_hinge_grad)
+TRIPLET = Reduction(
+    "triplet", "triplet_margin_loss", Distances(("anchor", "positive", "negative"), 2), HINGE
+)
+TRIPLET_SWAP = Reduction(
+    "triplet_swap",
+    "triplet_margin_loss",
+    Distances(("anchor", "positive", "negative"), 3),
+    Pointwise(swapped_hinge, swapped_hinge_grad),
+)
 
 
 def _example(shape, dtype, generator):
@@ -98,7 +121,7 @@ def triplet_margin_loss(margin, p, eps, swap):
         swap: whether to take the lesser negative distance.
         reduction: 'none', 'mean' (over the triplets) or 'sum'.
     """
-    return vectors.Distance(margin, p, eps, swap)
+    return vectors.Norms(TRIPLET_SWAP if swap else TRIPLET, p, eps, margin)
 
 
 @loss(
@@ -164,7 +187,7 @@ def triplet_margin_with_distance_loss(
     vectors.check(name, anchor, positive, negative)
     norm = _norm(distance)
     if not (isinstance(margin, Tensor) or norm is None):
-        norms = vectors.Distance(margin, *norm, swap)
+        norms = vectors.Norms(TRIPLET_SWAP if swap else TRIPLET, *norm, margin)
         return vectors.run(name, (anchor, positive, negative), norms, reduction)
     near, far = distance(anchor, positive), distance(anchor, negative)
     if swap:

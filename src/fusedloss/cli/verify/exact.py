@@ -19,8 +19,8 @@ from torch import Tensor
 from ...core import reduce
 from ...kinds import Call
 from ...kinds.pointwise import PointwiseCall
+from ...kinds.reduction import Distances, ReductionCall, Sums
 from ...kinds.rows import RowsCall
-from ...kinds.triplet import TripletCall
 
 DIGITS = 50
 mp = MPContext()
@@ -108,7 +108,7 @@ def reference(call: Call, tensors: Sequence[Tensor | None]) -> list[Exact]:
             return _pointwise(call, tensors, info)
         if isinstance(call, RowsCall):
             return _rows(call, tensors, info)
-        return _triplets(call, tensors, info)
+        return _reductions(call, tensors, info)
 
 
 def numbers(tensor: Tensor) -> Any:
@@ -247,9 +247,8 @@ class _Distance(NamedTuple):
     slope_unit: Results
 
 
-def _distance(a: Results, b: Results, call: TripletCall, info: torch.finfo) -> _Distance:
-    p = call.p
-    v = [s - t + mp.mpf(call.eps) for s, t in zip(a, b, strict=True)]
+def _distance(a: Results, b: Results, p: float, eps: float, info: torch.finfo) -> _Distance:
+    v = [s - t + mp.mpf(eps) for s, t in zip(a, b, strict=True)]
     moved = [rounding(s, info) + rounding(t, info) for s, t in zip(a, b, strict=True)]
     size = [abs(d) for d in v]
     zeros = [mp.mpf(0)] * len(v)
@@ -273,39 +272,78 @@ def _distance(a: Results, b: Results, call: TripletCall, info: torch.finfo) -> _
     return _Distance(length, unit, slope, units)
 
 
-def _triplets(
-    call: TripletCall, tensors: Sequence[Tensor | None], info: torch.finfo
+Row = tuple[
+    Number, Number, list[Results], list[Results]
+]  # the value and its unit, the gradients and theirs
+
+
+def _reductions(
+    call: ReductionCall, tensors: Sequence[Tensor | None], info: torch.finfo
 ) -> list[Exact]:
-    rows = zip(*(numbers(t) for t in tensors if t is not None), strict=True)
-    return _stack([_triplet(call, info, *row) for row in rows])
-
-
-def _triplet(
-    call: TripletCall, info: torch.finfo, anchor: Results, positive: Results, negative: Results
-) -> tuple[Number, Number, list[Results], list[Results]]:
-    """Of one row: the value and its unit, the gradients and their units."""
-    near = _distance(anchor, positive, call, info)
-    far, pair = _distance(anchor, negative, call, info), (0, 2)
-    if call.swap:
-        other = _distance(positive, negative, call, info)
-        if other.length < far.length:
-            far, pair = other, (1, 2)
-    zeros = [mp.mpf(0)] * len(anchor)
-    slopes, units = [zeros] * 3, [zeros] * 3
-    hinge = mp.mpf(call.margin) + near.length - far.length
-    if hinge < 0:
-        return mp.mpf(0), mp.mpf(0), slopes, units
-    for distance, sign, (plus, minus) in ((near, 1, (0, 1)), (far, -1, pair)):
-        for k, side in ((plus, sign), (minus, -sign)):
-            slopes[k] = [s + side * g for s, g in zip(slopes[k], distance.slope, strict=True)]
-            units[k] = [s + u for s, u in zip(units[k], distance.slope_unit, strict=True)]
-    return hinge, near.unit + far.unit, slopes, units
-
-
-def _stack(rows: Sequence[tuple[Number, Number, list[Results], list[Results]]]) -> list[Exact]:
-    exact = [pack([value for value, *_ in rows], [unit for _, unit, *_ in rows])]
-    for k in range(3):
-        slopes = [g for _, _, each, _ in rows for g in each[k]]
-        units = [u for *_, each in rows for u in each[k]]
-        exact.append(pack(slopes, units).at((len(rows), -1)))
+    operands, label = call.split(tensors)
+    rows = zip(*(numbers(t) for t in operands), strict=True)
+    labels = [None] * len(operands[0]) if label is None else numbers(label)
+    of_row = _row_of_sums if isinstance(call.record.measure, Sums) else _row_of_distances
+    found = [of_row(call, info, row, label) for row, label in zip(rows, labels, strict=True)]
+    exact = [pack([value for value, *_ in found], [unit for _, unit, *_ in found])]
+    for k in range(len(operands)):
+        slopes = [g for _, _, each, _ in found for g in each[k]]
+        units = [u for *_, each in found for u in each[k]]
+        exact.append(pack(slopes, units).at((len(found), -1)))
     return exact
+
+
+def _projected(call: ReductionCall, measures: Results, label: Number | None) -> Results:
+    """The loss of one row, and its derivatives by the measures."""
+    projection = call.record.projection
+    named = dict(zip(call.record.params, call.numbers, strict=True))
+    settings = {name: named[name] for name in projection.params}
+    given = measures if label is None else [*measures, label]
+    by = rebound(projection.grad)(*given, **settings)
+    return [rebound(projection.value)(*given, **settings), *by[: len(measures)]]
+
+
+def _row_of_sums(
+    call: ReductionCall, info: torch.finfo, row: tuple[Results, ...], label: Number | None
+) -> Row:
+    measure = call.record.measure
+    assert isinstance(measure, Sums)
+    named = dict(zip(call.record.params, call.numbers, strict=True))
+    settings = {name: named[name] for name in measure.params}
+    term, slope = rebound(measure.map), rebound(measure.slope)
+
+    def results(row: Sequence[Results]) -> Results:
+        terms = [term(*place, **settings) for place in zip(*row, strict=True)]
+        sums = [mp.fsum(column) for column in zip(*terms, strict=True)]
+        value, *by = _projected(call, sums, label)
+        slopes = [slope(*place, *by, **settings) for place in zip(*row, strict=True)]
+        return [value, *(d for column in zip(*slopes, strict=True) for d in column)]
+
+    here = results(row)
+    units = [mp.mpf(0)] * len(here)
+    for k, operand in enumerate(row):
+        for i, a in enumerate(operand):
+            if step := rounding(a, info):
+                near = [*operand[:i], a - mp.sign(a) * step, *operand[i + 1 :]]
+                moved = results([*row[:k], near, *row[k + 1 :]])
+                units = [u + abs(b - h) for u, b, h in zip(units, moved, here, strict=True)]
+    n = len(row[0])
+    cut = [slice(1 + k * n, 1 + (k + 1) * n) for k in range(len(row))]
+    return here[0], units[0], [here[c] for c in cut], [units[c] for c in cut]
+
+
+def _row_of_distances(
+    call: ReductionCall, info: torch.finfo, row: tuple[Results, ...], label: Number | None
+) -> Row:
+    measure = call.record.measure
+    assert isinstance(measure, Distances)
+    p, eps = call.numbers[:2]
+    found = [_distance(row[i], row[j], p, eps, info) for i, j in measure.pairs]
+    value, *by = _projected(call, [d.length for d in found], label)
+    zeros = [mp.mpf(0)] * len(row[0])
+    slopes, units = [zeros] * len(row), [zeros] * len(row)
+    for d, (plus, minus), b in zip(found, measure.pairs, by, strict=True):
+        for k, side in ((plus, b), (minus, -b)):
+            slopes[k] = [s + side * g for s, g in zip(slopes[k], d.slope, strict=True)]
+            units[k] = [s + abs(b) * u for s, u in zip(units[k], d.slope_unit, strict=True)]
+    return value, mp.fsum(abs(b) * d.unit for b, d in zip(by, found, strict=True)), slopes, units

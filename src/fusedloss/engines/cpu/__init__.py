@@ -5,13 +5,13 @@ from typing import Any
 from ..protocol import Engine
 from .load import capability, library, one_thread, problem
 from .pointwise import PointwiseEngine
+from .reduction import ReductionEngine
 from .rows import RowsEngine
-from .triplet import TripletEngine
 
 ENGINES: dict[str, Engine[Any]] = {
     "pointwise": PointwiseEngine(),
+    "reduction": ReductionEngine(),
     "rows": RowsEngine(),
-    "triplet": TripletEngine(),
 }  # by the family of a call
 
 __all__ = ["ENGINES", "capability", "library", "one_thread", "problem"]

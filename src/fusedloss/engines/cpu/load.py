@@ -46,10 +46,8 @@ def _load(small: bool = False) -> tuple[ctypes.CDLL | None, str | None, str | No
         return None, f"cannot load {path(small)}: {error}", None
     lib.fusedloss_run.argtypes = [ctypes.c_int64, ctypes.c_char_p]
     lib.fusedloss_run.restype = ctypes.c_int64
-    lib.fusedloss_formula.argtypes, lib.fusedloss_formula.restype = (
-        [ctypes.c_int64],
-        ctypes.c_char_p,
-    )
+    for names in (lib.fusedloss_formula, lib.fusedloss_reduction):
+        names.argtypes, names.restype = [ctypes.c_int64], ctypes.c_char_p
     lib.fusedloss_again.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
     lib.fusedloss_again.restype = ctypes.c_int64
     lib.fusedloss_set_parallel_for.argtypes = [ctypes.c_void_p]
@@ -113,10 +111,21 @@ def one_thread() -> str | None:
     return _load()[2]
 
 
+def _numbered(names: Callable[[int], bytes | None]) -> dict[str, int]:
+    """The numbers that a library gives, by name."""
+    numbers: dict[str, int] = {}
+    while name := names(len(numbers)):
+        numbers[name.decode()] = len(numbers)
+    return numbers
+
+
 @functools.cache
 def formula_numbers() -> dict[str, int]:
     """The number of each pointwise kernel in the library, by the name of its formula."""
-    numbers: dict[str, int] = {}
-    while name := library().fusedloss_formula(len(numbers)):
-        numbers[name.decode()] = len(numbers)
-    return numbers
+    return _numbered(library().fusedloss_formula)
+
+
+@functools.cache
+def reduction_numbers() -> dict[str, int]:
+    """The number of each loss of rows in the library, by the name of its definition."""
+    return _numbered(library().fusedloss_reduction)

@@ -36,11 +36,11 @@ def family(name: str) -> ModuleType:
 def engine_of(kind: str) -> Engine[Any]:
     """Of calls of a kind."""
     from .pointwise import PointwiseEngine
+    from .reduction import ReductionEngine
     from .rows import RowsEngine
-    from .triplet import TripletEngine
 
     kinds: dict[str, type[Engine[Any]]]
-    kinds = {"pointwise": PointwiseEngine, "rows": RowsEngine, "triplet": TripletEngine}
+    kinds = {"pointwise": PointwiseEngine, "rows": RowsEngine, "reduction": ReductionEngine}
     return kinds[kind]()
 
 

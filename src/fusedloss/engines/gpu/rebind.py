@@ -7,7 +7,7 @@ import functools
 import inspect
 import linecache
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import triton
@@ -38,6 +38,11 @@ def _triton(function: Callable[..., Any], formula: Pointwise) -> Any:
         *formula.params,
         *(f"_param{k}" for k in range(len(formula.params), PARAMS)),
     ]
+    return as_triton(function, names)
+
+
+def as_triton(function: Callable[..., Any], names: Sequence[str]) -> Any:
+    """The function with positional parameters of these names."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     (definition,) = tree.body
     assert isinstance(definition, ast.FunctionDef)

@@ -1,0 +1,50 @@
+"""Losses of rows on the CPU: packs the arguments of their kernel."""
+
+from __future__ import annotations
+
+from ...kinds.reduction import NUMBERS, OPERANDS
+from .. import abi
+from ..plan import ReductionPlan, Slot
+from .engine import CpuEngine
+from .load import DTYPES, address, reduction_numbers
+
+PACK = abi.REDUCTION.packer()
+ABSENT = abi.MATRIX.absent * OPERANDS
+
+
+class ReductionEngine(CpuEngine[ReductionPlan]):
+    plan = ReductionPlan
+    pointers = abi.REDUCTION.pointers(
+        ("input[0]", "input[1]", "input[2]"), "total", ("grad[0]", "grad[1]", "grad[2]"), "incoming"
+    )
+
+    def pack(self, plan: ReductionPlan) -> tuple[str, str, bytes, int]:
+        call, rows, features = plan.call, plan.rows, plan.features
+        loss, denominator = call.loss, float(rows) if call.reduction == "mean" else 1.0
+
+        def matrix(name: str, tensor: Slot, columns: int, rows: int = rows) -> tuple[int, ...]:
+            """Pointer, dtype and strides of the tensor as so many rows."""
+            if tensor is None:
+                return abi.MATRIX.absent
+            if tensor.dim() != 2:
+                tensor = tensor.reshape(rows, columns)
+            at = tensor.data_ptr() or address(loss, name, tensor)
+            return at, DTYPES[tensor.dtype], *tensor.stride()
+
+        given = zip(call.arguments, plan.flat, strict=False)
+        inputs = [n for name, t in given for n in matrix(name, t, features)]
+        grads = [n for g in plan.grads for n in matrix("gradient", g, features)]
+        arguments = PACK(
+            definition=reduction_numbers()[call.definition],
+            rows=rows,
+            features=features,
+            denominator=denominator,
+            grad_scale=1.0 / denominator if denominator else float("nan"),
+            numbers=(*call.numbers, *(0.0,) * NUMBERS)[:NUMBERS],
+            input=(*inputs, *ABSENT)[: len(ABSENT)],
+            incoming=matrix("incoming", plan.incoming, 1),
+            loss=matrix("losses", plan.losses, 1),
+            total=matrix("loss", plan.total, 1, 1),
+            grad=(*grads, *ABSENT)[: len(ABSENT)],
+        )
+        return "reduction", loss, arguments, plan.shape.numel()
