@@ -30,7 +30,7 @@ LINEAR = 35.0
 PLUGINS = ["-p", "no:cacheprovider", "-p", "no:benchmark", "-W", "ignore::DeprecationWarning"]
 WARMING = 4  # processes
 # Of test_repeat.py what is not about the host.
-HOSTS = "gpu_checks or gpu_linear or bits_of_a_call"
+HOSTS = "gpu_checks or gpu_errors or gpu_alone or gpu_linear or bits_of_a_call"
 # As in tests/engines/test_gpu.py.
 NOT = "not formula and not threads and not more_dimensions and not autocast"
 
@@ -127,7 +127,8 @@ def main() -> int:
         command = [sys.executable, "-W", "ignore", __file__, "--warm"]
         warming = [subprocess.Popen([*command, str(k), str(WARMING)]) for k in range(WARMING)]
     if due("checks") and not args.dry_run:
-        files = ["engines/gpu_checks.py", "engines/gpu_linear.py", "route/test_repeat.py"]
+        names = ("checks", "errors", "alone", "linear")
+        files = [*(f"engines/gpu_{name}.py" for name in names), "route/test_repeat.py"]
         with ThreadPoolExecutor() as pool:
             limit = min(args.tests, left())
             runs = {

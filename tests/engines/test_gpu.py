@@ -27,6 +27,8 @@ EVERY = {"losses/test_losses.py": "160", "route/test_repeat.py": "10"}
 PARTS = {
     "options": ("engines/gpu_checks.py", "test_option"),
     "checks": ("engines/gpu_checks.py", "not test_option"),
+    "errors": ("engines/gpu_errors.py", ""),
+    "alone": ("engines/gpu_alone.py", ""),
     "linear": ("engines/gpu_linear.py", ""),
     "repeated": ("route/test_repeat.py", "bits_of_a_call"),
     "losses": ("losses/test_losses.py", f"{NOT} and not depend_on_its_batch"),

@@ -36,7 +36,6 @@ PENDING_ROOMS = {
     "csrc/rows.h",
     "src/fusedloss/losses/classification.py",
     "tests/autograd/test_autograd.py",
-    "tests/engines/gpu_checks.py",
     "tests/faces/test_compatibility.py",
     "tests/faces/test_patch.py",
     "tests/losses/test_hostile.py",

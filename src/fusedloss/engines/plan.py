@@ -59,10 +59,11 @@ class PointwisePlan(Plan):
     dense: bool  # whether every tensor has the shape and is contiguous
 
     def spread(self) -> None:
-        first, *others = self.tensors
+        tensors = self.tensors
+        first = tensors[0]
         assert first is not None
         shape, dense = first.shape, first.is_contiguous()
-        for t in others:
+        for t in tensors[1:]:
             if t is not None:
                 if t.shape != shape:
                     shape, dense = common_shape(self.tensors), False
@@ -71,11 +72,14 @@ class PointwisePlan(Plan):
         self.shape, self.dense = shape, dense
 
     def gradient(self, tensor: Tensor) -> Tensor:
+        if self.dense:
+            return torch.empty_like(tensor)
         return empty_like(tensor, self.shape, tensor.dtype)
 
     def unreduced(self) -> Tensor:
-        first = self.tensors[0]
-        assert first is not None
+        first: Any = self.tensors[0]
+        if self.dense:
+            return torch.empty_like(first, dtype=self.call.dtype)
         return empty_like(first, self.shape, self.call.dtype)
 
     def arrives(self, incoming: Tensor) -> None:
