@@ -17,7 +17,7 @@ HOME = ROOT / "src" / "fusedloss"
 FLOORS = (
     ("core",),
     ("kinds",),
-    ("engines.abi", "engines.plan", "engines.protocol"),
+    ("engines.abi", "engines.plan", "engines.protocol", "engines.again"),
     ("engines.cpu", "engines.gpu"),
     ("engines",),
     ("autograd",),

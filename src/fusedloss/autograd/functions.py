@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core import plain, torch_state
 from ..core.plain import is_plain
 from ..engines import engine_of, gpu
-from ..engines.cpu.again import Again
+from ..engines.again import Again
 from ..kinds import Call
 from . import traced
 from .gradients import gradients, scaled, scales_exactly, stores_gradients

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..engines.cpu.again import Again
 from ..kinds.pointwise import PointwiseCall
 from . import operators
 from .gradients import scaled
@@ -54,7 +53,7 @@ def again(ctx: Any, incoming: Tensor) -> tuple[Slot, ...]:
     plan, saved = ctx.again, ctx.saved_tensors
     tensors, stored = (*saved[: plan.inputs], *plan.absent), saved[plan.inputs :]
     needed = [k < plan.learned for k in range(plan.call.gradients)]
-    stores = plan.stored if isinstance(plan, Again) else plan.stores
+    stores = plan.stored
     kept = stored[: plan.learned] if stores else None
     grads = _gradients(plan.call, tensors, needed, kept, [incoming])
     lacking = (None,) * (plan.inputs - len(grads))

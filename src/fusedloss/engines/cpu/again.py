@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...core.plain import PLAIN, Unreadable
-from ...kinds import Call
+from ...core.plain import Unreadable
 from ..abi import FINE, UNREADABLE
+from ..again import Again
 from ..plan import Slot
-from ..protocol import Engine
 
 _empty_like = torch.empty_like
 _data_ptr = Tensor.data_ptr
@@ -31,24 +29,10 @@ class Launch:
     pack: Callable[..., bytes]
 
 
-@dataclass(slots=True)
-class Again:
-    """A reduced loss of contiguous tensors, whose shapes and types are those of an earlier call."""
-
-    call: Call
-    engine: Engine[Any]
-    inputs: int  # how many tensors there are
-    learned: int  # the first so many need a gradient
-    stored: int  # as many gradients forward computes
-    absent: tuple[None, ...]  # the tensors that the call lacks
-    undefined: tuple[None, ...]  # the gradients of those that need none
-    scalar: Tensor  # what the result is like
-    shapes: tuple[torch.Size, ...]  # of the tensors
-    dtypes: tuple[torch.dtype, ...]
+@dataclass(slots=True, kw_only=True)
+class AgainOnCpu(Again):
     launch: Launch
     launch_backward: Launch | None
-    loss: str = ""
-    apply: Any = None  # of the autograd function that bears its name
 
     def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The loss, and the gradients that forward computes; the engine says what is wrong."""
@@ -66,20 +50,6 @@ class Again:
             return result, present(slots)
         return result, grads
 
-    def fits(self, tensors: Sequence[Tensor], incoming: Tensor) -> bool:
-        """Whether the tensors are what the plan says: `.data` and hooks of saved tensors may change them."""
-        for tensor, dtype, shape in zip(tensors, self.dtypes, self.shapes, strict=True):
-            if not (
-                type(tensor) in PLAIN
-                and tensor.dtype is dtype
-                and tensor.shape == shape
-                and tensor.is_contiguous()
-                and tensor.is_cpu
-                and not tensor.is_neg()
-            ):
-                return False
-        return incoming.dtype is self.scalar.dtype and not incoming.dim()
-
     def backward(self, tensors: Sequence[Tensor], incoming: Tensor) -> tuple[Tensor, ...] | None:
         """The gradients, where forward computes none; None where the kernel cannot run so."""
         grads = tuple(map(_empty_like, tensors[: self.learned]))
@@ -89,10 +59,6 @@ class Again:
         if kernel.run(kernel.plan, kernel.pack(*pointers)) != FINE:
             return None
         return grads
-
-    def whole(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
-        """With None for the tensors that the call lacks."""
-        return (*tensors, *self.absent)
 
 
 def present(grads: Sequence[Slot]) -> tuple[Tensor, ...]:

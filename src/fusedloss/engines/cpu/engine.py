@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ...kinds import Call
 from ..abi import Pointers
+from ..again import common
 from ..plan import Slot
 from ..protocol import Engine, P
-from .again import Again, Launch, present
+from .again import AgainOnCpu, Launch, present
 from .load import NUMBERS, library, run
 
 
@@ -36,7 +37,7 @@ class CpuEngine(Engine[P]):
 
     def prepare(
         self, call: Call, tensors: tuple[Slot, ...], needed: Sequence[bool], stores: bool
-    ) -> Again | None:
+    ) -> AgainOnCpu | None:
         """How to repeat this call, if that can be: one without weights."""
         inputs = [t for t in tensors if t is not None]
         places, learned = self.pointers, sum(needed)
@@ -69,18 +70,5 @@ class CpuEngine(Engine[P]):
             backward = launch(plan, places.incoming, arriving)
         if forward is None or (learned and not stored and backward is None):
             return None
-        absent, undefined = len(tensors) - len(inputs), len(inputs) - learned
-        return Again(
-            call=call,
-            engine=self,
-            inputs=len(inputs),
-            learned=learned,
-            stored=stored,
-            absent=(None,) * absent,
-            undefined=(None,) * undefined,
-            scalar=result,
-            shapes=tuple(t.shape for t in inputs),
-            dtypes=tuple(t.dtype for t in inputs),
-            launch=forward,
-            launch_backward=backward,
-        )
+        known = common(call, inputs, len(tensors), learned, stored, result)
+        return AgainOnCpu(engine=self, launch=forward, launch_backward=backward, **known)

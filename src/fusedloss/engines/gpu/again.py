@@ -16,8 +16,9 @@ from torch import Tensor
 from triton import knobs
 
 from ...core import torch_state
-from ...core.plain import PLAIN, Unreadable
+from ...core.plain import Unreadable
 from ...kinds import Call
+from ..again import Again, common
 from ..plan import Slot
 from ..protocol import Engine
 from . import flags, launch
@@ -59,56 +60,27 @@ class Launch:
         launch.run(self.kernel, self.programs, {**arguments, **self.settings})
 
 
-@dataclass(slots=True)
-class Again:
-    """A reduced loss of contiguous tensors, whose shapes and types are those of an earlier call."""
-
-    call: Call
-    engine: Engine[Any]
-    device: torch.device
-    inputs: int  # how many tensors there are
-    learned: int  # the first so many need a gradient
-    absent: tuple[None, ...]  # the tensors that the call lacks
-    undefined: tuple[None, ...]  # the gradients of those that need none
-    stores: bool  # whether forward computes the gradients
+@dataclass(slots=True, kw_only=True)
+class AgainOnGpu(Again):
     rest: tuple[Slot, ...]  # after the slots of gradients, what forward gives beside them
-    scalar: Tensor  # what the result is like
     make: Callable[[Tensor], Tensor]  # of a gradient from its input
     launches: list[Launch]
     scratch: list[Tensor]  # like the memory that these need
     launches_backward: list[Launch]
     scratch_backward: list[Tensor]
-    shapes: tuple[torch.Size, ...]  # of the tensors
-    dtypes: tuple[torch.dtype, ...]
-    loss: str = ""
-    apply: Any = None  # of the autograd function that bears its name
-
-    def fits(self, tensors: Sequence[Tensor], incoming: Tensor) -> bool:
-        """Whether the tensors are what the plan says: `.data` and hooks of saved tensors may change them."""
-        for tensor, dtype, shape in zip(tensors, self.dtypes, self.shapes, strict=True):
-            if not (
-                type(tensor) in PLAIN
-                and tensor.dtype is dtype
-                and tensor.shape == shape
-                and tensor.device == self.device
-                and tensor.is_contiguous()
-                and not tensor.is_neg()
-            ):
-                return False
-        return incoming.dtype is self.scalar.dtype and not incoming.dim()
 
     def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Slot]]:
         """The loss, and what the engine's gives beside it."""
         flags.raise_pending(self.device)
-        grads = self.gradients(tensors) if self.stores else ()
+        grads = self.gradients(tensors) if self.stored else ()
         result = _empty_like(self.scalar)
         rest = tuple(t if t is None else _empty_like(t) for t in self.rest)
         made = (t for t in rest if t is not None)
         scratch = map(_empty_like, self.scratch)
         if not self.launch(self.launches, (*tensors, result, *grads, *made, *scratch)):
-            needed = [self.stores and k < self.learned for k in range(self.call.gradients)]
+            needed = [k < self.stored for k in range(self.call.gradients)]
             return self.engine.forward(self.call, self.whole(tensors), needed)
-        return result, (*self.slots(grads), *rest) if self.stores else ()
+        return result, (*self.slots(grads), *rest) if self.stored else ()
 
     def backward(
         self, tensors: Sequence[Tensor], stored: Sequence[Slot], incoming: Tensor
@@ -116,7 +88,7 @@ class Again:
         """The gradients of all inputs; those that forward stored become those for `incoming`."""
         flags.raise_pending(self.device)
         slots = self.call.gradients
-        if self.stores:
+        if self.stored:
             grads = [g for g in stored[:slots] if g is not None]
         else:
             grads = list(self.gradients(tensors))
@@ -125,7 +97,7 @@ class Again:
         sources = (*tensors, incoming, *grads, *made, *scratch)
         if not self.launch(self.launches_backward, sources):
             whole = self.whole(tensors)
-            if self.stores:
+            if self.stored:
                 self.engine.rescale(self.call, whole, stored, incoming)
             else:
                 needed = [k < self.learned for k in range(slots)]
@@ -158,10 +130,6 @@ class Again:
         """With None for those that nothing needs."""
         return (*grads, *(None,) * (self.call.gradients - len(grads)))
 
-    def whole(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
-        """With None for the tensors that the call lacks."""
-        return (*tensors, *self.absent)
-
 
 def hooked() -> bool:
     """Whether a profiler wants to know of each launch."""
@@ -175,7 +143,7 @@ def prepare(
     tensors: tuple[Slot, ...],
     needed: Sequence[bool],
     stores_gradients: bool,
-) -> Again | None:
+) -> AgainOnGpu | None:
     """How to repeat this call, if that can be."""
     inputs = [t for t in tensors if t is not None]
     learned, slots = sum(needed), call.gradients
@@ -208,24 +176,16 @@ def prepare(
         g.shape != t.shape or not g.is_contiguous() for g, t in zip(grads, inputs, strict=False)
     ):
         return None
-    return Again(
-        call=call,
+    known = common(call, inputs, len(tensors), learned, learned if stores else 0, result)
+    return AgainOnGpu(
         engine=engine,
-        device=inputs[0].device,
-        inputs=len(inputs),
-        learned=learned,
-        absent=(None,) * (len(tensors) - len(inputs)),
-        undefined=(None,) * (len(inputs) - learned),
-        stores=stores,
         rest=rest if stores else (),
-        scalar=result,
         make=torch.zeros_like if call.name == "rows/nll_loss" else _empty_like,
         launches=launches,
         scratch=tape.scratch,
         launches_backward=backward,
         scratch_backward=tape_backward.scratch,
-        shapes=tuple(t.shape for t in inputs),
-        dtypes=tuple(t.dtype for t in inputs),
+        **known,
     )
 
 
