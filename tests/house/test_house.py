@@ -46,7 +46,6 @@ PENDING_ROOMS = {
 PENDING_FUNCTIONS = {
     "csrc/pointwise.h: const auto compute = [&](int64_t b, Scratch& scratch) {",
     "csrc/pointwise.h: int64_t pointwise(const PointwiseArgs& a) {",
-    "src/fusedloss/engines/gpu/linear.py: _linear_rows",
     "src/fusedloss/engines/gpu/pointwise.py: _kernel",
     "src/fusedloss/losses/distillation.py: linear_kl_div",
     "tests/losses/test_hostile.py: calls",
