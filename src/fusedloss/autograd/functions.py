@@ -128,8 +128,7 @@ class _Fused(torch.autograd.Function):
         tensors = saved[: len(needed)]
         stored = saved[len(needed) :] if ctx.stored else None
         shape, shapes = ctx.shapes
-        loss = ctx.name().removeprefix("fusedloss::").removesuffix("Backward")
-        found = Saved(loss, ctx.call, tensors, needed, stored, shape, shapes, ctx.device, ctx.own)
+        found = Saved(ctx, ctx.call, tensors, needed, stored, shape, shapes, ctx.device, ctx.own)
         grads = gradients(found, incoming[0])
         return (None, *grads, *(None,) * (len(tensors) - len(grads)))
 
@@ -196,7 +195,7 @@ def _by_all_means(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
     needed = (*ctx.needs_input_grad[1:], *(False for _ in again.absent))
     shapes, result = again.whole(again.shapes), again.scalar
     found = Saved(
-        again.loss,
+        ctx,
         again.call,
         tensors,
         needed,

@@ -81,8 +81,6 @@ def _settled(ctx: Any, tensors: Sequence[Any], create_graph: bool) -> Slots:
     call, needed = ctx.call, ctx.needs_input_grad[1:]
     shapes = [None if like is None else like[0] for like in ctx.like]
     stored = () if ctx.stored else None
-    saved = Saved(
-        call.loss, call, tensors, needed, stored, torch.Size(), shapes, ctx.number, ctx.own
-    )
+    saved = Saved(ctx, call, tensors, needed, stored, torch.Size(), shapes, ctx.number, ctx.own)
     pairs = zip(saved.settled(create_graph), ctx.like, strict=True)
     return tuple(t if t is None else t.to(like[1]) for t, like in pairs)

@@ -50,7 +50,7 @@ def unchanged(tensors: Sequence[Any]) -> Sequence[Slot]:
 class Saved:
     """What backward finds."""
 
-    loss: str
+    node: Any  # that bears the name of the loss
     call: Any
     tensors: Sequence[Any]  # with a `Changed` for those that are no longer what they were
     needed: Sequence[bool]
@@ -59,6 +59,11 @@ class Saved:
     shapes: Sequence[torch.Size | None]  # of the tensors in forward
     device: int  # where they were
     own: bool  # the memory of what is stored is that of forward, and nobody else's
+
+    @property
+    def loss(self) -> str:
+        name: str = self.node.name()
+        return name.removeprefix("fusedloss::").removesuffix("Backward")
 
     def intact(self) -> bool:
         """Whether a kernel can read the tensors, and they are like those of forward."""
