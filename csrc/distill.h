@@ -91,7 +91,10 @@ struct Mixture {
     explicit Mixture(double beta)
         : beta(T(beta)), rest(T(1 - beta)), ratio(T(beta / (1 - beta))), log_rest(T(std::log1p(-beta))) {}
 
-    ToMixture<T> operator()(T d) const {
+    ToMixture<T> operator()(T d) const { return shifted ? gaps<true>(d) : gaps<false>(d); }
+
+    template <bool moved>
+    __attribute__((always_inline)) ToMixture<T> gaps(T d) const {
         const bool teachers = d > T(0);
         const T size = math::abs(d), large = teachers ? beta : rest, small = teachers ? rest : beta;
         const T e = math::exp(-size), lost = math::expm1_of_negative(-size, e);
@@ -101,16 +104,16 @@ struct Mixture {
         const T smaller = excess < T(1) ? -log_excess : larger - size;
         const T teacher = teachers ? larger : smaller, student = teachers ? smaller : larger;
         const T beyond = teachers ? student + log_rest : -math::log1p(ratio * e);
-        return {teacher, shifted ? beyond : student};
+        return {teacher, moved ? beyond : student};
     }
 };
 
-template <class T>
+template <bool moved, class T>
 FUSEDLOSS_LOOP void mixture_gaps(T* __restrict d, const Mixture<T> mixture, int64_t n,
                                  T* __restrict teacher) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-        const ToMixture<T> gaps = mixture(d[i]);
+        const ToMixture<T> gaps = mixture.template gaps<moved>(d[i]);
         teacher[i] = gaps.teacher;
         d[i] = gaps.student;
     }
@@ -257,7 +260,9 @@ private:
     // d becomes what p_s weighs: l p_s - l p_t, or l p_s - l m.
     void bend(int64_t count) {
         if (a.of_student && !a.of_teacher) scale_and_shift(d, T(-1), T(0), count);
-        if (a.of_student && a.of_teacher) mixture_gaps(d, mixture, count, to_teacher);
+        if (a.of_student && a.of_teacher)
+            mixture.shifted ? mixture_gaps<true>(d, mixture, count, to_teacher)
+                            : mixture_gaps<false>(d, mixture, count, to_teacher);
     }
 
     // Of the hard term.
