@@ -27,6 +27,7 @@ struct Mask {
 
 FUSEDLOSS_INLINE bool all(Mask a) { return a.m == MaskBits(-1); }
 FUSEDLOSS_INLINE Mask operator&(Mask a, Mask b) { return {MaskBits(a.m & b.m)}; }
+FUSEDLOSS_INLINE Mask operator|(Mask a, Mask b) { return {MaskBits(a.m | b.m)}; }
 
 struct Floats {
     Register v;
@@ -58,6 +59,7 @@ FUSEDLOSS_INLINE Mask operator>(Floats a, Floats b) { return {MM(cmp_ps_mask)(a.
 FUSEDLOSS_INLINE Mask operator<=(Floats a, Floats b) { return {MM(cmp_ps_mask)(a.v, b.v, _CMP_LE_OQ)}; }
 FUSEDLOSS_INLINE Mask operator>=(Floats a, Floats b) { return {MM(cmp_ps_mask)(a.v, b.v, _CMP_GE_OQ)}; }
 FUSEDLOSS_INLINE Mask operator==(Floats a, Floats b) { return {MM(cmp_ps_mask)(a.v, b.v, _CMP_EQ_OQ)}; }
+FUSEDLOSS_INLINE Mask operator!=(Floats a, Floats b) { return {MM(cmp_ps_mask)(a.v, b.v, _CMP_NEQ_UQ)}; }
 
 FUSEDLOSS_INLINE Words words(Floats x) { return Words(x.v); }
 FUSEDLOSS_INLINE Floats where(Mask c, Floats a, Floats b) { return MM(mask_mov_ps)(b.v, c.m, a.v); }

@@ -8,8 +8,8 @@ namespace fusedloss {
 
 template <template <class> class Formula>
 int64_t of_formula(const PointwiseArgs& a) {
-    for (const Array& input : a.input)
-        if (input.data && input.dtype == F64) return pointwise<Formula, double>(a);
+    for (const Array& operand : a.operand)
+        if (operand.data && operand.dtype == F64) return pointwise<Formula, double>(a);
     return pointwise<Formula, float>(a);
 }
 

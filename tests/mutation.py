@@ -108,14 +108,14 @@ MUTANTS = [
     formula("kinds/reduction.py", "difference = gap + eps", "difference = gap", TRIPLET),
     formula(METRIC, "return m.maximum(margin + near - least, 0.0)", "return m.maximum(near - least, 0.0)", TRIPLET),
     formula("core/reduce.py", "return losses.mean() if denominator is None else losses.sum() / denominator", "return losses.mean()", "(batchmean or weight)"),
-    formula("kinds/torch_m.py", "grads[0] * s if need", "s if need", "mse_loss"),
+    formula("kinds/formula.py", "grads[0] * s if need", "s if need", "mse_loss"),
     # the loop of pointwise losses
-    kernel("pointwise.h", "multiply(g1, m, n);", "", KERNELS + " and mse_loss"),
+    kernel("pointwise.h", "multiply(g[d], m, n);", "", KERNELS + " and mse_loss"),
     kernel("pointwise.h", "total_sum(sums) / a.denominator", "total_sum(sums)", KERNELS + " and mse_loss"),
     kernel("pointwise.h", "std::min(size, a.numel - start)", "std::min(size - 1, a.numel - start)", KERNELS + " and mse_loss"),
     kernel("pointwise.h", "- size(d) * stride(slot, d);", "- (size(d) - 1) * stride(slot, d);", KERNELS + " and mse_loss"),
     kernel("pointwise.h", "start + i < seen &&", "start + i > seen &&", "input", **ERRORS),
-    kernel("pointwise.h", "inside = inside & f.domain", "inside = f.domain", "input", **ERRORS),
+    kernel("pointwise.h", "inside = inside & lie(i)", "inside = lie(i)", "input", **ERRORS),
     kernel("pointwise.h", "at += turn", "at += 2 * turn", KERNELS + " and kl_div"),
     # sums
     kernel("parallel.h", "for (int64_t i = whole; i < n; ++i) sums[i - whole]", "for (int64_t i = whole; i + 1 < n; ++i) sums[i - whole]", KERNELS + " and mse_loss"),
@@ -154,7 +154,7 @@ MUTANTS = [
     kernel("distill.h", "s[y - c] = T(-hard_scale * (hard.others / hard.raised_sum()));", "", HEADS, **LINEAR),
     # repeated calls
     Mutant(AGAIN, "if any(g.shape != t.shape", "if any(g.shape == ()", "broadcast", **REPEAT),
-    Mutant(AGAIN, "(*places.inputs, place, *places.grads)", "(*places.inputs, place, *places.grads[::-1])", "packs_no", **REPEAT),
+    Mutant(AGAIN, "(*places.inputs[: len(inputs)], place, *places.grads)", "(*places.inputs[: len(inputs)], place, *places.grads[::-1])", "packs_no", **REPEAT),
     Mutant("src/fusedloss/route/memo.py", "b.is_contiguous(), learns and b.requires_grad)", "learns and b.requires_grad)", "strides_make", **REPEAT),
     Mutant("src/fusedloss/autograd/functions.py", "            if scales_exactly(stored, incoming):\n", "            if True:\n", "do_not_depend", **REPEAT),
     Mutant("src/fusedloss/autograd/gradients.py", "if not plain or _keeps_graph():", "if not plain:", "given_away", **REPEAT),

@@ -31,30 +31,32 @@ TINY = Pointwise(tiny, tiny_grad, domain=tiny_domain)
 
 PRINTED = """
 template <class T>
-struct tiny {  // losses/tiny.py:2
+struct tiny {
     static constexpr int operands = 2;
-    static constexpr bool has_domain = true;
+    static constexpr int derivatives = 2;
+    static constexpr int numbers = 1;
     static constexpr int stages = 1;
+    static constexpr bool has_domain = true;
     static constexpr bool of_parts = false;
-    static constexpr int needs[] = {0, 1, 0};  // as bits
+    // The stages of the value and of each derivative, as bits.
+    static constexpr int needs[] = {0, 1, 0};
     T beta;
-    explicit tiny([[maybe_unused]] const double* params) {
-        beta = T(params[0]);
+    explicit tiny([[maybe_unused]] const double* numbers) {
+        beta = T(numbers[0]);
     }
     template <int k>
-    inline T stage(T x, T t, T, T s0, T s1) const {
+    inline T stage(T x, T t, T, T, T s0, T, T, T) const {
         if constexpr (k == 0) return math::exp(x);
-        return T(0);
     }
-    inline T value(T x, T t, T, T s0, T s1) const {
+    inline T value(T x, T t, T, T, T s0, T, T, T) const {
         const T gap = math::abs((x - t));
         return math::where((gap < beta), (gap * T(2)), std::numeric_limits<T>::infinity());
     }
-    inline void grad(T x, T t, T, T s0, T s1, T& d0, T& d1) const {
+    inline void grad(T x, T t, T, T, T s0, T, T, T, T& d0, T& d1, T&, T&) const {
         d0 = (-s0);
         d1 = (t / T(3.0));
     }
-    inline auto domain(T x, T t, T) const {
+    inline auto domain(T x, T t, T, T) const {
         return ((x >= T(0.0)) & (t != T(1)));
     }
 };
@@ -80,25 +82,72 @@ F = Pointwise(f, f_grad"""
     assert f"bool of_parts = {found};" in printer.header({"f.py": source + ending})
 
 
-def test_prints_the_derivatives_of_two_operands() -> None:
-    source = """
-def f(x, t, w):
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_prints_the_derivatives_that_there_are(count: int) -> None:
+    slopes = "".join(f"{k}.0 * x, " for k in range(count))
+    source = f"""
+def f(x, t, w, v):
     return x
-def f_grad(x, t, w):
-    return x, t, print
+def f_grad(x, t, w, v):
+    return {slopes}
 F = Pointwise(f, f_grad)
 """
     text = printer.header({"f.py": source})
-    assert "inline void grad(T x, T t, T w, T s0, T s1, T& d0, T& d1) const" in text
-    assert "print" not in text.replace("Printed by", "").replace("printer", "")
+    given = ", ".join(f"T& d{k}" if k < count else "T&" for k in range(4))
+    assert f"inline void grad(T x, T t, T w, T v, T, T, T, T, {given}) const" in text
+    assert f"int derivatives = {count};" in text
+    assert f"d{count - 1} = (T({count - 1}.0) * x);" in text and f"d{count} =" not in text
+
+
+@pytest.mark.parametrize(
+    "x", ["x * t", "-x * t", "x * -t", "-(x * t)", "-x / (1.0 / t)", "m.abs(x) * t"]
+)
+def test_what_differs_in_signs_alone_shares_a_stage(x: str) -> None:
+    other = "x / (1.0 / t)" if "/" in x else "x * t"
+    source = f"""
+def f(x, t):
+    return m.sigmoid({x}) + m.log_sigmoid({other})
+def f_grad(x, t):
+    product = {x}
+    return m.sigmoid(product), m.exp(-m.abs({other}))
+F = Pointwise(f, f_grad)
+"""
+    text = printer.header({"f.py": source})
+    assert "int stages = 2;" in text and "needs[] = {3, 1, 1};" in text
+
+
+def test_prints_conditions_that_are_set_first() -> None:
+    source = """
+def f(x, t):
+    apart = (x != t) | (x > 1.0)
+    return m.where(apart, x, 0.0)
+def f_grad(x, t):
+    return x, t
+F = Pointwise(f, f_grad)
+"""
+    text = printer.header({"f.py": source})
+    assert "const auto apart = ((x != t) | (x > T(1.0)));" in text
+
+
+FORMULA = "def f(x, t): return x{}\ndef g(x, t): return x, t\nF = Pointwise(f, g)\n"
+
+
+def test_prints_a_formula_once() -> None:
+    text = printer.header({"one.py": FORMULA.format(""), "two.py": "\n" + FORMULA.format("")})
+    assert text.count("struct f {") == 1 and text.endswith("X(f)\n")
+
+
+def test_where_a_formula_stands_does_not_count() -> None:
+    moved = printer.header({"two.py": "\n\n# Moved.\n" + FORMULA.format("")})
+    assert moved == printer.header({"one.py": FORMULA.format("")})
 
 
 def test_stages_what_is_shared_once() -> None:
-    """sigmoid and log_sigmoid share exp(-|x|); a local variable is put in; a third call stays."""
+    """sigmoid and log_sigmoid share exp(-|x|); a local variable is put in; a fifth call stays."""
     source = """
 def f(x, t):
     twice = 2.0 * x
-    return m.log_sigmoid(twice) + m.exp(t)
+    return m.log_sigmoid(twice) + m.exp(t) + m.exp(x)
 def f_grad(x, t):
     return m.sigmoid(-(2.0 * x)), m.log(t)
 F = Pointwise(f, f_grad)
@@ -106,15 +155,15 @@ F = Pointwise(f, f_grad)
     text = printer.header({"f.py": source})
     assert "if constexpr (k == 0) return math::exp_minus_abs((T(2.0) * x));" in text
     assert "if constexpr (k == 1) return math::log1p_unit(s0);" in text
-    assert "return (math::log_sigmoid(twice, s1) + math::exp(t));" in text
+    assert "return ((math::log_sigmoid(twice, s1) + s2) + s3);" in text
     assert "d0 = math::sigmoid((-(T(2.0) * x)), s0);" in text
     assert "d1 = math::log(t);" in text
-    assert "needs[] = {3, 1, 0};" in text
+    assert "needs[] = {15, 1, 0};" in text
 
 
 def test_names_every_formula_of_the_losses() -> None:
     """The build runs `python printer.py FILES...`, which needs neither torch nor the package."""
-    folder = Path(printer.__file__).parent.parent / "losses"
+    folder = Path(printer.__file__).parents[2] / "losses"
     files = sorted(str(path) for path in folder.glob("[a-z]*.py"))
     command = [sys.executable, "-I", "-S", printer.__file__, *files]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -142,8 +191,20 @@ REFUSED = [
     ("return None", "cannot print `None`"),
     ("return", "cannot print `return`"),
     ("return 1j", "cannot print `1j`"),
-    ("return m.tan(x)", r"cannot print `m.tan\(x\)`"),
-    ("return m.pi", "cannot print `m.pi`"),
+    ("return m.tan(x)", r"cannot print `m.tan\(x\)` as C\+\+: m has no tan, but abs, exp, .*inf"),
+    ("return m.pi", "cannot print `m.pi` as C\\+\\+: m has no pi, but"),
+    ("return m.exp", "cannot print `m.exp` as C\\+\\+: m.exp takes 1 arguments"),
+    ("return m.where(x > t, x)", r"cannot print `m.where\(x > t, x\)` .* takes 3 arguments"),
+    ("return m.where(x, x, t)", "cannot print `x` .* it is a value where a condition belongs"),
+    ("return x > t", "cannot print `x > t` .* it is a condition where a value belongs"),
+    ("return x + (x > t)", "cannot print `x > t` .* it is a condition where a value belongs"),
+    ("return (x > t) & x", "cannot print `x` .* it is a value where a condition belongs"),
+    ("return -(x > t)", "cannot print `x > t` .* it is a condition where a value belongs"),
+    ("return m.log(2.0) * x", r"cannot print `m.log\(2.0\)` .* let the loss compute it"),
+    ("return m.maximum(1.0, 2.0)", r"cannot print `m.maximum\(1.0, 2.0\)` .* no operand"),
+    ("return x + other", "cannot print `other` .* it is no parameter, and no variable"),
+    ("x = t", "cannot print `x = t` .* x is set already: take another name"),
+    ("gap = x", "cannot print `gap = x` .* gap is set already"),
     ("return torch.exp(x)", r"cannot print `torch.exp\(x\)`"),
     ("return exp(x)", r"cannot print `exp\(x\)`"),
     ("return m.maximum(x, b=0.0)", r"cannot print `m.maximum\(x, b=0.0\)`"),
@@ -201,13 +262,41 @@ LOSS = Pointwise(value, grad)
         ),
         pytest.param(
             "def f(x): return x\ndef g(x): return x, x\nF = Pointwise(f, g)",
-            "^bad.py:1: f takes 1 operands, not 2 or 3",
+            "^bad.py:1: f takes 1 operands, not 2 to 4: its positional parameters",
             id="one operand",
         ),
         pytest.param(
-            "def f(a, b, c, d): return a\ndef g(a, b, c, d): return a, b\nF = Pointwise(f, g)",
-            "^bad.py:1: f takes 4 operands, not 2 or 3",
-            id="four operands",
+            "def f(a, b, c, d, e): return a\ndef g(a, b, c, d, e): return a, b\nF = Pointwise(f, g)",
+            "^bad.py:1: f takes 5 operands, not 2 to 4",
+            id="five operands",
+        ),
+        pytest.param(
+            "def f(x, t, *, a, b, c, d, e): return x\ndef g(x, t, *, a, b, c, d, e): return x, t\n"
+            "F = Pointwise(f, g)",
+            "^bad.py:1: f takes 5 numbers, not up to 4: its keyword-only parameters",
+            id="five numbers",
+        ),
+        pytest.param(
+            "def f(x, t, *, a): return x\ndef g(x, t): return x, t\nF = Pointwise(f, g)",
+            r"^bad.py:2: g and f take different numbers: give it the parameters \(x, t, \*, a\)",
+            id="a number of the value alone",
+        ),
+        pytest.param(
+            "def f(x, t): return x\ndef g(x, t): return x, t, t\nF = Pointwise(f, g)",
+            "^bad.py:2: g gives 3 derivatives by 2 operands: return one for each, in their order",
+            id="three derivatives of two operands",
+        ),
+        pytest.param(
+            "def f(x, t): return x\ndef g(x, t): return x, t\ndef d(x, t): return x\n"
+            "F = Pointwise(f, g, domain=d)",
+            "^bad.py:3: cannot print `x` .* it is a value where a condition belongs",
+            id="domain without a condition",
+        ),
+        pytest.param(
+            "def f(x, t): return x\ndef g(x, t): return x, t\nF = Pointwise(f, g)\n"
+            "def h(x, t): return t, x\nG = Pointwise(f, h)",
+            "^bad.py:5: f names another formula at bad.py:3: rename one",
+            id="two formulas of one name",
         ),
         pytest.param(
             "def f(x, t): return x\nF = Pointwise(f, elsewhere)",
@@ -225,9 +314,9 @@ LOSS = Pointwise(value, grad)
             id="grad without a pair",
         ),
         pytest.param(
-            "def f(x, t): return x\ndef g(x, t): return x,\nF = Pointwise(f, g)",
-            "^bad.py:2: ",
-            id="grad of one operand alone",
+            "def f(x, t): return x\ndef g(x, t): return ()\nF = Pointwise(f, g)",
+            r"^bad.py:2: cannot print `return \(\)` .* a gradient is a tuple",
+            id="grad of no operand",
         ),
         pytest.param(
             "def f(x, t): a = x\ndef g(x, t): return x, t\nF = Pointwise(f, g)",

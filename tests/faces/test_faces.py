@@ -404,7 +404,12 @@ SITUATIONS = {
 def arises(case: Case, situation: Callable[..., None]) -> bool:
     if situation is weighted:
         _, options = case.example((5, 4), torch.float32, Generator())
-        return any(name.endswith("weight") and torch.is_tensor(v) for name, v in options.items())
+        # Pointwise kernels differentiate by pos_weight, an operand of the formula.
+        heads = case.kind == "heads"
+        return any(
+            torch.is_tensor(v) and (name == "weight" or (heads and name.endswith("weight")))
+            for name, v in options.items()
+        )
     if case.kind == "heads":
         return situation is meta
     # The distance function of a user makes plain tensors of a subclass.

@@ -12,9 +12,9 @@ namespace {
 
 constexpr struct {
     const char* name;
-    int operands, params;
+    int operands, derivatives;
 } pointwise_kernels[] = {
-#define ROW(name) {#name, formulas::name<double>::operands, int((sizeof(formulas::name<double>) + 7) / 8)},
+#define ROW(name) {#name, formulas::name<double>::operands, formulas::name<double>::derivatives},
     FUSEDLOSS_FORMULAS(ROW)
 #undef ROW
 };
@@ -34,44 +34,48 @@ void pointwise_call(Random& r) {
     const Layout in = dense ? DENSE : EXPANDED, out = dense ? DENSE : ANY;
     if (dense) sizes = {numel};
 
-    Tensor inputs[max_inputs], multipliers[2];
+    Tensor inputs[max_operands], multipliers[2];
     for (int k = 0; k < kernel.operands; ++k)
         inputs[k] = floats(r, float_type(r), sizes, in, 0.05, 0.95, special);
     for (Tensor& m : multipliers)
         if (r.chance(40)) m = floats(r, float_type(r), sizes, in, 0.1, 2, special);
     Tensor loss = output(r, !reduced && r.chance(70), float_type(r), sizes, out);
     Tensor total = output(r, reduced, float_type(r), {}, DENSE);
-    Tensor grads[2];
-    for (Tensor& g : grads) g = output(r, r.chance(60), float_type(r), sizes, out);
+    Tensor grads[max_operands];
+    for (int k = 0; k < kernel.derivatives; ++k)
+        grads[k] = output(r, r.chance(60), float_type(r), sizes, out);
 
     const bool flat = dense;
     const size_t ndim = flat ? 1 : sizes.size();
-    const Tensor* slots[] = {&inputs[0],      &inputs[1], &inputs[2], &multipliers[0],
-                             &multipliers[1], &loss,      &grads[0],  &grads[1]};
-    std::vector<int64_t> memory(sizeof(PointwiseArgs) / 8 + ndim * 9);
+    std::vector<const Tensor*> arrays;
+    std::vector<Tensor*> results = {&loss, &total};
+    for (const Tensor& t : inputs) arrays.push_back(&t);
+    for (const Tensor& t : multipliers) arrays.push_back(&t);
+    arrays.push_back(&loss);
+    for (Tensor& t : grads) arrays.push_back(&t), results.push_back(&t);
+    std::vector<int64_t> memory(sizeof(PointwiseArgs) / 8 + ndim * (arrays.size() + 1));
     auto& a = *reinterpret_cast<PointwiseArgs*>(memory.data());
     a.formula = number;
     a.numel = numel;
     a.ndim = int64_t(ndim);
     const auto array = [](const Tensor& t) { return Array{t.data(), t.dtype}; };
-    for (int k = 0; k < max_inputs; ++k) a.input[k] = array(inputs[k]);
-    for (int k = 0; k < 2; ++k) a.multiplier[k] = array(multipliers[k]), a.grad[k] = array(grads[k]);
+    for (int k = 0; k < max_operands; ++k) a.operand[k] = array(inputs[k]), a.grad[k] = array(grads[k]);
+    for (int k = 0; k < 2; ++k) a.multiplier[k] = array(multipliers[k]);
     a.loss = array(loss);
     a.total = array(total);
     a.denominator = reduced ? double(numel) : 1;
     a.grad_scale = numel ? 1 / a.denominator : 0;
-    a.params[0] = a.params[1] = 1;
+    std::fill_n(a.numbers, max_numbers, 1.0);
     int64_t* layout = memory.data() + sizeof(PointwiseArgs) / 8;
     std::copy(sizes.begin(), sizes.end(), layout);
-    for (size_t s = 0; s < 8; ++s)
+    for (size_t s = 0; s < arrays.size(); ++s)
         for (size_t d = 0; d < ndim; ++d)
-            layout[ndim * (s + 1) + d] = slots[s]->strides.size() ? slots[s]->strides[d] : flat ? 1 : 0;
+            layout[ndim * (s + 1) + d] = arrays[s]->strides.size() ? arrays[s]->strides[d] : flat ? 1 : 0;
 
-    const int64_t outside = on_both(name, false, [&] { return fusedloss_run(POINTWISE, &a); },
-                                    {&loss, &total, &grads[0], &grads[1]});
+    const int64_t outside = on_both(name, false, [&] { return fusedloss_run(POINTWISE, &a); }, results);
     require(outside < 0 || special, name + ": refused an element of the domain");
     if (outside >= 0 || special || !numel) return;
-    for (const Tensor* t : {&loss, &total, &grads[0], &grads[1]})
+    for (const Tensor* t : results)
         if (t != &total || t->dtype != F16) t->check_finite(name);
 }
 

@@ -197,7 +197,7 @@ int64_t float_type(Random& r) { return r.of<int64_t>({F32, F32, F64, BF16, F16})
 // must be the same, and so was written; what lies between the elements must be as it was. A refusal by
 // `checked` kernels writes nothing.
 template <class F>
-int64_t on_both(const std::string& name, bool checked, F&& call, std::initializer_list<Tensor*> outputs) {
+int64_t on_both(const std::string& name, bool checked, F&& call, const std::vector<Tensor*>& outputs) {
     std::vector<Tensor> first;
     chosen = alone;
     const int64_t result = call();
@@ -208,7 +208,7 @@ int64_t on_both(const std::string& name, bool checked, F&& call, std::initialize
     chosen = pool;
     require(call() == result, name + ": the pool returns something else");
     for (size_t k = 0; k < first.size(); ++k) {
-        const Tensor &a = first[k], &b = *outputs.begin()[k];
+        const Tensor &a = first[k], &b = *outputs[k];
         const std::vector<char> owned = a.owned();
         for (int64_t i = 0; i < a.bytes; ++i) {
             const auto x = a.memory[size_t(i)], y = b.memory[size_t(i)];

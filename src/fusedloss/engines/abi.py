@@ -7,8 +7,10 @@ wide: a word (an integer or a pointer), a double, or a struct of these.
 from __future__ import annotations
 
 import itertools
+import runpy
 import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 # As torch and as C++ name them, in the order of their numbers.
@@ -31,8 +33,13 @@ FINE = -1
 NO_MEMORY = -2  # for its scratch
 UNREADABLE = -3  # a pointer is that of a tensor without memory: null, or an offset from it
 MAX_DIMS = 16
+LIMITS = runpy.run_path(str(Path(__file__).parents[1] / "kinds" / "names.py"))  # of formulas
+MAX_OPERANDS, MAX_NUMBERS = LIMITS["OPERANDS"], LIMITS["NUMBERS"]
 LINEAR_SUMS = 8  # doubles that a head keeps of a row
-NUMBERS = ("FINE", "NO_MEMORY", "UNREADABLE", "MAX_DIMS", "LINEAR_SUMS")
+NUMBERS = (
+    *("FINE", "NO_MEMORY", "UNREADABLE"),
+    *("MAX_DIMS", "MAX_OPERANDS", "MAX_NUMBERS", "LINEAR_SUMS"),
+)
 
 
 class Field(NamedTuple):
@@ -145,14 +152,14 @@ LOGITS = Struct(
 POINTWISE = Struct(
     "PointwiseArgs",
     "int64_t formula, numel, ndim",
-    "Array input[3]",
+    f"Array operand[{MAX_OPERANDS}]",
     "Array multiplier[2]  // the weight, which multiplies value and gradient; the incoming gradient",
     "Array loss  // the unreduced losses",
     "Array total  // their sum over `denominator`",
-    "Array grad[2]",
+    f"Array grad[{MAX_OPERANDS}]",
     "double denominator, grad_scale",
-    "double params[2]",
-    "int64_t layout[]  // sizes[ndim], then strides[ndim] of each: input, multiplier, loss, grad",
+    f"double numbers[{MAX_NUMBERS}]",
+    "int64_t layout[]  // sizes[ndim], then strides[ndim] of each: operand, multiplier, loss, grad",
 )
 ROWS = Struct(
     "RowsArgs",

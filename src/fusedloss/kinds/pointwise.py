@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..core import reduce
-from . import torch_m
 from .alone import lifted, lowered
 from .call import Kind
-from .formula import Pointwise
+from .formula import Pointwise, apply
 
 ARGUMENTS = {"x": "input", "t": "target", "w": "pos_weight"}  # by the operands of formulas
 
@@ -30,11 +29,15 @@ class PointwiseCall(Kind):
 
     family: ClassVar[str] = "pointwise"
     operator: ClassVar[bool] = False
-    gradients: ClassVar[int] = 2  # how many of the tensors the kernel differentiates by
 
     @property
     def name(self) -> str:
         return f"pointwise/{self.formula.name}"
+
+    @property
+    def gradients(self) -> int:
+        """How many of the tensors the kernel differentiates by: the first ones."""
+        return self.formula.derivatives
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -50,13 +53,16 @@ class PointwiseCall(Kind):
         """Whether the gradients that are needed depend on what tensor k holds."""
         return not (k == 0 and self.formula.linear and not any(needed[1:]))
 
+    def replicated(self, tensors: Sequence[Any]) -> tuple[int, int]:
+        return 2, len(tensors)  # such as the weights that a criterion holds
+
     def by_formula(self, *tensors: Tensor) -> Tensor:
         *operands, weight = tensors
         alone = not any(o.dim() for o in operands)
         compute = reduce.wide(*operands)
         names = dict(zip(self.formula.params, self.params, strict=True))
         given = tuple(lifted(o.to(compute), alone) for o in operands)
-        losses = torch_m.apply(self.formula, given, names)
+        losses = apply(self.formula, given, names)
         if weight is not None:
             losses = losses * weight.to(compute)
         result = reduce.total(losses, self.reduction, self.denominator)
@@ -76,7 +82,9 @@ class PointwiseCall(Kind):
             scale = scale / (wide[0].numel() if self.denominator is None else self.denominator)
         if weight is not None:
             scale = scale * weight.to(compute)
-        slopes = zip(self.formula.grad(*wide, **names), given, needed, strict=False)
+        slopes = zip(
+            self.formula.by_torch[compute].grad(*wide, **names), given, needed, strict=False
+        )
         return [(s * scale).to(t.dtype) if need else None for s, t, need in slopes]
 
     def spread(self, incoming: Tensor) -> Tensor:

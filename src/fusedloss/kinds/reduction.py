@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from ..core import reduce
 from . import torch_m
 from .alone import lifted, lowered
 from .call import Kind
-from .formula import Pointwise
+from .formula import Functions, Pointwise, apply, rebound
+from .torch_m import NAMESPACES
 
 DEFINITIONS: dict[str, Reduction] = {}  # by name: operators of torch take no records
 OPERANDS, MEASURES, NUMBERS = 3, 3, 4  # at most
@@ -63,21 +64,29 @@ class Sums:
 
     def along(self, operands: Sequence[Tensor], numbers: dict[str, float]) -> list[Tensor]:
         given = tuple(torch.broadcast_tensors(*operands))
-        return [torch_m.apply(self._term(k), given, numbers).sum(-1) for k in range(self.count)]
+        return [apply(self._term(k), given, numbers).sum(-1) for k in range(self.count)]
 
-    def _term(self, k: int) -> Pointwise:
+    def _term(self, k: int) -> _Term:
         """One of the terms, with the derivatives that `slope` gives where no other has any."""
+        return _Term({dtype: self._over(m, k) for dtype, m in NAMESPACES.items()})
+
+    def _over(self, m: Any, k: int) -> Functions:
         only = [float(k == j) for j in range(self.count)]
+        terms, slope = rebound(self.map, m), rebound(self.slope, m)
 
         def value(*operands: Tensor, **numbers: float) -> Tensor:
-            term: Tensor = self.map(*operands, **numbers)[k]
+            term: Tensor = terms(*operands, **numbers)[k]
             return term
 
         def grad(*operands: Tensor, **numbers: float) -> tuple[Tensor, ...]:
-            slopes = self.slope(*operands, *only, **numbers)
+            slopes = slope(*operands, *only, **numbers)
             return tuple(torch.broadcast_tensors(operands[0], s)[1] for s in slopes)
 
-        return Pointwise(value, grad)
+        return Functions(value, grad, None)
+
+
+class _Term(NamedTuple):
+    by_torch: dict[torch.dtype, Functions]
 
 
 @dataclass(frozen=True)
@@ -205,7 +214,7 @@ class ReductionCall(Kind):
         measures = record.measure.along(operands, {n: named[n] for n in record.measure.params})
         given = (*measures, *([] if label is None else [label.to(measures[0].dtype)]))
         of_projection = {n: named[n] for n in record.projection.params}
-        losses = torch_m.apply(record.projection, given, of_projection)
+        losses = apply(record.projection, given, of_projection)
         return lowered(reduce.total(losses, self.reduction), alone).to(self.dtype)
 
     def spread(self, incoming: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ it, zeros and ones apart, which are labels and exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from types import FunctionType, SimpleNamespace
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ...core import reduce
 from ...kinds import Call
+from ...kinds.formula import rebound
+from ...kinds.names import CONSTANTS, FUNCTIONS
 from ...kinds.pointwise import PointwiseCall
 from ...kinds.reduction import Distances, ReductionCall, Sums
 from ...kinds.rows import RowsCall
@@ -66,37 +68,18 @@ def log_sigmoid(a: Number) -> Number:
 
 
 def maximum(a: Number, b: Number) -> Number:
-    return a if mp.isnan(a) or a > b else mp.mpf(b)
+    return mp.nan if mp.isnan(a) or mp.isnan(b) else mp.mpf(max(a, b))
 
 
 def where(condition: bool, a: Number, b: Number) -> Number:
     return mp.mpf(a if condition else b)
 
 
-class _Namespace(SimpleNamespace):
-    def __getattr__(self, name: str) -> Any:
-        return getattr(mp, name)
-
-
+inf = mp.inf
 # What `m` means to a formula here.
-m = _Namespace(
-    abs=abs,
-    exp=exp,
-    inf=mp.inf,
-    log=log,
-    log1p=log1p,
-    log_or_zero=log_or_zero,
-    log_sigmoid=log_sigmoid,
-    maximum=maximum,
-    sigmoid=sigmoid,
-    where=where,
+m = SimpleNamespace(
+    abs=abs, **{name: globals()[name] for name in (*FUNCTIONS, *CONSTANTS) if name != "abs"}
 )
-
-
-def rebound(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The formula with this `m` in place of torch's."""
-    assert isinstance(function, FunctionType)
-    return FunctionType(function.__code__, {**function.__globals__, "m": m}, function.__name__)
 
 
 def reference(call: Call, tensors: Sequence[Tensor | None]) -> list[Exact]:
@@ -149,13 +132,13 @@ def _pointwise(
     present = [t for t in (*operands, weight) if t is not None]
     shape = torch.broadcast_shapes(*(t.shape for t in present))
     columns = [numbers(t.expand(shape).flatten()) for t in present]
-    value, grad = rebound(call.formula.value), rebound(call.formula.grad)
+    value, grad, _ = call.formula.over(m)
     settings = dict(zip(call.formula.params, call.params, strict=True))
 
     def results(point: Sequence[Number]) -> Results:
         w = 1 if weight is None else point[-1]
         arguments = point if weight is None else point[:-1]
-        slopes = grad(*arguments, **settings)[:2]
+        slopes = grad(*arguments, **settings)[:2]  # probes differentiate by no more
         return [w * value(*arguments, **settings), *(w * slope for slope in slopes)]
 
     def row(point: tuple[Number, ...]) -> tuple[Results, Results]:
@@ -299,8 +282,8 @@ def _projected(call: ReductionCall, measures: Results, label: Number | None) -> 
     named = dict(zip(call.record.params, call.numbers, strict=True))
     settings = {name: named[name] for name in projection.params}
     given = measures if label is None else [*measures, label]
-    by = rebound(projection.grad)(*given, **settings)
-    return [rebound(projection.value)(*given, **settings), *by[: len(measures)]]
+    value, grad, _ = projection.over(m)
+    return [value(*given, **settings), *grad(*given, **settings)[: len(measures)]]
 
 
 def _row_of_sums(
@@ -310,7 +293,7 @@ def _row_of_sums(
     assert isinstance(measure, Sums)
     named = dict(zip(call.record.params, call.numbers, strict=True))
     settings = {name: named[name] for name in measure.params}
-    term, slope = rebound(measure.map), rebound(measure.slope)
+    term, slope = rebound(measure.map, m), rebound(measure.slope, m)
 
     def results(row: Sequence[Results]) -> Results:
         terms = [term(*place, **settings) for place in zip(*row, strict=True)]

@@ -41,7 +41,7 @@ class CpuEngine(Engine[P]):
         """How to repeat this call, if that can be: one without weights."""
         inputs = [t for t in tensors if t is not None]
         places, learned = self.pointers, sum(needed)
-        if len(inputs) != len(places.inputs):
+        if len(inputs) != sum(name != "weight" for name in call.arguments):
             return None
 
         def launch(plan: P, place: int, output: Tensor) -> Launch | None:
@@ -51,7 +51,7 @@ class CpuEngine(Engine[P]):
             if any(g.shape != t.shape for g, t in zip(grads, inputs, strict=False)):
                 return None  # it is summed over what was broadcast
             given = (*inputs, output, *grads)
-            at = (*places.inputs, place, *places.grads)[: len(given)]
+            at = (*places.inputs[: len(inputs)], place, *places.grads)[: len(given)]
             if any(words[k] != t.data_ptr() for k, t in zip(at, given, strict=True)):
                 return None  # the kernel was given a copy
             head = (NUMBERS[kernel], len(words), len(at), *at)

@@ -6,45 +6,56 @@ import math
 import struct
 from typing import NoReturn
 
+from ...core import errors
 from ...core.layout import coalesced
+from ...kinds.names import NUMBERS, OPERANDS
+from ...kinds.pointwise import PointwiseCall
 from ...kinds.torch_m import OutsideDomain
 from .. import abi
 from ..plan import PointwisePlan
 from .engine import CpuEngine
 from .load import DTYPES, address, formula_numbers
 
-SLOTS = 8  # the arrays that have strides: three inputs, two multipliers, losses, two gradients
-NAMES = ("input", "target", "pos_weight", "weight", "incoming", "losses", "gradient", "gradient")
+# As csrc/pointwise.h has them: the arrays with strides, and their names but for the operands'.
+SLOTS = 2 * OPERANDS + 3
+NAMES = ("weight", "incoming", "losses", *("gradient",) * OPERANDS)
+TOTAL = 2 * (OPERANDS + 3)  # where it stands among the arrays' words
 DENSE = (1,) * SLOTS
 ABSENT = (0, 0)
-FIELDS = "=21q4d{}q"
+FIELDS = f"={3 + 2 * (SLOTS + 1)}q{2 + NUMBERS}d{{}}q"
 PACK_DENSE = struct.Struct(FIELDS.format(1 + SLOTS)).pack
 
 
 class PointwiseEngine(CpuEngine[PointwisePlan]):
     plan = PointwisePlan
     pointers = abi.POINTWISE.pointers(
-        ("input[0]", "input[1]"), "total", ("grad[0]", "grad[1]"), "multiplier[1]"
+        tuple(f"operand[{k}]" for k in range(OPERANDS)),
+        "total",
+        tuple(f"grad[{k}]" for k in range(OPERANDS)),
+        "multiplier[1]",
     )
 
     def pack(self, plan: PointwisePlan) -> tuple[str, str, bytes, int]:
         call, tensors, total, shape = plan.call, plan.tensors, plan.total, plan.shape
-        third = tensors[2] if len(tensors) > 3 else None
-        slots = (*tensors[:2], third, tensors[-1], plan.incoming, plan.losses, *plan.grads)
+        *operands, weight = tensors
+        lacking = (None,) * (OPERANDS - len(operands))
+        slots = (*operands, *lacking, weight, plan.incoming, plan.losses, *plan.grads)
+        slots += (None,) * (SLOTS - len(slots))
         numel = shape.numel()
         arrays: list[int] = []
-        for name, t in zip(NAMES, slots, strict=True):
+        for k, t in enumerate(slots):
             if t is None:
                 arrays += ABSENT
             else:
-                arrays += t.data_ptr() or address(call.formula.name, name, t), DTYPES[t.dtype]
-        arrays[12:12] = ABSENT if total is None else (total.data_ptr(), DTYPES[total.dtype])
+                place = t.data_ptr() or address(call.formula.name, _name(call, k), t)
+                arrays += place, DTYPES[t.dtype]
+        arrays[TOTAL:TOTAL] = ABSENT if total is None else (total.data_ptr(), DTYPES[total.dtype])
         denominator = 1.0
         if call.reduction == "mean":
             denominator = float(numel if call.denominator is None else call.denominator)
-        head = (formula_numbers()[call.formula.name], numel)
+        head = (_number(call), numel)
         scale = 1.0 / denominator if denominator else math.nan
-        numbers = (denominator, scale, *(*call.params, 0.0, 0.0)[:2])
+        numbers = (denominator, scale, *call.params, *(0.0,) * (NUMBERS - len(call.params)))
         if plan.dense:
             arguments = PACK_DENSE(*head, 1, *arrays, *numbers, numel, *DENSE)
         else:
@@ -61,3 +72,17 @@ class PointwiseEngine(CpuEngine[PointwisePlan]):
 
     def refuse(self, plan: PointwisePlan, position: int) -> NoReturn:
         raise OutsideDomain
+
+
+def _name(call: PointwiseCall, slot: int) -> str:
+    """What a message calls the tensor in a slot."""
+    return call.arguments[slot] if slot < OPERANDS else NAMES[slot - OPERANDS]
+
+
+def _number(call: PointwiseCall) -> int:
+    """Of the formula's kernel in the library."""
+    found = formula_numbers().get(call.formula.name)
+    if found is None:
+        words = "the CPU kernels were built without this formula: build them anew"
+        errors.fail(RuntimeError, call.formula.name, words)
+    return found

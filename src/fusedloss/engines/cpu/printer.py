@@ -1,37 +1,27 @@
 """Prints the formulas of pointwise losses as C++: `python printer.py LOSSES... > formulas.h`.
 
 Runs at build time on the source text alone, so it needs neither torch nor the package. It finds the
-module-level calls `Pointwise(value, grad[, domain=...])` and prints the functions that they name: names,
-numbers, arithmetic, comparisons, `&`, `|`, and calls of the namespace `m`, whose C++ side is math.h.
+module-level calls `Pointwise(value, grad[, domain=...])` and prints the functions that they name, written
+with what `kinds/names.py` lists; the C++ side of it is math.h.
 """
 
 from __future__ import annotations
 
 import ast
 import copy
+import runpy
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple, NoReturn
 
-OPERATORS = {
-    ast.Add: "+",
-    ast.Sub: "-",
-    ast.Mult: "*",
-    ast.Div: "/",
-    ast.BitAnd: "&",
-    ast.BitOr: "|",
-    ast.Lt: "<",
-    ast.LtE: "<=",
-    ast.Gt: ">",
-    ast.GtE: ">=",
-    ast.Eq: "==",
-    ast.NotEq: "!=",
-    ast.USub: "-",
-}
-FUNCTIONS = {"abs", "maximum", "where"}
-# Long chains of dependent instructions, of which a processor overlaps few: each gets a loop of its own.
-STAGED = {"exp", "log", "log1p", "log_or_zero"}
-INPUTS = 3
-STAGES = 2
+# By its path: at build time there is no package.
+NAMES = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "kinds" / "names.py")))
+BINARY = NAMES.ARITHMETIC | NAMES.LOGIC
+SIGNS = " ".join([*BINARY.values(), *NAMES.COMPARISONS.values()])
+USUAL = f"a formula has its parameters, numbers, {SIGNS} and m"
+CONDITION, NUMBER, VALUE, DERIVATIVES = "a condition", "a number", "a value", "derivatives"
 
 
 class CannotPrint(Exception):
@@ -45,13 +35,12 @@ class Stages:
         self.calls: list[str] = []
         self.needs: list[set[int]] = []  # of each stage: the earlier ones, and itself
         self.used: set[int] = set()
-        self.of_results: dict[str, int] = {}  # as bits
 
     def call(self, function: str, argument: str) -> str:
         """The name of the stage that makes this call, or the call itself where there are too many."""
         text = f"math::{function}({argument})"
         if text not in self.calls:
-            if len(self.calls) == STAGES:
+            if len(self.calls) == NAMES.STAGES:
                 return text
             self.calls.append(text)
             earlier = [self.needs[k] for k in range(len(self.needs)) if f"s{k}" in argument]
@@ -59,12 +48,6 @@ class Stages:
         number = self.calls.index(text)
         self.used |= self.needs[number]
         return f"s{number}"
-
-    def note(self, result: str, value: ast.expr, path: str) -> None:
-        """Notes what a result needs; `value` has no local variables."""
-        self.used = set()
-        expression(value, path, self, Assigned())
-        self.of_results[result] = sum(1 << k for k in self.used)
 
 
 class Assigned(ast.NodeTransformer):
@@ -80,163 +63,285 @@ class Assigned(ast.NodeTransformer):
         return self.visit(copy.deepcopy(node))
 
 
-def magnitude(node: ast.expr) -> ast.expr:
-    """What `m.abs` is taken of, or the node itself."""
+def of_m(node: ast.expr) -> tuple[str, list[ast.expr]] | None:
+    """The name and the arguments of a call of `m`."""
     match node:
+        case ast.Call(ast.Attribute(ast.Name("m"), name), args, []):
+            return name, args
+    return None
+
+
+def magnitude(node: ast.expr) -> ast.expr:
+    """Something of the same magnitude, with fewer signs."""
+    match node:
+        case ast.UnaryOp(ast.USub(), operand):
+            return magnitude(operand)
         case ast.Call(ast.Attribute(ast.Name("m"), "abs"), [arg], []):
-            return arg
+            return magnitude(arg)
+        case ast.BinOp(left, ast.Mult() | ast.Div() as op, right):
+            return ast.BinOp(magnitude(left), op, magnitude(right))
     return node
 
 
-def expression(node: ast.expr, path: str, stages: Stages, local: Assigned) -> str:
-    def text(node: ast.expr) -> str:
-        return expression(node, path, stages, local)
+class Formula:
+    """Prints the functions of one formula."""
 
-    def staged(node: ast.expr) -> str:
-        return expression(local.whole(node), path, stages, Assigned())
+    def __init__(self, path: str, operands: Sequence[str], numbers: Sequence[str]) -> None:
+        self.path = path
+        self.parameters = dict.fromkeys(operands, VALUE) | dict.fromkeys(numbers, NUMBER)
+        self.stages = Stages()
 
-    match node:
-        case ast.Name(name):
-            return name
-        case ast.Constant(bool()):
-            pass
-        case ast.Constant(float() | int() as value):
-            return f"T({value!r})"
-        case ast.BinOp(left, op, right) if type(op) in OPERATORS:
-            return f"({text(left)} {OPERATORS[type(op)]} {text(right)})"
-        case ast.UnaryOp(ast.USub(), operand):
-            return f"(-{text(operand)})"
-        case ast.Compare(left, [op], [right]) if type(op) in OPERATORS:
-            return f"({text(left)} {OPERATORS[type(op)]} {text(right)})"
-        case ast.Attribute(ast.Name("m"), "inf"):
-            return "std::numeric_limits<T>::infinity()"
-        case ast.Call(ast.Attribute(ast.Name("m"), name), args, []) if name in FUNCTIONS:
-            return f"math::{name}({', '.join(text(arg) for arg in args)})"
-        case ast.Call(ast.Attribute(ast.Name("m"), "exp"), [ast.UnaryOp(ast.USub(), arg)], []) if (
-            magnitude(arg) is not arg
-        ):
-            return stages.call("exp_minus_abs", staged(magnitude(arg)))
-        case ast.Call(ast.Attribute(ast.Name("m"), name), [arg], []) if name in STAGED:
-            return stages.call(name, staged(arg))
-        case ast.Call(ast.Attribute(ast.Name("m"), "sigmoid" | "log_sigmoid" as name), [arg], []):
-            # Both are made from exp(-|x|), and so share it.
-            positive = arg.operand if isinstance(arg, ast.UnaryOp) else arg
-            e = stages.call("exp_minus_abs", staged(magnitude(positive)))
-            rest = e if name == "sigmoid" else stages.call("log1p_unit", e)
-            return f"math::{name}({text(arg)}, {rest})"
-    raise CannotPrint(f"{path}:{node.lineno}: cannot print `{ast.unparse(node)}` as C++")
+    def refuse(self, node: ast.AST, why: str = USUAL) -> NoReturn:
+        text = ast.unparse(node).splitlines()[0]
+        raise CannotPrint(f"{self.at(node)}: cannot print `{text}` as C++: {why}")
 
-
-def body(function: ast.FunctionDef, path: str, results: list[str], stages: Stages) -> list[str]:
-    """The statements of a function; what it returns goes to `results`, or is returned if they are empty."""
-    lines = []
-    local = Assigned()
-    for statement in function.body:
-        match statement:
-            case ast.Expr(ast.Constant(str())):
+    def kind(self, node: ast.expr, local: Assigned) -> str:
+        """Whether this is a condition, a number or a value; refuses what is none of them."""
+        match node:
+            case ast.Name(name) if name in local.values:
+                return self.kind(local.values[name], Assigned())
+            case ast.Name(name) if name in self.parameters:
+                return self.parameters[name]
+            case ast.Name():
+                self.refuse(node, "it is no parameter, and no variable that was set before")
+            case ast.Constant(bool()):
                 pass
-            case ast.Assign([ast.Name(name)], value):
-                text = expression(value, path, stages, local)
-                lines.append(f"const T {name} = {text};")
-                local.values[name] = local.whole(value)
-            case ast.Return(ast.Tuple(values)) if results and len(values) >= len(results):
-                # Derivatives by operands beyond the second belong to the torch formula alone.
-                for result, value in zip(results, values, strict=False):
-                    lines.append(f"{result} = {expression(value, path, stages, local)};")
-                    stages.note(result, local.whole(value), path)
-            case ast.Return(ast.expr() as value) if not results:
-                lines.append(f"return {expression(value, path, stages, local)};")
-                stages.note(function.name, local.whole(value), path)
-            case _:
-                text = ast.unparse(statement).splitlines()[0]
-                raise CannotPrint(f"{path}:{statement.lineno}: cannot print `{text}` as C++")
-    if not isinstance(function.body[-1], ast.Return):
-        raise CannotPrint(f"{path}:{function.lineno}: {function.name} does not end in a return")
-    return lines
+            case ast.Constant(float() | int()) | ast.Attribute(ast.Name("m"), "inf"):
+                return NUMBER
+            case ast.BinOp(left, op, right) if type(op) in BINARY:
+                logic = type(op) in NAMES.LOGIC
+                kinds = [self.expect(each, logic, local) for each in (left, right)]
+                return VALUE if VALUE in kinds else kinds[0]
+            case ast.UnaryOp(ast.USub(), operand):
+                return self.expect(operand, False, local)
+            case ast.Compare(left, [op], [right]) if type(op) in NAMES.COMPARISONS:
+                for each in (left, right):
+                    self.expect(each, False, local)
+                return CONDITION
+            case ast.Attribute(ast.Name("m"), name) | ast.Call(ast.Attribute(ast.Name("m"), name)):
+                return self.kind_of_call(node, name, local)
+        self.refuse(node)
+
+    def kind_of_call(self, node: ast.expr, name: str, local: Assigned) -> str:
+        known = NAMES.FUNCTIONS.get(name)
+        if known is None:
+            all_names = ", ".join([*NAMES.FUNCTIONS, *NAMES.CONSTANTS])
+            self.refuse(node, f"m has no {name}, but {all_names}")
+        found = of_m(node)
+        if found is None or len(found[1]) != known.arity:
+            self.refuse(node, f"m.{name} takes {known.arity} arguments, by position")
+        _, args = found
+        if name == "where":
+            self.expect(args[0], True, local)
+            args = args[1:]
+        kinds = [self.expect(each, False, local) for each in args]
+        if name != "where" and VALUE not in kinds:
+            self.refuse(node, "it depends on no operand: let the loss compute it, as a number")
+        return VALUE
+
+    def expect(self, node: ast.expr, condition: bool, local: Assigned) -> str:
+        found = self.kind(node, local)
+        if (found == CONDITION) is not condition:
+            self.refuse(node, f"it is {found} where {CONDITION if condition else VALUE} belongs")
+        return found
+
+    def text(self, node: ast.expr, local: Assigned) -> str:
+        """As C++, of what `kind` let pass."""
+
+        def text(node: ast.expr) -> str:
+            return self.text(node, local)
+
+        def staged(node: ast.expr, reduce: Callable[[ast.expr], ast.expr] = lambda n: n) -> str:
+            return self.text(reduce(local.whole(node)), Assigned())
+
+        match node:
+            case ast.Name(name):
+                return name
+            case ast.Constant(value):
+                return f"T({value!r})"
+            case ast.BinOp(left, op, right):
+                return f"({text(left)} {BINARY[type(op)]} {text(right)})"
+            case ast.UnaryOp(_, operand):
+                return f"(-{text(operand)})"
+            case ast.Compare(left, [op], [right]):
+                return f"({text(left)} {NAMES.COMPARISONS[type(op)]} {text(right)})"
+            case ast.Attribute():
+                return "std::numeric_limits<T>::infinity()"
+            case ast.Call(ast.Attribute(attr="exp"), [ast.UnaryOp(_, arg)]) if (of_m(arg) or [""])[
+                0
+            ] == "abs":
+                return self.stages.call("exp_minus_abs", staged(arg, magnitude))
+            case ast.Call(ast.Attribute(attr="sigmoid" | "log_sigmoid" as name), [arg]):
+                # Both are made from exp(-|x|), and so share it.
+                e = self.stages.call("exp_minus_abs", staged(arg, magnitude))
+                rest = e if name == "sigmoid" else self.stages.call("log1p_unit", e)
+                return f"math::{name}({text(arg)}, {rest})"
+            case ast.Call(ast.Attribute(attr=name), [arg]) if NAMES.FUNCTIONS[name].staged:
+                return self.stages.call(name, staged(arg))
+            case ast.Call(ast.Attribute(attr=name), args):
+                return f"math::{name}({', '.join(map(text, args))})"
+        self.refuse(node)
+
+    def needs(self, node: ast.expr) -> int:
+        """The stages that a result needs, as bits; it has no local variables."""
+        self.stages.used = set()
+        self.text(node, Assigned())
+        return sum(1 << k for k in self.stages.used)
+
+    def body(
+        self, function: ast.FunctionDef, result: str, to: str = "d"
+    ) -> tuple[list[str], list[int]]:
+        """The statements of a function, and what its results need; derivatives go to d0, d1, ..."""
+        lines: list[str] = []
+        needs: list[int] = []
+        local = Assigned()
+        for statement in function.body:
+            match statement:
+                case ast.Expr(ast.Constant(str())):
+                    pass
+                case ast.Assign([ast.Name(name)], value):
+                    if name in self.parameters or name in local.values:
+                        self.refuse(statement, f"{name} is set already: take another name")
+                    kind = "auto" if self.kind(value, local) == CONDITION else "T"
+                    lines.append(f"const {kind} {name} = {self.text(value, local)};")
+                    local.values[name] = local.whole(value)
+                case ast.Return(ast.Tuple([_, *_] as values)) if result == DERIVATIVES:
+                    for k, value in enumerate(values):
+                        self.expect(value, False, local)
+                        lines.append(f"{to}{k} = {self.text(value, local)};")
+                        needs.append(self.needs(local.whole(value)))
+                case ast.Return(ast.expr() as value) if result != DERIVATIVES:
+                    self.expect(value, result == CONDITION, local)
+                    lines.append(f"return {self.text(value, local)};")
+                    needs.append(self.needs(local.whole(value)))
+                case ast.Return() if result == DERIVATIVES:
+                    self.refuse(statement, "a gradient is a tuple, of a derivative by each operand")
+                case _:
+                    self.refuse(statement)
+        last = function.body[-1]
+        if not isinstance(last, ast.Return):
+            raise CannotPrint(f"{self.at(function)}: {function.name} does not end in a return")
+        return lines, needs
+
+    def at(self, node: ast.AST) -> str:
+        return f"{self.path}:{getattr(node, 'lineno', '?')}"
 
 
-def struct(call: ast.Call, functions: dict[str, ast.FunctionDef], path: str) -> tuple[str, str]:
-    """The name and the C++ struct of one `Pointwise(...)`."""
+class Parts(NamedTuple):
+    """The functions of a formula."""
+
+    value: ast.FunctionDef
+    grad: ast.FunctionDef
+    domain: ast.FunctionDef | None
+
+
+def parts(call: ast.Call, functions: dict[str, ast.FunctionDef], path: str) -> Parts:
+    """Those that one `Pointwise(...)` names, which agree in their parameters."""
+
+    def fail(node: ast.expr | ast.stmt, why: str) -> NoReturn:
+        raise CannotPrint(f"{path}:{node.lineno}: {why}")
 
     def function(node: ast.expr) -> ast.FunctionDef:
         if isinstance(node, ast.Name) and node.id in functions:
             return functions[node.id]
-        raise CannotPrint(
-            f"{path}:{node.lineno}: `{ast.unparse(node)}` is not a function of this file"
-        )
+        fail(node, f"`{ast.unparse(node)}` is not a function of this file: define it there")
 
     named = dict(zip(("value", "grad", "domain"), call.args, strict=False))
     named |= {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
     if not {"value", "grad"} <= named.keys():
-        raise CannotPrint(f"{path}:{call.lineno}: Pointwise needs a value and a grad")
+        fail(call, "Pointwise needs a value and a grad")
     value, grad = function(named["value"]), function(named["grad"])
     domain = function(named["domain"]) if "domain" in named else None
-
-    operands = [a.arg for a in value.args.args]
-    params = [a.arg for a in value.args.kwonlyargs]
-    if not 2 <= len(operands) <= INPUTS:
-        raise CannotPrint(
-            f"{path}:{value.lineno}: {value.name} takes {len(operands)} operands, not 2 or 3"
-        )
+    operands, numbers = parameters(value)
+    if not 2 <= len(operands) <= NAMES.OPERANDS:
+        words = f"{value.name} takes {len(operands)} operands, not 2 to {NAMES.OPERANDS}"
+        fail(value, f"{words}: its positional parameters")
+    if len(numbers) > NAMES.NUMBERS:
+        words = f"{value.name} takes {len(numbers)} numbers, not up to {NAMES.NUMBERS}"
+        fail(value, f"{words}: its keyword-only parameters")
     for other in filter(None, (grad, domain)):
-        if [a.arg for a in other.args.args] != operands:
-            raise CannotPrint(
-                f"{path}:{other.lineno}: {other.name} and {value.name} take different operands"
-            )
-    arguments = ", ".join([f"T {o}" for o in operands] + ["T"] * (INPUTS - len(operands)))
-    stage_arguments = "".join(f", T s{k}" for k in range(STAGES))
-    stages = Stages()
+        for kind, ours, theirs in zip(
+            ("operands", "numbers"), parameters(other), (operands, numbers), strict=True
+        ):
+            if ours != theirs:
+                words = f"{other.name} and {value.name} take different {kind}"
+                fail(other, f"{words}: give it the parameters ({ast.unparse(value.args)})")
+    return Parts(value, grad, domain)
 
-    def method(kind: str, definition: ast.FunctionDef, outputs: list[str], extra: str) -> list[str]:
-        extra += "".join(f", T& {o}" for o in outputs)
-        lines = [f"    inline {kind}({arguments}{extra}) const {{"]
-        lines += [f"        {line}" for line in body(definition, path, outputs, stages)]
-        return [*lines, "    }"]
 
-    domain_method = method("auto domain", domain, [], "") if domain else []
-    if stages.calls:
+def parameters(function: ast.FunctionDef) -> tuple[list[str], list[str]]:
+    """The operands and the numbers."""
+    args = function.args
+    return [a.arg for a in args.posonlyargs + args.args], [a.arg for a in args.kwonlyargs]
+
+
+def struct(call: ast.Call, functions: dict[str, ast.FunctionDef], path: str) -> tuple[str, str]:
+    """The name and the C++ struct of one `Pointwise(...)`."""
+    value, grad, domain = parts(call, functions, path)
+    operands, numbers = parameters(value)
+    formula = Formula(path, operands, numbers)
+    in_domain, _ = formula.body(domain, CONDITION) if domain else ([], [])
+    if formula.stages.calls:
         raise CannotPrint(f"{path}:{call.lineno}: a domain cannot use exp or log")
-    value_method = method("T value", value, [], stage_arguments)
-    grad_method = method("void grad", grad, ["d0", "d1"], stage_arguments)
+    in_value, needs_value = formula.body(value, VALUE)
+    in_grad, needs_grad = formula.body(grad, DERIVATIVES)
+    count, stages = len(needs_grad), formula.stages.calls
+    if count > len(operands):
+        words = f"{grad.name} gives {count} derivatives by {len(operands)} operands"
+        raise CannotPrint(f"{path}:{grad.lineno}: {words}: return one for each, in their order")
+
+    def method(kind: str, given: list[str], lines: list[str]) -> list[str]:
+        head = f"    inline {kind}({', '.join(given)}) const {{"
+        return [head, *(f"        {line}" for line in lines), "    }"]
+
+    # The loops hand as many to every formula, used or not.
+    absent = ["T"] * (NAMES.OPERANDS - len(operands))
+    taken = [*(f"T {name}" for name in operands), *absent]
+    staged = taken + [f"T s{k}" if k < len(stages) else "T" for k in range(NAMES.STAGES)]
+    given = [f"T& d{k}" if k < count else "T&" for k in range(NAMES.OPERANDS)]
+    made = [f"if constexpr (k == {k}) return {text};" for k, text in enumerate(stages)]
     # Logarithms of x and 1 - x can be taken at once (math::logs_of_parts), if a domain keeps both positive.
     logs = [f"math::log({operands[0]})", f"math::log1p((-{operands[0]}))"]
-    of_parts = domain is not None and stages.calls == logs
-    needs = [stages.of_results[result] for result in (value.name, "d0", "d1")]
-
+    of_parts = domain is not None and stages == logs
     lines = [
-        f"template <class T>\nstruct {value.name} {{  // {path}:{value.lineno}",
+        f"template <class T>\nstruct {value.name} {{",
         f"    static constexpr int operands = {len(operands)};",
+        f"    static constexpr int derivatives = {count};",
+        f"    static constexpr int numbers = {len(numbers)};",
+        f"    static constexpr int stages = {len(stages)};",
         f"    static constexpr bool has_domain = {'true' if domain else 'false'};",
-        f"    static constexpr int stages = {len(stages.calls)};",
         f"    static constexpr bool of_parts = {'true' if of_parts else 'false'};",
-        f"    static constexpr int needs[] = {{{', '.join(map(str, needs))}}};  // as bits",
-        *(f"    T {p};" for p in params),
-        f"    explicit {value.name}([[maybe_unused]] const double* params) {{",
-        *(f"        {p} = T(params[{i}]);" for i, p in enumerate(params)),
+        "    // The stages of the value and of each derivative, as bits.",
+        f"    static constexpr int needs[] = {{{', '.join(map(str, needs_value + needs_grad))}}};",
+        *(f"    T {p};" for p in numbers),
+        f"    explicit {value.name}([[maybe_unused]] const double* numbers) {{",
+        *(f"        {p} = T(numbers[{i}]);" for i, p in enumerate(numbers)),
         "    }",
-        "    template <int k>",
-        f"    inline T stage({arguments}{stage_arguments}) const {{",
-        *(f"        if constexpr (k == {k}) return {text};" for k, text in enumerate(stages.calls)),
-        "        return T(0);",
-        "    }",
-        *value_method,
-        *grad_method,
-        *domain_method,
+        *(["    template <int k>", *method("T stage", staged, made)] if stages else []),
+        *method("T value", staged, in_value),
+        *method("void grad", staged + given, in_grad),
+        *(method("auto domain", taken, in_domain) if domain else []),
         "};",
     ]
     return value.name, "\n".join(lines)
 
 
 def header(sources: dict[str, str]) -> str:
-    """The C++ header with every formula of the sources (path to text)."""
-    structs = []
+    """The C++ header with every formula of the sources (path to text), the same one once."""
+    structs: dict[str, str] = {}
+    places: dict[str, str] = {}
     for path, text in sources.items():
         tree = ast.parse(text, path)
         functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
         for node in tree.body:
             match node:
                 case ast.Assign(value=ast.Call(func=ast.Name("Pointwise")) as call):
-                    structs.append(struct(call, functions, path))
+                    name, printed = struct(call, functions, path)
+                    place = f"{path}:{call.lineno}"
+                    if structs.setdefault(name, printed) != printed:
+                        words = f"{name} names another formula at {places[name]}: rename one"
+                        raise CannotPrint(f"{place}: {words}")
+                    places.setdefault(name, place)
     return "\n\n".join(
         [
             "// Printed by cpu/printer.py; edit the formulas instead.\n#pragma once\n#include <limits>\n\n"
@@ -244,9 +349,9 @@ def header(sources: dict[str, str]) -> str:
             '#pragma GCC diagnostic ignored "-Wunused-parameter"\n'
             '#pragma GCC diagnostic ignored "-Wunused-variable"\n'
             "namespace fusedloss::formulas {",
-            *(text for _, text in structs),
+            *structs.values(),
             "}  // namespace fusedloss::formulas\n#pragma GCC diagnostic pop",
-            "#define FUSEDLOSS_FORMULAS(X) " + " ".join(f"X({name})" for name, _ in structs) + "\n",
+            "#define FUSEDLOSS_FORMULAS(X) " + " ".join(f"X({name})" for name in structs) + "\n",
         ]
     )
 

@@ -25,9 +25,6 @@ class Inline(printer.Stages):
     def call(self, function: str, argument: str) -> str:
         return f"math::{function}({argument})"
 
-    def note(self, result: str, value: ast.expr, path: str) -> None:
-        pass
-
 
 def names(function: ast.FunctionDef) -> list[str]:
     return [a.arg for a in function.args.args]
@@ -78,7 +75,10 @@ class Source:
             raise self.refuse(function, words)
         if len(results) == 1 and not isinstance(function.body[-1].value, ast.Tuple):  # type: ignore[attr-defined]
             raise self.refuse(function, f"{function.name} returns no tuple")
-        lines = printer.body(function, self.path, results, Inline())
+        formula = printer.Formula(self.path, names(function), numbers(function))
+        formula.stages = Inline()
+        result = printer.DERIVATIVES if results else printer.VALUE
+        lines, _ = formula.body(function, result, results[0].rstrip("0") if results else "")
         return [
             f"    inline {kind}({arguments}) const {{",
             *(f"        {line}" for line in lines),

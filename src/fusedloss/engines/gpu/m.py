@@ -1,4 +1,4 @@
-"""The namespace `m` of the formulas, here for Triton: the names and the meaning of `csrc/math.h`.
+"""The namespace `m` of the formulas (`kinds/names.py`), here for Triton, and what other kernels compute with.
 
 float32 takes the polynomials of that file, with its bounds: Triton's own `tl.log` flushes subnormal
 arguments, and its `tl.exp` loses digits of large ones. float64 takes the functions of the device's
@@ -68,6 +68,11 @@ def abs(x):
 @triton.jit
 def where(condition, a, b):
     return tl.where(condition, a, b)
+
+
+@triton.jit
+def number(value: tl.constexpr, like):
+    return tl.full((), value, like.dtype)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...core import errors, reduce
 from ...kinds.formula import Pointwise
+from ...kinds.names import NUMBERS, OPERANDS
 from ..plan import PointwisePlan, Slot
 from . import flags
 from .engine import GpuEngine
@@ -24,7 +25,14 @@ from .rebind import rebound
 
 BLOCK = 1024
 ONE_PROGRAM = 4 * BLOCK  # as many elements or fewer are summed by the program that computes them
-LOSS = 5  # the first slot that is written to
+LOSS = OPERANDS + 2  # the first slot that is written to
+# The names of the kernel's arguments.
+SLOTS = (
+    *(f"operand{k}" for k in range(OPERANDS)),
+    *("weight", "incoming", "loss"),
+    *(f"grad{k}" for k in range(OPERANDS)),
+)
+PARAMS = tuple(f"number{k}" for k in range(NUMBERS))
 MOST_DIMS = 4  # more, after merging what can be merged, are copied first
 
 TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -52,10 +60,11 @@ class PointwiseEngine(GpuEngine[PointwisePlan]):
         formula = rebound(call.formula)
         present = [o for o in operands if o is not None]
         device, numel = present[0].device, shape.numel()
-        x, y, z = (*operands, None)[:3]
+        absent = (None,) * (OPERANDS - len(operands))
         stored, total = plan.stored, plan.total
         arrived = None if stored else plan.incoming
-        slots: list[Slot] = [x, y, z, weight, arrived, plan.losses, *plan.grads]
+        slots: list[Slot] = [*operands, *absent, weight, arrived, plan.losses, *plan.grads]
+        slots += [None] * (OPERANDS - len(plan.grads))
         slots, sizes, strides = _laid_out(slots, shape)
         blocks = ceil_div(numel, BLOCK)
         programs = 1 if numel <= ONE_PROGRAM else min(blocks, MOST_PROGRAMS)
@@ -67,8 +76,8 @@ class PointwiseEngine(GpuEngine[PointwisePlan]):
             denominator = float(numel) if call.denominator is None else call.denominator
         held = isinstance(denominator, Tensor)
         record = None if formula.domain is None else Outside(call.formula, shape)
-        names = ("x", "y", "z", "weight", "incoming", "loss", "grad0", "grad1")
-        arguments: dict[str, Any] = dict(zip(names, slots, strict=True))
+        arguments: dict[str, Any] = dict(zip(SLOTS, slots, strict=True))
+        arguments |= dict.fromkeys(PARAMS, 0.0) | dict(zip(PARAMS, call.params, strict=False))
         if stored:
             arguments["incoming"] = plan.incoming
         launch(
@@ -82,8 +91,6 @@ class PointwiseEngine(GpuEngine[PointwisePlan]):
             blocks=blocks,
             divisor=denominator if held else None,
             denominator=1.0 if isinstance(denominator, Tensor) else float(denominator),
-            p0=(*call.params, 0.0, 0.0)[0],
-            p1=(*call.params, 0.0, 0.0)[1],
             **reporting(device, record),
             sizes=tuple(sizes),
             strides=tuple(strides),
@@ -144,24 +151,53 @@ def _pointer(tensor, start, lane, sizes, strides, INDEX: tl.constexpr):
         return tensor + _offsets(start.to(INDEX) + lane.to(INDEX), sizes, strides)
 
 
+@triton.jit
+def _load(
+    tensor, start, lane, sizes, strides, inside, other, COMPUTE: tl.constexpr, INDEX: tl.constexpr
+):
+    at = _pointer(tensor, start, lane, sizes, strides, INDEX)
+    return tl.load(at, mask=inside, other=other).to(COMPUTE)
+
+
+@triton.jit
+def _operand(
+    tensor, start, lane, sizes, strides, inside, first, COMPUTE: tl.constexpr, INDEX: tl.constexpr
+):
+    """What a formula does not take repeats the first operand."""
+    if tensor is not None:
+        first = _load(tensor, start, lane, sizes, strides, inside, 0.5, COMPUTE, INDEX)
+    return first
+
+
+@triton.jit
+def _store(tensor, value, start, lane, sizes, strides, inside, INDEX: tl.constexpr):
+    at = _pointer(tensor, start, lane, sizes, strides, INDEX)
+    tl.store(at, value.to(tensor.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["record"])
 def _kernel(
-    x,
-    y,
-    z,
+    operand0,
+    operand1,
+    operand2,
+    operand3,
     weight,
     incoming,
     loss,
     grad0,
     grad1,
+    grad2,
+    grad3,
     partial,
     result,
     count,
     blocks,
     divisor,
     denominator: tl.float64,
-    p0: tl.float64,
-    p1: tl.float64,
+    number0: tl.float64,
+    number1: tl.float64,
+    number2: tl.float64,
+    number3: tl.float64,
     claim,
     words,
     record,
@@ -180,8 +216,10 @@ def _kernel(
     if divisor is not None:
         by = tl.load(divisor).to(tl.float64)
     scale = tl.where(by == 0.0, float("nan"), 1.0 / by).to(COMPUTE)
-    p = tl.full((), p0, COMPUTE)
-    q = tl.full((), p1, COMPUTE)
+    p = tl.full((), number0, COMPUTE)
+    q = tl.full((), number1, COMPUTE)
+    r = tl.full((), number2, COMPUTE)
+    s = tl.full((), number3, COMPUTE)
     end = blocks
     if STORED:
         arrived = tl.load(incoming).to(COMPUTE)
@@ -193,53 +231,37 @@ def _kernel(
     for block in range(tl.program_id(0), end, tl.num_programs(0)):
         start = tl.full((), block, tl.int64) * BLOCK
         inside = lane < count - start
-        a = tl.load(_pointer(x, start, lane, sizes, strides[0], INDEX), mask=inside, other=0.5)
-        b = tl.load(_pointer(y, start, lane, sizes, strides[1], INDEX), mask=inside, other=0.5)
-        a = a.to(COMPUTE)
-        b = b.to(COMPUTE)
-        c = a
-        if z is not None:
-            c = tl.load(_pointer(z, start, lane, sizes, strides[2], INDEX), mask=inside, other=0.5)
-            c = c.to(COMPUTE)
+        a = _load(operand0, start, lane, sizes, strides[0], inside, 0.5, COMPUTE, INDEX)
+        b = _load(operand1, start, lane, sizes, strides[1], inside, 0.5, COMPUTE, INDEX)
+        c = _operand(operand2, start, lane, sizes, strides[2], inside, a, COMPUTE, INDEX)
+        d = _operand(operand3, start, lane, sizes, strides[3], inside, a, COMPUTE, INDEX)
         factor = tl.full((BLOCK,), 1.0, COMPUTE)
         if weight is not None:
-            factor = tl.load(
-                _pointer(weight, start, lane, sizes, strides[3], INDEX), mask=inside, other=0.0
-            ).to(COMPUTE)
+            factor = _load(weight, start, lane, sizes, strides[4], inside, 0.0, COMPUTE, INDEX)
         if DOMAIN is not None:
-            lies = DOMAIN(a, b, c, p, q)
+            lies = DOMAIN(a, b, c, d, p, q, r, s)
             outside = tl.where(lies | (outside >= 0), outside, block)
             a = tl.where(lies, a, float("nan"))
         if (loss is not None) | (partial is not None) | (result is not None):
-            value = VALUE(a, b, c, p, q) * factor
+            value = VALUE(a, b, c, d, p, q, r, s) * factor
             if loss is not None:
-                tl.store(
-                    _pointer(loss, start, lane, sizes, strides[5], INDEX),
-                    value.to(loss.dtype.element_ty),
-                    mask=inside,
-                )
+                _store(loss, value, start, lane, sizes, strides[6], inside, INDEX)
             total += tl.where(inside, value, 0.0).to(tl.float64)
-        if (grad0 is not None) | (grad1 is not None):
-            slopes = GRAD(a, b, c, p, q)
+        if (grad0 is not None) | (grad1 is not None) | (grad2 is not None) | (grad3 is not None):
+            slopes = GRAD(a, b, c, d, p, q, r, s)
             factor *= scale
             if (incoming is not None) and not STORED:
-                factor *= tl.load(
-                    _pointer(incoming, start, lane, sizes, strides[4], INDEX),
-                    mask=inside,
-                    other=0.0,
-                ).to(COMPUTE)
+                factor *= _load(
+                    incoming, start, lane, sizes, strides[5], inside, 0.0, COMPUTE, INDEX
+                )
             if grad0 is not None:
-                tl.store(
-                    _pointer(grad0, start, lane, sizes, strides[6], INDEX),
-                    (slopes[0] * factor).to(grad0.dtype.element_ty),
-                    mask=inside,
-                )
+                _store(grad0, slopes[0] * factor, start, lane, sizes, strides[7], inside, INDEX)
             if grad1 is not None:
-                tl.store(
-                    _pointer(grad1, start, lane, sizes, strides[7], INDEX),
-                    (slopes[1] * factor).to(grad1.dtype.element_ty),
-                    mask=inside,
-                )
+                _store(grad1, slopes[1] * factor, start, lane, sizes, strides[8], inside, INDEX)
+            if grad2 is not None:
+                _store(grad2, slopes[2] * factor, start, lane, sizes, strides[9], inside, INDEX)
+            if grad3 is not None:
+                _store(grad3, slopes[3] * factor, start, lane, sizes, strides[10], inside, INDEX)
     if partial is not None:
         tl.store(partial + tl.program_id(0), tl.sum(total))
     if result is not None:
@@ -248,8 +270,12 @@ def _kernel(
         far = tl.full((BLOCK,), 0x7FFFFFFFFFFFFFFF, tl.int64)
         where = tl.min(tl.where(outside < 0, far, outside.to(tl.int64) * BLOCK + lane))
         if where != 0x7FFFFFFFFFFFFFFF:
-            first = tl.load(_pointer(x, where, tl.zeros_like(where), sizes, strides[0], INDEX))
-            second = tl.load(_pointer(y, where, tl.zeros_like(where), sizes, strides[1], INDEX))
+            first = tl.load(
+                _pointer(operand0, where, tl.zeros_like(where), sizes, strides[0], INDEX)
+            )
+            second = tl.load(
+                _pointer(operand1, where, tl.zeros_like(where), sizes, strides[1], INDEX)
+            )
             flags.report(
                 claim,
                 words,

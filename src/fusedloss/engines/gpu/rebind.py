@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 
 from ...kinds.formula import Pointwise
+from ...kinds.names import NUMBERS, OPERANDS
 from . import m
-
-OPERANDS, PARAMS = 3, 2  # what the kernel hands to every formula, used or not
 
 
 class Rebound(NamedTuple):
@@ -32,11 +31,12 @@ def rebound(formula: Pointwise) -> Rebound:
 
 
 def _triton(function: Callable[..., Any], formula: Pointwise) -> Any:
+    # The kernel hands as many to every formula, used or not.
     names = [
         *formula.operands,
         *(f"_operand{k}" for k in range(len(formula.operands), OPERANDS)),
         *formula.params,
-        *(f"_param{k}" for k in range(len(formula.params), PARAMS)),
+        *(f"_number{k}" for k in range(len(formula.params), NUMBERS)),
     ]
     return as_triton(function, names)
 
@@ -44,6 +44,7 @@ def _triton(function: Callable[..., Any], formula: Pointwise) -> Any:
 def as_triton(function: Callable[..., Any], names: Sequence[str]) -> Any:
     """The function with positional parameters of these names."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    tree = _Typed(names[0]).visit(tree)
     (definition,) = tree.body
     assert isinstance(definition, ast.FunctionDef)
     definition.args = ast.arguments([], [ast.arg(name) for name in names], None, [], [], None, [])
@@ -56,3 +57,24 @@ def as_triton(function: Callable[..., Any], names: Sequence[str]) -> Any:
     scope: dict[str, Any] = {"m": m, "tl": tl, "__name__": function.__module__}
     exec(compile(source, path, "exec"), scope)
     return triton.jit(scope[function.__name__])
+
+
+class _Typed(ast.NodeTransformer):
+    """Gives the numbers of a `where` of two the type of an operand: Triton makes them float32."""
+
+    def __init__(self, operand: str) -> None:
+        self.operand = operand
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        self.generic_visit(node)
+        number = ast.Attribute(ast.Name("m", ast.Load()), "number", ast.Load())
+        operand = ast.Name(self.operand, ast.Load())
+        match node:
+            case ast.Call(ast.Attribute(ast.Name("m"), "where"), [condition, a, b]) if not any(
+                isinstance(each, ast.Name | ast.Call) and getattr(each, "id", "") != "m"
+                for branch in (a, b)
+                for each in ast.walk(branch)
+            ):
+                typed = (ast.Call(number, [each, operand], []) for each in (a, b))
+                return ast.Call(node.func, [condition, *typed], [])
+        return node
