@@ -15,7 +15,7 @@ namespace fusedloss {
 constexpr int64_t vector = 16;  // elements: of the widest unit, and a multiple of all others
 
 // The order of the strides in `layout`.
-enum Slot { OPERAND = 0, MULTIPLIER = max_operands, LOSS = MULTIPLIER + 2, GRAD = LOSS + 1 };
+enum Slot { OPERAND = 0, MULTIPLIER = formula_operands, LOSS = MULTIPLIER + 2, GRAD = LOSS + 1 };
 
 class Walk {
 public:
@@ -228,7 +228,7 @@ int64_t pointwise(const PointwiseArgs& a) {
     const auto compute = [&](int64_t b, Scratch& scratch) {
         const int64_t start = b * size, n = std::min(size, a.numel - start);
         auto& [in, by, values, slopes, staged] = scratch;
-        const T* x[max_operands];
+        const T* x[formula_operands];
         // A remainder loop may round otherwise than the vectors do, and an element's result must not depend
         // on where it stands: the last block is filled up to whole vectors.
         const int64_t padded = (n + vector - 1) / vector * vector;
@@ -239,7 +239,7 @@ int64_t pointwise(const PointwiseArgs& a) {
             std::fill(in[k] + n, in[k] + padded, in[k][0]);
             x[k] = in[k];
         }
-        for (int k = F::operands; k < max_operands; ++k) x[k] = x[0];
+        for (int k = F::operands; k < formula_operands; ++k) x[k] = x[0];
         const auto from = [&](int64_t i) {
             const T* first = x[0] + i;
             return Operands<T>{first, x[1] + i, x[2] + i, x[3] + i, first, first, first, first};
@@ -258,7 +258,7 @@ int64_t pointwise(const PointwiseArgs& a) {
         // The filling must not be summed, nor a loss before its weight.
         const bool summed = a.total.data && !loss && padded == n && !a.multiplier[0].data;
         if (!loss && a.total.data && !summed) loss = values;
-        T* g[max_operands] = {};
+        T* g[formula_operands] = {};
         int wanted = 0;
         for (int k = 0; k < F::derivatives; ++k) {
             g[k] = walk.target(a.grad[k], GRAD + k, start, padded == n, slopes[k]);

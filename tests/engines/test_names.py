@@ -117,7 +117,7 @@ def test_the_headers_name_every_function() -> None:
             if header == "avx512.h" and name in ("sigmoid", "log_sigmoid", "log_or_zero"):
                 continue  # templates of math.h
             assert re.search(rf"INLINE \w+ {name}\(", text), f"{header} has no {name}"
-    assert abi.MAX_OPERANDS == names.OPERANDS and abi.MAX_NUMBERS == names.NUMBERS
+    assert abi.FORMULA_OPERANDS == names.OPERANDS and abi.FORMULA_NUMBERS == names.NUMBERS
 
 
 def test_torch(wanted: tuple[torch.dtype, list[Tensor]]) -> None:

@@ -34,14 +34,14 @@ void pointwise_call(Random& r) {
     const Layout in = dense ? DENSE : EXPANDED, out = dense ? DENSE : ANY;
     if (dense) sizes = {numel};
 
-    Tensor inputs[max_operands], multipliers[2];
+    Tensor inputs[formula_operands], multipliers[2];
     for (int k = 0; k < kernel.operands; ++k)
         inputs[k] = floats(r, float_type(r), sizes, in, 0.05, 0.95, special);
     for (Tensor& m : multipliers)
         if (r.chance(40)) m = floats(r, float_type(r), sizes, in, 0.1, 2, special);
     Tensor loss = output(r, !reduced && r.chance(70), float_type(r), sizes, out);
     Tensor total = output(r, reduced, float_type(r), {}, DENSE);
-    Tensor grads[max_operands];
+    Tensor grads[formula_operands];
     for (int k = 0; k < kernel.derivatives; ++k)
         grads[k] = output(r, r.chance(60), float_type(r), sizes, out);
 
@@ -59,13 +59,13 @@ void pointwise_call(Random& r) {
     a.numel = numel;
     a.ndim = int64_t(ndim);
     const auto array = [](const Tensor& t) { return Array{t.data(), t.dtype}; };
-    for (int k = 0; k < max_operands; ++k) a.operand[k] = array(inputs[k]), a.grad[k] = array(grads[k]);
+    for (int k = 0; k < formula_operands; ++k) a.operand[k] = array(inputs[k]), a.grad[k] = array(grads[k]);
     for (int k = 0; k < 2; ++k) a.multiplier[k] = array(multipliers[k]);
     a.loss = array(loss);
     a.total = array(total);
     a.denominator = reduced ? double(numel) : 1;
     a.grad_scale = numel ? 1 / a.denominator : 0;
-    std::fill_n(a.numbers, max_numbers, 1.0);
+    std::fill_n(a.numbers, formula_numbers, 1.0);
     int64_t* layout = memory.data() + sizeof(PointwiseArgs) / 8;
     std::copy(sizes.begin(), sizes.end(), layout);
     for (size_t s = 0; s < arrays.size(); ++s)

@@ -34,11 +34,11 @@ NO_MEMORY = -2  # for its scratch
 UNREADABLE = -3  # a pointer is that of a tensor without memory: null, or an offset from it
 MAX_DIMS = 16
 LIMITS = runpy.run_path(str(Path(__file__).parents[1] / "kinds" / "names.py"))  # of formulas
-MAX_OPERANDS, MAX_NUMBERS = LIMITS["OPERANDS"], LIMITS["NUMBERS"]
+FORMULA_OPERANDS, FORMULA_NUMBERS = LIMITS["OPERANDS"], LIMITS["NUMBERS"]
 LINEAR_SUMS = 8  # doubles that a head keeps of a row
 NUMBERS = (
     *("FINE", "NO_MEMORY", "UNREADABLE"),
-    *("MAX_DIMS", "MAX_OPERANDS", "MAX_NUMBERS", "LINEAR_SUMS"),
+    *("MAX_DIMS", "FORMULA_OPERANDS", "FORMULA_NUMBERS", "LINEAR_SUMS"),
 )
 
 
@@ -152,13 +152,13 @@ LOGITS = Struct(
 POINTWISE = Struct(
     "PointwiseArgs",
     "int64_t formula, numel, ndim",
-    f"Array operand[{MAX_OPERANDS}]",
+    f"Array operand[{FORMULA_OPERANDS}]",
     "Array multiplier[2]  // the weight, which multiplies value and gradient; the incoming gradient",
     "Array loss  // the unreduced losses",
     "Array total  // their sum over `denominator`",
-    f"Array grad[{MAX_OPERANDS}]",
+    f"Array grad[{FORMULA_OPERANDS}]",
     "double denominator, grad_scale",
-    f"double numbers[{MAX_NUMBERS}]",
+    f"double numbers[{FORMULA_NUMBERS}]",
     "int64_t layout[]  // sizes[ndim], then strides[ndim] of each: operand, multiplier, loss, grad",
 )
 ROWS = Struct(
