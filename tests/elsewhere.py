@@ -33,9 +33,10 @@ sys.exit(pytest.main(["-p", "no:cacheprovider", "-n", "0", *sys.argv[2:]]))
 
 def copy(to: Path, kernels: bool = False) -> Path:
     """The sources and tests at `to`; with `kernels`, the libraries of this checkout too."""
-    for part in ("src", "csrc", "tests"):
+    for part in ("src", "csrc", "tests", "docs"):
         shutil.copytree(ROOT / part, to / part, ignore=shutil.ignore_patterns("__pycache__", "lib"))
-    shutil.copy(ROOT / "pyproject.toml", to)
+    for file in ("pyproject.toml", "CMakeLists.txt"):
+        shutil.copy(ROOT / file, to)
     if kernels:
         folder(to).mkdir()
         for path in PATHS:

@@ -1,43 +1,42 @@
-"""The worked example in CONTRIBUTING.md does what it says."""
+"""CONTRIBUTING.md is run: its example, put into a copy without it, builds and passes the registry's tests."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-import torch
-from torch.autograd import gradcheck
+import elsewhere
+import pytest
 
-from fusedloss.core.reduce import resolve, result_dtype
-from fusedloss.engines.cpu.printer import header
-from fusedloss.front import definition as define
-from fusedloss.kinds import torch_m as formula
-from fusedloss.kinds.formula import Pointwise, apply
-from fusedloss.kinds.pointwise import PointwiseCall
-from fusedloss.route import dispatch
-
-TEXT = (Path(__file__).parent.parent.parent / "CONTRIBUTING.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+MOST_LINES = 40
+HOME = "src/fusedloss/losses"
+TEXT = (elsewhere.ROOT / "CONTRIBUTING.md").read_text()
+(EXAMPLE,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+(FILE,) = set(re.findall(r"as it stands in `losses/(\w+\.py)`", TEXT))
 
 
-def test_worked_example() -> None:
-    printed = header({"CONTRIBUTING.md": BLOCKS[0]})
-    assert "struct huber {" in printed
-    assert "math::abs((x - t))" in printed
+def test_example_is_short() -> None:
+    assert sum(bool(line.strip()) for line in EXAMPLE.splitlines()) <= MOST_LINES
 
-    from fusedloss.core import errors
 
-    names = dict(
-        vars(define), m=formula, errors=errors, route=dispatch, PointwiseCall=PointwiseCall
-    )
-    names |= {"resolve": resolve, "result_dtype": result_dtype, "Pointwise": Pointwise}
-    exec(BLOCKS[0], names)
-    exec(BLOCKS[1], names)
-    x = torch.linspace(-3, 3, 13, dtype=torch.float64, requires_grad=True)
-    t = torch.full_like(x, 0.3)
-    with torch.autograd.forward_ad.dual_level():  # has no kernel in this build: take the formula
-        ours = names["huber_loss"](x, t, reduction="none", delta=0.5)
-    theirs = torch.nn.functional.huber_loss(x, t, reduction="none", delta=0.5)
-    torch.testing.assert_close(ours, theirs)
-    huber = names["HUBER"]
-    assert gradcheck(lambda x: apply(huber, (x, t), {"delta": 0.5}), (x,))
+def test_every_room_is_named() -> None:
+    rooms = {p.name for p in (elsewhere.ROOT / "src/fusedloss").iterdir() if p.is_dir()}
+    named = set(re.findall(r"^\| `(\w+)/`", TEXT, re.MULTILINE))
+    assert rooms - {"__pycache__"} <= named
+
+
+@pytest.mark.slow
+def test_example_makes_a_loss_that_passes(tmp_path: Path) -> None:
+    root = elsewhere.copy(tmp_path / "copy")
+    file = root / HOME / FILE
+    assert file.read_text().count(EXAMPLE) == 1
+    file.write_text(file.read_text().replace(EXAMPLE, ""))
+    assert "huber" not in file.read_text()
+    with file.open("a") as end:
+        end.write(EXAMPLE)
+    elsewhere.build(root, "-O1")
+    arguments = ["-q", "-k", "huber", "tests/losses", "tests/faces/test_faces.py"]
+    done = elsewhere.pytest_there(root, arguments, {"FUSEDLOSS_TEST_EVERY": "12"})
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) > 50, done.stdout[-2000:]

@@ -91,11 +91,7 @@ HUBER = Pointwise(huber, huber_grad)
 @loss(
     "HuberLoss",
     Elements(of_input("huber_cpu"), shapes=warn, weight=like_input(mean_by="count")),
-    row(
-        normals,
-        options(weight=weights, delta=0.3),
-        bench=elements("Huber"),
-    ),
+    row(normals, options(weight=weights, delta=0.3), bench=elements("Huber")),
     rules=(same_shape, target_is_number),
     delta=above(0, RuntimeError, "huber_loss does not support non-positive values for delta."),
 )
