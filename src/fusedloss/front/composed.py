@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,13 +19,16 @@ class Composed:
 
     returns: str
     raises: tuple[str, ...] = ()
+    check: Callable[..., None] | None = None  # of all arguments, before the function
 
     def memo(self, loss: Definition) -> None:
         """It is never repeated unchecked."""
 
     def run(self, loss: Definition, memo: tuple[Any, ...] | None, given: dict[str, Any]) -> Any:
         loss.tensors(given, TypeError)
-        return loss.body(**given)
+        if self.check:
+            self.check(loss.name, **given)
+        return loss.body(**{**given, **loss.checked(given)})
 
     def words(self, loss: Definition) -> docs.Words:
         return docs.Words(

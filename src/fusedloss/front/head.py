@@ -30,6 +30,16 @@ MULTIPLIED = (
 )
 
 
+RAISES = (
+    "IndexError: a class index out of range; its position is named",
+    "ValueError: unknown `reduction`; batch sizes that differ",
+    "RuntimeError: other shapes that do not fit; dtypes or devices that differ",
+    "RuntimeError: a tensor whose storage was freed; DTensors beside others",
+    "NotImplementedError: integer or complex input",
+    "TypeError: an argument that is no tensor",
+)
+
+
 def reduction_of(name: str, reduction: str, denominator: Tensor | float | None) -> str:
     reduction = resolve(name, reduction)
     if denominator is not None and reduction != "mean":
@@ -38,7 +48,7 @@ def reduction_of(name: str, reduction: str, denominator: Tensor | float | None) 
 
 
 class Head:
-    """A checked head: its tensors in the shapes of `linear/call.py`, and the settings of its logits."""
+    """A checked head: its tensors in the shapes of `kinds/heads.py`, and the settings of its logits."""
 
     def __init__(
         self,
@@ -228,7 +238,7 @@ class Head:
         bias: Tensor | None,
         logits: Tensor | None,
     ) -> Slots:
-        """The checked tensors of a teacher, as in `linear/distill.py`."""
+        """The checked tensors of a teacher, as in `kinds/distill.py`."""
         name = self.name
         if (logits is None) == (input is None or weight is None) or (
             logits is not None and not (input is weight is bias is None)

@@ -55,6 +55,12 @@ def takes_tensor(parameter: Parameter) -> bool:
     return annotation is Tensor or Tensor in get_args(annotation) or annotation == "Tensor"
 
 
+def _is_default(p: Parameter) -> str:
+    if p.default is None or isinstance(p.default, bool):
+        return f"{p.name} is {p.default}"
+    return f"type({p.name}) is {type(p.default).__name__} and {p.name} == {p.default!r}"
+
+
 def bare(signature: inspect.Signature) -> str:
     empty = inspect.Signature.empty
     parameters = [p.replace(annotation=empty) for p in signature.parameters.values()]
@@ -106,7 +112,7 @@ def function(
     ]
     for p in parameters:
         if theirs is not None and p.name not in theirs.parameters:  # PyTorch's own has none
-            passed.append(f"**({{}} if {p.name} == {p.default!r} else {{{p.name!r}: {p.name}}})")
+            passed.append(f"**({{}} if {_is_default(p)} else {{{p.name!r}: {p.name}}})")
     everything = ", ".join(p.name for p in parameters)
     lines = [
         f"def {name}{bare(signature)}:",

@@ -4,18 +4,51 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..core import errors
-from ..front.definition import Bounds, Loss, register
+from ..front.definition import Bounds, row
 from ..front.definition import plain as no_options
-from ..front.head import Head, check_tensors, finite, reduction_of, scalar, setting
-from ..front.loss import FUNCTIONS
+from ..front.head import Head, finite, reduction_of, scalar, setting
+from ..front.loss import loss
 from ..kinds.distill import KINDS, DistillCall
 from . import composed
-from .heads import CLASSES, biased, ignored, of_rows, of_states
+from .heads import CLASSES, HEADS, biased, ignored, of_rows, of_states
 
 
+def _beside_a_teacher(shape, dtype, generator):
+    teacher = (*shape[:-1], 5)
+    return (*of_states(shape, dtype, generator), *of_states(teacher, dtype, generator))
+
+
+def _hard(t, g):
+    target = torch.randint(CLASSES, tuple(t[0].shape[:-1]), generator=g)
+    weights = {"hard_weight": 0.4, "soft_weight": 0.7}
+    return {"target": target, "ignore_index": ignored(target), **weights}
+
+
+@loss(
+    None,
+    HEADS,
+    row(
+        _beside_a_teacher,
+        {
+            "forward": no_options,
+            "reverse": lambda t, g: biased(
+                t, g, divergence="reverse", softcap=3.0, temperature=2.0
+            ),
+            "js": lambda t, g: biased(
+                *(t, g), divergence="js", beta=0.3, sample_weight=of_rows(t, g), **_hard(t, g)
+            ),
+        },
+        kind="heads",
+        whole=(1, 3),
+        learned=("linear_bias",),
+        composed=composed.linear_kl_div,
+        # The formula's slopes of 'js' lose digits where both are certain, of different classes.
+        bounds=Bounds(float32=(2, 4), float64=(2, 4), formula=(4, 1e13)),
+        triton=False,
+    ),
+)
 def linear_kl_div(
     input: Tensor,
     linear_weight: Tensor,
@@ -76,57 +109,13 @@ def linear_kl_div(
         denominator: as in :func:`linear_cross_entropy`.
         memory_budget: as in :func:`linear_cross_entropy`.
 
-    Returns:
-        A scalar, or the losses of all rows with 'none', in the input's type (float32 under autocast).
-
     Raises:
-        As :func:`linear_cross_entropy`; ValueError for an unknown `divergence`, a `temperature` or `beta`
-        out of range, a teacher given twice or not at all, and `hard_weight` without `target`; TypeError for
-        `beta`, `soft_weight`, `hard_weight` or `teacher_softcap` that requires a gradient.
+        ValueError: an unknown `divergence`; a `temperature` or `beta` out of range; a teacher given twice or
+            not at all; `hard_weight` without `target`.
+        TypeError: `beta`, `soft_weight`, `hard_weight` or `teacher_softcap` that requires a gradient.
     """
     name = "linear_kl_div"
     teacher = (teacher_input, teacher_weight, teacher_bias, teacher_logits)
-    tensors = (input, linear_weight, linear_bias, target, sample_weight, denominator, *teacher)
-    if has_torch_function_variadic(*tensors):
-        return handle_torch_function(
-            linear_kl_div,
-            tensors,
-            input,
-            linear_weight,
-            teacher_input,
-            teacher_weight,
-            linear_bias=linear_bias,
-            teacher_bias=teacher_bias,
-            teacher_logits=teacher_logits,
-            temperature=temperature,
-            divergence=divergence,
-            beta=beta,
-            target=target,
-            soft_weight=soft_weight,
-            hard_weight=hard_weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            sample_weight=sample_weight,
-            softcap=softcap,
-            teacher_softcap=teacher_softcap,
-            denominator=denominator,
-            memory_budget=memory_budget,
-        )
-    check_tensors(
-        name,
-        input=input,
-        linear_weight=linear_weight,
-        linear_bias=linear_bias,
-        target=target,
-        sample_weight=sample_weight,
-        denominator=denominator,
-        teacher_input=teacher_input,
-        teacher_weight=teacher_weight,
-        teacher_bias=teacher_bias,
-        teacher_logits=teacher_logits,
-        temperature=temperature,
-        softcap=softcap,
-    )
     if divergence not in KINDS:
         expected = ", ".join(map(repr, KINDS))
         errors.fail(ValueError, name, f"divergence must be one of {expected}, got {divergence!r}")
@@ -170,40 +159,3 @@ def linear_kl_div(
         hard_weight=hard_weight,
     )
     return result
-
-
-def _beside_a_teacher(shape, dtype, generator):
-    teacher = (*shape[:-1], 5)
-    return (*of_states(shape, dtype, generator), *of_states(teacher, dtype, generator))
-
-
-def _hard(t, g):
-    target = torch.randint(CLASSES, tuple(t[0].shape[:-1]), generator=g)
-    weights = {"hard_weight": 0.4, "soft_weight": 0.7}
-    return {"target": target, "ignore_index": ignored(target), **weights}
-
-
-register(
-    Loss(
-        linear_kl_div,
-        "",
-        _beside_a_teacher,
-        {
-            "forward": no_options,
-            "reverse": lambda t, g: biased(
-                t, g, divergence="reverse", softcap=3.0, temperature=2.0
-            ),
-            "js": lambda t, g: biased(
-                *(t, g), divergence="js", beta=0.3, sample_weight=of_rows(t, g), **_hard(t, g)
-            ),
-        },
-        kind="heads",
-        whole=(1, 3),
-        learned=("linear_bias",),
-        composed=composed.linear_kl_div,
-        # The formula's slopes of 'js' lose digits where both are certain, of different classes.
-        bounds=Bounds(float32=(2, 4), float64=(2, 4), formula=(4, 1e13)),
-        triton=False,
-    )
-)
-FUNCTIONS["linear_kl_div"] = linear_kl_div

@@ -6,17 +6,92 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..core import errors
-from ..front.definition import Bounds, Loss, normal, register, uniform
+from ..front.composed import Composed
+from ..front.definition import Bounds, normal, row, uniform
 from ..front.definition import plain as no_options
-from ..front.head import Head, check_tensors, finite, index, reduction_of, scalar, setting
-from ..front.loss import FUNCTIONS
+from ..front.head import RAISES, Head, check_tensors, finite, index, reduction_of, scalar, setting
+from ..front.loss import loss
+from ..front.settings import boolean, within
 from ..kinds.heads import LinearCall
 from . import composed
 
+CLASSES = 6  # of the examples
 
+
+def _of_indices(shape, dtype, generator):
+    target = torch.randint(CLASSES, shape[:-1], generator=generator)
+    return *of_states(shape, dtype, generator), target
+
+
+def _of_probabilities(shape, dtype, generator):
+    target = normal((*shape[:-1], CLASSES), torch.float64, generator).softmax(-1)
+    return *of_states(shape, dtype, generator), target.to(dtype)
+
+
+def of_states(shape, dtype, generator):
+    size = max(shape[-1], 1) ** 0.5
+    weight = 2 * normal((CLASSES, shape[-1]), torch.float64, generator) / size
+    return normal(shape, dtype, generator), weight.to(dtype)
+
+
+def biased(t, g, **settings):
+    return {"linear_bias": normal((CLASSES,), t[0].dtype, g), **settings}
+
+
+def of_rows(t, g):
+    return uniform(tuple(t[0].shape[:-1]), t[0].dtype, g, 0.5, 1.5)
+
+
+def ignored(target):
+    """An ignore_index that hits some rows, but not all."""
+    found = target.unique()
+    return int(found[0]) if len(found) > 1 else -100
+
+
+HEADS = Composed("in the input's type (float32 under autocast)", RAISES, check_tensors)
+
+
+@loss(
+    None,
+    HEADS,
+    row(
+        _of_indices,
+        {
+            "plain": no_options,
+            "all": lambda t, g: biased(
+                *(t, g),
+                weight=uniform((CLASSES,), t[0].dtype, g, 0.1, 2),
+                ignore_index=ignored(t[2]),
+                label_smoothing=0.2,
+                sample_weight=of_rows(t, g),
+                z_loss=0.01,
+                softcap=3.0,
+                logit_scale=-1.5,
+            ),
+        },
+        kind="heads",
+        indices=2,
+        whole=(1,),
+        learned=("linear_bias",),
+        composed=composed.linear_cross_entropy,
+    ),
+    row(
+        _of_probabilities,
+        {"all": lambda t, g: biased(t, g, label_smoothing=0.2, z_loss=0.01)},
+        differentiable=(0, 1, 2),
+        kind="heads",
+        variant="probabilities",
+        # The gradient by the target of a certain class is log(1 + others) of what rounds to 1.
+        bounds=Bounds(float32=(2, 3e5), float64=(2, 2e14), formula=(2, 8)),
+        triton=False,
+        whole=(1,),
+        learned=("linear_bias",),
+        composed=composed.linear_cross_entropy,
+    ),
+    label_smoothing=within(0.0, 1.0, RuntimeError, "Got: {value}"),
+)
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -59,7 +134,7 @@ def linear_cross_entropy(
         linear_bias: b, (C) or (C, d1, ...).
         weight: of each class, (C).
         reduction: 'none', 'sum' or 'mean'. 'mean' divides by `denominator`, or by the class weights of the
-            targets that are not ignored; for probabilities, by the number of rows.
+            targets that are not ignored; for probabilities, by the number of rows; over no row it is NaN.
         ignore_index: rows with this target contribute nothing; -100 where None. Not for probabilities.
         label_smoothing: as in :func:`cross_entropy`.
         options: a :class:`torch.nn.LinearCrossEntropyOptions`, of which the chunk size is heeded: there is no
@@ -75,63 +150,15 @@ def linear_cross_entropy(
             gradient takes in float32, at least 256 MiB and at most 1 GiB. The float32 sum of a half-typed
             weight's gradient comes on top.
 
-    Returns:
-        A scalar, or the losses of all rows with 'none', in the input's type (float32 under autocast).
-        'mean' over no row is NaN.
-
     Raises:
-        IndexError: a class index out of range; its position is named.
-        ValueError: unknown `reduction`; batch sizes that differ; `softcap` not above 0; a `memory_budget` that
-            does not hold one row.
-        RuntimeError: other shapes that do not fit; dtypes or devices that differ; `label_smoothing` out of
-            range; `ignore_index` with probabilities; a tensor whose storage was freed; DTensors beside others.
-        NotImplementedError: integer or complex input.
-        TypeError: an argument that is no tensor; `z_loss` or `label_smoothing` that requires a gradient.
+        ValueError: `softcap` not above 0; a `memory_budget` that does not hold one row.
+        RuntimeError: `ignore_index` with probabilities.
+        TypeError: `z_loss` or `label_smoothing` that requires a gradient.
     """
     name = "linear_cross_entropy"
-    tensors = (input, linear_weight, target, linear_bias, weight, sample_weight, denominator)
-    if has_torch_function_variadic(*tensors):
-        return handle_torch_function(
-            linear_cross_entropy,
-            tensors,
-            input,
-            linear_weight,
-            target,
-            linear_bias=linear_bias,
-            weight=weight,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            options=options,
-            sample_weight=sample_weight,
-            z_loss=z_loss,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            denominator=denominator,
-            memory_budget=memory_budget,
-        )
-    check_tensors(
-        name,
-        input=input,
-        linear_weight=linear_weight,
-        target=target,
-        linear_bias=linear_bias,
-        weight=weight,
-        sample_weight=sample_weight,
-        denominator=denominator,
-        logit_scale=logit_scale,
-        softcap=softcap,
-    )
     reduction = reduction_of(name, reduction, denominator)
     head = Head(name, input, linear_weight, linear_bias, softcap, logit_scale, memory_budget)
     ignore_index = index(name, ignore_index)
-    label_smoothing = errors.number(name, "label_smoothing", label_smoothing)
-    if not 0.0 <= label_smoothing <= 1.0:
-        errors.fail(
-            RuntimeError,
-            name,
-            f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}",
-        )
     probabilities = head.check_target(target, weight, ignore_index)
     (result,) = head.run(
         LinearCall,
@@ -173,6 +200,25 @@ class LogProb(NamedTuple):
     valid: Tensor
 
 
+@loss(
+    None,
+    HEADS,
+    row(
+        _of_indices,
+        {
+            "all": lambda t, g: biased(
+                t, g, ignore_index=ignored(t[2]), temperature=0.7, softcap=3.0
+            )
+        },
+        reductions=(),
+        kind="heads",
+        indices=2,
+        whole=(1,),
+        learned=("linear_bias",),
+        composed=composed.linear_log_prob,
+    ),
+    statistics=boolean,
+)
 def linear_log_prob(
     input: Tensor,
     linear_weight: Tensor,
@@ -208,46 +254,21 @@ def linear_log_prob(
         with the statistics, of which all but `correct` and `valid` are differentiable.
 
     Raises:
-        As :func:`linear_cross_entropy`; ValueError for a `temperature` not above 0.
+        ValueError: a `temperature` not above 0.
     """
     name = "linear_log_prob"
-    tensors = (input, linear_weight, target, linear_bias)
-    if has_torch_function_variadic(*tensors):
-        return handle_torch_function(
-            linear_log_prob,
-            tensors,
-            input,
-            linear_weight,
-            target,
-            linear_bias=linear_bias,
-            ignore_index=ignore_index,
-            temperature=temperature,
-            softcap=softcap,
-            statistics=statistics,
-            memory_budget=memory_budget,
-        )
-    check_tensors(
-        name,
-        input=input,
-        linear_weight=linear_weight,
-        target=target,
-        linear_bias=linear_bias,
-        temperature=temperature,
-        softcap=softcap,
-    )
     temperature = setting(name, "temperature", temperature, above=0.0, folds=softcap is None)
     head = Head(name, input, linear_weight, linear_bias, softcap, 1 / temperature, memory_budget)
     if softcap is not None:
         head.softcap = head.softcap / temperature
     head.dtype = torch.promote_types(head.dtype, torch.float32)
     ignore_index = index(name, ignore_index)
-    statistics = errors.boolean(name, "statistics", statistics)
     if head.check_target(target, None, ignore_index):
         errors.fail(
             RuntimeError, name, f"target holds probabilities of {target.dtype}, not indices"
         )
     ignored = -100 if ignore_index is None else ignore_index
-    loss, *rest = head.run(
+    losses, *rest = head.run(
         LinearCall,
         target,
         probabilities=False,
@@ -258,102 +279,6 @@ def linear_log_prob(
         statistics=statistics,
     )
     if not statistics:
-        return -loss
+        return -losses
     lse, entropy, correct = rest
-    return LogProb(-loss, lse, entropy, correct.bool(), (target.to(torch.int64) != ignored).sum())
-
-
-CLASSES = 6  # of the examples
-
-
-def _of_indices(shape, dtype, generator):
-    target = torch.randint(CLASSES, shape[:-1], generator=generator)
-    return *of_states(shape, dtype, generator), target
-
-
-def _of_probabilities(shape, dtype, generator):
-    target = normal((*shape[:-1], CLASSES), torch.float64, generator).softmax(-1)
-    return *of_states(shape, dtype, generator), target.to(dtype)
-
-
-def of_states(shape, dtype, generator):
-    size = max(shape[-1], 1) ** 0.5
-    weight = 2 * normal((CLASSES, shape[-1]), torch.float64, generator) / size
-    return normal(shape, dtype, generator), weight.to(dtype)
-
-
-def biased(t, g, **settings):
-    return {"linear_bias": normal((CLASSES,), t[0].dtype, g), **settings}
-
-
-def of_rows(t, g):
-    return uniform(tuple(t[0].shape[:-1]), t[0].dtype, g, 0.5, 1.5)
-
-
-def ignored(target):
-    """An ignore_index that hits some rows, but not all."""
-    found = target.unique()
-    return int(found[0]) if len(found) > 1 else -100
-
-
-register(
-    Loss(
-        linear_cross_entropy,
-        "",
-        _of_indices,
-        {
-            "plain": no_options,
-            "all": lambda t, g: biased(
-                *(t, g),
-                weight=uniform((CLASSES,), t[0].dtype, g, 0.1, 2),
-                ignore_index=ignored(t[2]),
-                label_smoothing=0.2,
-                sample_weight=of_rows(t, g),
-                z_loss=0.01,
-                softcap=3.0,
-                logit_scale=-1.5,
-            ),
-        },
-        kind="heads",
-        indices=2,
-        whole=(1,),
-        learned=("linear_bias",),
-        composed=composed.linear_cross_entropy,
-    )
-)
-register(
-    Loss(
-        linear_cross_entropy,
-        "",
-        _of_probabilities,
-        {"all": lambda t, g: biased(t, g, label_smoothing=0.2, z_loss=0.01)},
-        differentiable=(0, 1, 2),
-        kind="heads",
-        variant="probabilities",
-        # The gradient by the target of a certain class is log(1 + others) of what rounds to 1.
-        bounds=Bounds(float32=(2, 3e5), float64=(2, 2e14), formula=(2, 8)),
-        triton=False,
-        whole=(1,),
-        learned=("linear_bias",),
-        composed=composed.linear_cross_entropy,
-    )
-)
-register(
-    Loss(
-        linear_log_prob,
-        "",
-        _of_indices,
-        {
-            "all": lambda t, g: biased(
-                t, g, ignore_index=ignored(t[2]), temperature=0.7, softcap=3.0
-            )
-        },
-        reductions=(),
-        kind="heads",
-        indices=2,
-        whole=(1,),
-        learned=("linear_bias",),
-        composed=composed.linear_log_prob,
-    )
-)
-FUNCTIONS |= {f.__name__: f for f in (linear_cross_entropy, linear_log_prob)}
+    return LogProb(-losses, lse, entropy, correct.bool(), (target.to(torch.int64) != ignored).sum())
