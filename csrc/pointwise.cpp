@@ -6,23 +6,22 @@
 
 namespace fusedloss {
 
-template <template <class> class Formula>
-int64_t of_formula(const PointwiseArgs& a) {
-    for (const Array& operand : a.operand)
-        if (operand.data && operand.dtype == F64) return pointwise<Formula, double>(a);
-    return pointwise<Formula, float>(a);
-}
-
 constexpr struct {
     const char* name;
-    int64_t (*run)(const PointwiseArgs&);
+    const Loops<float>* narrow;
+    const Loops<double>* wide;
 } table[] = {
-#define ROW(name) {#name, of_formula<formulas::name>},
+#define ROW(name) {#name, &loops_of<formulas::name, float>, &loops_of<formulas::name, double>},
     FUSEDLOSS_FORMULAS(ROW)
 #undef ROW
 };
 
-int64_t kernels::pointwise(const PointwiseArgs& a) { return table[a.formula].run(a); }
+int64_t kernels::pointwise(const PointwiseArgs& a) {
+    const auto& row = table[a.formula];
+    for (const Array& operand : a.operand)
+        if (operand.data && operand.dtype == F64) return fusedloss::pointwise(a, *row.wide);
+    return fusedloss::pointwise(a, *row.narrow);
+}
 
 }  // namespace fusedloss
 

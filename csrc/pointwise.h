@@ -202,127 +202,207 @@ FUSEDLOSS_LOOP void multiply(T* __restrict v, const T* __restrict by, int64_t n)
     for (int64_t i = 0; i < n; ++i) v[i] *= by[i];
 }
 
-// Returns -1, or the position of the first element that lies outside the formula's domain.
+constexpr int64_t block_size = 1024;  // elements
+
+// A block of operands, filled up to whole vectors, and where its results go.
+template <class T>
+struct Block {
+    const T* x[formula_operands];
+    int64_t n, padded;
+    Losses losses;
+    T* loss;
+    T* grad[formula_operands];
+    int wanted;  // gradients, as bits
+    int needs;   // stages, as bits
+    T scale;
+    double lanes[vector];
+    T (*staged)[block_size];
+
+    Operands<T> from(int64_t i) const {
+        const T* first = x[0] + i;
+        return {first, x[1] + i, x[2] + i, x[3] + i, first, first, first, first};
+    }
+};
+
+// A formula's own loops, behind pointers, so that all formulas share what is around them.
+template <class T>
+struct Loops {
+    int operands, derivatives;
+    const int* needs;  // stages, as bits: of the value, of each gradient
+    bool run_checks;   // `run` finds what lies outside the domain
+    // The first element of a block outside the domain, or n.
+    int64_t (*outside)(const double* numbers, const Block<T>& b);
+    bool (*run)(const double* numbers, Block<T>& b);
+};
+
 template <template <class> class Formula, class T>
-int64_t pointwise(const PointwiseArgs& a) {
+int64_t outside_of([[maybe_unused]] const double* numbers, const Block<T>& b) {
+    if constexpr (Formula<T>::has_domain)
+        return first_outside<Formula<T>, T>(Formula<T>(numbers), b.from(0), b.n);
+    else
+        return b.n;
+}
+
+// The stages and the last loop of a block. False where an element lies outside the domain.
+template <template <class> class Formula, class T>
+bool run_block(const double* numbers, Block<T>& b) {
     using F = Formula<math::Lanes<T>>;
     // With AVX-512 stages take turns with the last loop over less than a block, so that memory is never idle
     // for long: 0.83 to 0.94 of the time beyond the caches.
     constexpr bool wide = math::lanes<T> > 1;
-    constexpr int64_t size = 1024;
-    constexpr int64_t turn = F::stages > 0 && wide ? 256 : size;
-    constexpr int64_t none = std::numeric_limits<int64_t>::max();
-    const F f(a.numbers);
-    const Walk walk(a);
-    const int64_t blocks = (a.numel + size - 1) / size;
-    std::vector<double> sums(a.total.data ? size_t(blocks) : 0);
-    std::atomic<int64_t> outside{none};
-    for (int k = 0; k < F::derivatives; ++k)
-        advise_huge_pages(a.grad[k].data, a.numel * size_of(a.grad[k].dtype));
-    advise_huge_pages(a.loss.data, a.numel * size_of(a.loss.dtype));
-
-    struct alignas(64) Scratch {
-        T in[F::operands][size], by[size], values[size], slopes[F::derivatives][size];
-        T staged[F::stages > 0 ? F::stages : 1][turn];
-    };
-    const auto compute = [&](int64_t b, Scratch& scratch) {
-        const int64_t start = b * size, n = std::min(size, a.numel - start);
-        auto& [in, by, values, slopes, staged] = scratch;
-        const T* x[formula_operands];
-        // A remainder loop may round otherwise than the vectors do, and an element's result must not depend
-        // on where it stands: the last block is filled up to whole vectors.
-        const int64_t padded = (n + vector - 1) / vector * vector;
-        for (int k = 0; k < F::operands; ++k) {
-            x[k] = walk.load(a.operand[k], OPERAND + k, start, n, in[k]);
-            if (padded == n) continue;
-            if (x[k] != in[k]) std::copy_n(x[k], n, in[k]);
-            std::fill(in[k] + n, in[k] + padded, in[k][0]);
-            x[k] = in[k];
-        }
-        for (int k = F::operands; k < formula_operands; ++k) x[k] = x[0];
-        const auto from = [&](int64_t i) {
-            const T* first = x[0] + i;
-            return Operands<T>{first, x[1] + i, x[2] + i, x[3] + i, first, first, first, first};
-        };
-
-        const auto refused = [&]() -> bool {
-            int64_t i = n;
-            if constexpr (F::has_domain) i = first_outside<Formula<T>, T>(Formula<T>(a.numbers), from(0), n);
-            for (int64_t seen = outside.load();
-                 i < n && start + i < seen && !outside.compare_exchange_weak(seen, start + i);) {
+    constexpr int64_t turn = F::stages > 0 && wide ? 256 : block_size;
+    const F f(numbers);
+    for (int64_t at = 0; at < b.padded; at += turn) {
+        const int64_t count = std::min(turn, b.padded - at);
+        Operands<T> all = b.from(at);
+        if constexpr (F::of_parts && wide) {
+            if (b.needs) {
+                T *part = b.staged[0], *rest = b.staged[1];
+                const bool inside = stages_of_parts<F, T>(f, all, count, block_size, part, rest);
+                if (!inside && outside_of<Formula, T>(numbers, b) < b.n) return false;
+                all.s0 = part, all.s1 = rest;
             }
-            return i < n;
-        };
-
-        T* loss = walk.target(a.loss, LOSS, start, padded == n, values);
-        // The filling must not be summed, nor a loss before its weight.
-        const bool summed = a.total.data && !loss && padded == n && !a.multiplier[0].data;
-        if (!loss && a.total.data && !summed) loss = values;
-        T* g[formula_operands] = {};
-        int wanted = 0;
-        for (int k = 0; k < F::derivatives; ++k) {
-            g[k] = walk.target(a.grad[k], GRAD + k, start, padded == n, slopes[k]);
-            wanted |= g[k] ? 1 << k : 0;
+        } else {
+            const auto make = [&]<int k>(const T*& s) {
+                if constexpr (k < F::stages)
+                    if (b.needs >> k & 1)
+                        stage<F, T, k>(f, all, count, block_size, b.staged[k]), s = b.staged[k];
+            };
+            make.template operator()<0>(all.s0);
+            make.template operator()<1>(all.s1);
+            make.template operator()<2>(all.s2);
+            make.template operator()<3>(all.s3);
         }
-        int needs = loss || summed ? F::needs[0] : 0;
-        with_gradients<F>(wanted, [&](auto grads) {
-            for (int k = 0; k < F::derivatives; ++k) {
-                if (!(grads() >> k & 1)) continue;
-                if (!g[k]) g[k] = slopes[k];  // computed beside what is wanted
-                needs |= F::needs[k + 1];
-            }
+        with_gradients<F>(b.wanted, [&](auto grads) {
+            const auto run = [&](auto losses) {
+                const auto from = [at](T* p) { return p ? p + at : p; };
+                block<F, T, losses(), grads()>(f, all, count, block_size, b.scale, from(b.loss),
+                                               from(b.grad[0]), from(b.grad[1]), from(b.grad[2]),
+                                               from(b.grad[3]), b.lanes);
+            };
+            if (b.losses == SUMMED)
+                run(std::integral_constant<Losses, SUMMED>());
+            else if (b.losses == STORED)
+                run(std::integral_constant<Losses, STORED>());
+            else if constexpr (grads() != 0)
+                run(std::integral_constant<Losses, UNUSED>());
         });
-        const T scale = T(a.grad_scale);
-        constexpr bool of_parts = F::of_parts && wide;
-        if (!(of_parts && needs) && refused()) return;
-        double lanes[vector] = {};
-        for (int64_t at = 0; at < padded; at += turn) {
-            const int64_t count = std::min(turn, padded - at);
-            Operands<T> all = from(at);
-            if constexpr (of_parts) {
-                if (needs) {
-                    const bool inside = stages_of_parts<F, T>(f, all, count, size, staged[0], staged[1]);
-                    if (!inside && refused()) return;
-                    all.s0 = staged[0], all.s1 = staged[1];
-                }
-            } else {
-                const auto make = [&]<int k>(const T*& s) {
-                    if constexpr (k < F::stages)
-                        if (needs >> k & 1) stage<F, T, k>(f, all, count, size, staged[k]), s = staged[k];
-                };
-                make.template operator()<0>(all.s0);
-                make.template operator()<1>(all.s1);
-                make.template operator()<2>(all.s2);
-                make.template operator()<3>(all.s3);
-            }
-            with_gradients<F>(wanted, [&](auto grads) {
-                const auto run = [&](auto losses) {
-                    const auto from = [at](T* p) { return p ? p + at : p; };
-                    block<F, T, losses(), grads()>(f, all, count, size, scale, from(loss), from(g[0]),
-                                                   from(g[1]), from(g[2]), from(g[3]), lanes);
-                };
-                if (summed)
-                    run(std::integral_constant<Losses, SUMMED>());
-                else if (loss)
-                    run(std::integral_constant<Losses, STORED>());
-                else if constexpr (grads() != 0)
-                    run(std::integral_constant<Losses, UNUSED>());
-            });
+    }
+    return true;
+}
+
+template <template <class> class Formula, class T>
+constexpr Loops<T> loops_of = {
+    Formula<T>::operands,   Formula<T>::derivatives,
+    Formula<T>::needs,      Formula<T>::of_parts && (math::lanes<T> > 1),
+    outside_of<Formula, T>, run_block<Formula, T>,
+};
+
+template <class T>
+class PointwiseKernel {
+public:
+    PointwiseKernel(const PointwiseArgs& args, const Loops<T>& loops, std::atomic<int64_t>& outside)
+        : a(args), f(loops), walk(args), first_outside(outside) {}
+
+    // What the block's losses sum to, if that is asked for.
+    double operator()(int64_t number) {
+        const int64_t start = number * block_size, n = std::min(block_size, a.numel - start);
+        load(start, n);
+        const bool whole = b.padded == n;
+        b.loss = walk.target(a.loss, LOSS, start, whole, values);
+        // The filling must not be summed, nor a loss before its weight.
+        const bool summed = a.total.data && !b.loss && whole && !a.multiplier[0].data;
+        if (!b.loss && a.total.data && !summed) b.loss = values;
+        b.losses = summed ? SUMMED : b.loss ? STORED : UNUSED;
+        want(start, whole);
+        std::fill_n(b.lanes, vector, 0.0);
+        if (!(f.run_checks && b.needs) && refused(start)) return 0;
+        if (!f.run(a.numbers, b)) return refused(start), 0;
+        weigh(start, n);
+        walk.store(a.loss, LOSS, start, n, b.loss, values);
+        for (int k = 0; k < f.derivatives; ++k)
+            walk.store(a.grad[k], GRAD + k, start, n, b.grad[k], slopes[k]);
+        return !a.total.data ? 0 : summed ? tree_sum(b.lanes) : ordered_sum(b.loss, n);
+    }
+
+private:
+    const PointwiseArgs& a;
+    const Loops<T>& f;
+    const Walk walk;
+    std::atomic<int64_t>& first_outside;
+    Block<T> b;
+    alignas(64) T in[formula_operands][block_size], by[block_size], values[block_size];
+    T slopes[formula_operands][block_size], staged[4][block_size];
+
+    // A remainder loop may round otherwise than the vectors do, and an element's result must not depend on
+    // where it stands: the last block is filled up to whole vectors.
+    void load(int64_t start, int64_t n) {
+        b.n = n;
+        b.padded = (n + vector - 1) / vector * vector;
+        b.scale = T(a.grad_scale);
+        b.staged = staged;
+        for (int k = 0; k < f.operands; ++k) {
+            b.x[k] = walk.load(a.operand[k], OPERAND + k, start, n, in[k]);
+            if (b.padded == n) continue;
+            if (b.x[k] != in[k]) std::copy_n(b.x[k], n, in[k]);
+            std::fill(in[k] + n, in[k] + b.padded, in[k][0]);
+            b.x[k] = in[k];
         }
+        for (int k = f.operands; k < formula_operands; ++k) b.x[k] = b.x[0];
+    }
+
+    // Which gradients are computed, where they go, and which stages that takes.
+    void want(int64_t start, bool whole) {
+        b.wanted = 0;
+        b.needs = b.losses == UNUSED ? 0 : f.needs[0];
+        for (int k = 0; k < formula_operands; ++k) {
+            b.grad[k] =
+                k < f.derivatives ? walk.target(a.grad[k], GRAD + k, start, whole, slopes[k]) : nullptr;
+            b.wanted |= b.grad[k] ? 1 << k : 0;
+        }
+        const int computed = b.wanted < 4 ? b.wanted : (1 << f.derivatives) - 1;
+        for (int k = 0; k < f.derivatives; ++k) {
+            if (!(computed >> k & 1)) continue;
+            if (!b.grad[k]) b.grad[k] = slopes[k];  // computed beside what is wanted
+            b.needs |= f.needs[k + 1];
+        }
+    }
+
+    bool refused(int64_t start) {
+        const int64_t i = f.outside(a.numbers, b);
+        for (int64_t seen = first_outside.load();
+             i < b.n && start + i < seen && !first_outside.compare_exchange_weak(seen, start + i);) {
+        }
+        return i < b.n;
+    }
+
+    void weigh(int64_t start, int64_t n) {
         for (int k = 0; k < 2; ++k) {
             if (!a.multiplier[k].data) continue;
             const T* m = walk.load(a.multiplier[k], MULTIPLIER + k, start, n, by);
-            if (k == 0) multiply(loss, m, n);
-            for (int d = 0; d < F::derivatives; ++d)
-                if (a.grad[d].data) multiply(g[d], m, n);
+            if (k == 0) multiply(b.loss, m, n);
+            for (int d = 0; d < f.derivatives; ++d)
+                if (a.grad[d].data) multiply(b.grad[d], m, n);
         }
-        if (a.total.data) sums[size_t(b)] = summed ? tree_sum(lanes) : ordered_sum(loss, n);
-        walk.store(a.loss, LOSS, start, n, loss, values);
-        for (int k = 0; k < F::derivatives; ++k) walk.store(a.grad[k], GRAD + k, start, n, g[k], slopes[k]);
-    };
+    }
+};
+
+// Returns -1, or the position of the first element that lies outside the formula's domain.
+template <class T>
+int64_t pointwise(const PointwiseArgs& a, const Loops<T>& loops) {
+    constexpr int64_t none = std::numeric_limits<int64_t>::max();
+    const int64_t blocks = (a.numel + block_size - 1) / block_size;
+    std::vector<double> sums(a.total.data ? size_t(blocks) : 0);
+    std::atomic<int64_t> outside{none};
+    for (const Array& grad : a.grad) advise_huge_pages(grad.data, a.numel * size_of(grad.dtype));
+    advise_huge_pages(a.loss.data, a.numel * size_of(a.loss.dtype));
     parallel_ranges(blocks, 32, [&](int64_t begin, int64_t end) {
-        const std::unique_ptr<Scratch> scratch(new Scratch);  // too large for the stacks of some threads
-        for (int64_t b = begin; b < end; ++b) compute(b, *scratch);
+        // Too large for the stacks of some threads.
+        const std::unique_ptr<PointwiseKernel<T>> kernel(new PointwiseKernel<T>(a, loops, outside));
+        for (int64_t b = begin; b < end; ++b) {
+            const double sum = (*kernel)(b);
+            if (a.total.data) sums[size_t(b)] = sum;
+        }
     });
     if (outside.load() != none) return outside.load();
     if (a.total.data) store_one(a.total.data, a.total.dtype, 0, total_sum(sums) / a.denominator);
