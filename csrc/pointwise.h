@@ -148,9 +148,9 @@ void with_gradients(int wanted, Use&& f) {
 // The last loop, which adds to a sum for each lane. Absent results are not computed: the flags are known to
 // the compiler.
 template <class F, class T, Losses losses, int grads>
-FUSEDLOSS_LOOP void block(const F f, const Operands<T> in, int64_t n, int64_t ahead, T scale,
-                          T* __restrict loss, T* __restrict g0, T* __restrict g1, T* __restrict g2,
-                          T* __restrict g3, double* __restrict lanes) {
+FUSEDLOSS_LOOP void block(const F f, const Operands<T>& in, int64_t n, int64_t ahead, T scale,
+                          T* __restrict loss, T* const (&g)[formula_operands], double* __restrict lanes) {
+    T* __restrict g0 = g[0], * __restrict g1 = g[1], * __restrict g2 = g[2], * __restrict g3 = g[3];
     const T* __restrict x = in.x, * __restrict y = in.y, * __restrict z = in.z, * __restrict w = in.w;
     const T* __restrict s0 = in.s0, * __restrict s1 = in.s1, * __restrict s2 = in.s2, * __restrict s3 = in.s3;
     double sums[vector];
@@ -274,11 +274,10 @@ bool run_block(const double* numbers, Block<T>& b) {
             make.template operator()<3>(all.s3);
         }
         with_gradients<F>(b.wanted, [&](auto grads) {
+            const auto from = [at](T* p) { return p ? p + at : p; };
+            T* const to[] = {from(b.grad[0]), from(b.grad[1]), from(b.grad[2]), from(b.grad[3])};
             const auto run = [&](auto losses) {
-                const auto from = [at](T* p) { return p ? p + at : p; };
-                block<F, T, losses(), grads()>(f, all, count, block_size, b.scale, from(b.loss),
-                                               from(b.grad[0]), from(b.grad[1]), from(b.grad[2]),
-                                               from(b.grad[3]), b.lanes);
+                block<F, T, losses(), grads()>(f, all, count, block_size, b.scale, from(b.loss), to, b.lanes);
             };
             if (b.losses == SUMMED)
                 run(std::integral_constant<Losses, SUMMED>());
