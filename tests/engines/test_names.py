@@ -35,14 +35,9 @@ LIBRARIES = {
     "avx512_narrow": CAPABILITIES["avx512"],
 }
 SOURCE = """
-#include "pointwise.h"
-#include "formulas.h"
+#include "pointwise.cpp"
 
-extern "C" __attribute__((visibility("default"))) int64_t run(const fusedloss::PointwiseArgs* a) {
-    using fusedloss::formulas::everything;
-    return a->operand[0].dtype == fusedloss::F64 ? fusedloss::pointwise<everything, double>(*a)
-                                                 : fusedloss::pointwise<everything, float>(*a);
-}
+FUSEDLOSS_EXPORT int64_t run(const fusedloss::PointwiseArgs* a) { return fusedloss::kernels::pointwise(*a); }
 """
 
 
