@@ -230,17 +230,22 @@ struct Loops {
     int operands, derivatives;
     const int* needs;  // stages, as bits: of the value, of each gradient
     bool run_checks;   // `run` finds what lies outside the domain
-    // The first element of a block outside the domain, or n.
+    // The first element of a block outside the domain, or n; null without a domain.
     int64_t (*outside)(const double* numbers, const Block<T>& b);
     bool (*run)(const double* numbers, Block<T>& b);
 };
 
 template <template <class> class Formula, class T>
-int64_t outside_of([[maybe_unused]] const double* numbers, const Block<T>& b) {
+int64_t outside_of(const double* numbers, const Block<T>& b) {
+    return first_outside<Formula<T>, T>(Formula<T>(numbers), b.from(0), b.n);
+}
+
+template <template <class> class Formula, class T>
+constexpr auto outside_if_any() -> int64_t (*)(const double*, const Block<T>&) {
     if constexpr (Formula<T>::has_domain)
-        return first_outside<Formula<T>, T>(Formula<T>(numbers), b.from(0), b.n);
+        return outside_of<Formula, T>;
     else
-        return b.n;
+        return nullptr;
 }
 
 // The stages and the last loop of a block. False where an element lies outside the domain.
@@ -292,35 +297,50 @@ bool run_block(const double* numbers, Block<T>& b) {
 
 template <template <class> class Formula, class T>
 constexpr Loops<T> loops_of = {
-    Formula<T>::operands,   Formula<T>::derivatives,
-    Formula<T>::needs,      Formula<T>::of_parts && (math::lanes<T> > 1),
-    outside_of<Formula, T>, run_block<Formula, T>,
+    Formula<T>::operands,
+    Formula<T>::derivatives,
+    Formula<T>::needs,
+    Formula<T>::of_parts && (math::lanes<T> > 1),
+    outside_if_any<Formula, T>(),
+    run_block<Formula, T>,
+};
+
+// What a thread keeps: too large for the stacks of some, and to allocate it takes longer than a small loss.
+template <class T>
+struct alignas(64) Scratch {
+    T in[formula_operands][block_size], by[block_size], values[block_size];
+    T slopes[formula_operands][block_size], staged[4][block_size];
+
+    static Scratch& of_thread() {
+        static thread_local const std::unique_ptr<Scratch> own(new Scratch);
+        return *own;
+    }
 };
 
 template <class T>
 class PointwiseKernel {
 public:
     PointwiseKernel(const PointwiseArgs& args, const Loops<T>& loops, std::atomic<int64_t>& outside)
-        : a(args), f(loops), walk(args), first_outside(outside) {}
+        : a(args), f(loops), walk(args), first_outside(outside), scratch(Scratch<T>::of_thread()) {}
 
     // What the block's losses sum to, if that is asked for.
     double operator()(int64_t number) {
         const int64_t start = number * block_size, n = std::min(block_size, a.numel - start);
         load(start, n);
         const bool whole = b.padded == n;
-        b.loss = walk.target(a.loss, LOSS, start, whole, values);
+        b.loss = walk.target(a.loss, LOSS, start, whole, scratch.values);
         // The filling must not be summed, nor a loss before its weight.
         const bool summed = a.total.data && !b.loss && whole && !a.multiplier[0].data;
-        if (!b.loss && a.total.data && !summed) b.loss = values;
+        if (!b.loss && a.total.data && !summed) b.loss = scratch.values;
         b.losses = summed ? SUMMED : b.loss ? STORED : UNUSED;
         want(start, whole);
         std::fill_n(b.lanes, vector, 0.0);
-        if (!(f.run_checks && b.needs) && refused(start)) return 0;
+        if (f.outside && !(f.run_checks && b.needs) && refused(start)) return 0;
         if (!f.run(a.numbers, b)) return refused(start), 0;
         weigh(start, n);
-        walk.store(a.loss, LOSS, start, n, b.loss, values);
+        walk.store(a.loss, LOSS, start, n, b.loss, scratch.values);
         for (int k = 0; k < f.derivatives; ++k)
-            walk.store(a.grad[k], GRAD + k, start, n, b.grad[k], slopes[k]);
+            walk.store(a.grad[k], GRAD + k, start, n, b.grad[k], scratch.slopes[k]);
         return !a.total.data ? 0 : summed ? tree_sum(b.lanes) : ordered_sum(b.loss, n);
     }
 
@@ -329,9 +349,8 @@ private:
     const Loops<T>& f;
     const Walk walk;
     std::atomic<int64_t>& first_outside;
+    Scratch<T>& scratch;
     Block<T> b;
-    alignas(64) T in[formula_operands][block_size], by[block_size], values[block_size];
-    T slopes[formula_operands][block_size], staged[4][block_size];
 
     // A remainder loop may round otherwise than the vectors do, and an element's result must not depend on
     // where it stands: the last block is filled up to whole vectors.
@@ -339,13 +358,13 @@ private:
         b.n = n;
         b.padded = (n + vector - 1) / vector * vector;
         b.scale = T(a.grad_scale);
-        b.staged = staged;
+        b.staged = scratch.staged;
         for (int k = 0; k < f.operands; ++k) {
-            b.x[k] = walk.load(a.operand[k], OPERAND + k, start, n, in[k]);
+            b.x[k] = walk.load(a.operand[k], OPERAND + k, start, n, scratch.in[k]);
             if (b.padded == n) continue;
-            if (b.x[k] != in[k]) std::copy_n(b.x[k], n, in[k]);
-            std::fill(in[k] + n, in[k] + b.padded, in[k][0]);
-            b.x[k] = in[k];
+            if (b.x[k] != scratch.in[k]) std::copy_n(b.x[k], n, scratch.in[k]);
+            std::fill(scratch.in[k] + n, scratch.in[k] + b.padded, scratch.in[k][0]);
+            b.x[k] = scratch.in[k];
         }
         for (int k = f.operands; k < formula_operands; ++k) b.x[k] = b.x[0];
     }
@@ -355,14 +374,14 @@ private:
         b.wanted = 0;
         b.needs = b.losses == UNUSED ? 0 : f.needs[0];
         for (int k = 0; k < formula_operands; ++k) {
-            b.grad[k] =
-                k < f.derivatives ? walk.target(a.grad[k], GRAD + k, start, whole, slopes[k]) : nullptr;
+            b.grad[k] = k < f.derivatives ? walk.target(a.grad[k], GRAD + k, start, whole, scratch.slopes[k])
+                                          : nullptr;
             b.wanted |= b.grad[k] ? 1 << k : 0;
         }
         const int computed = b.wanted < 4 ? b.wanted : (1 << f.derivatives) - 1;
         for (int k = 0; k < f.derivatives; ++k) {
             if (!(computed >> k & 1)) continue;
-            if (!b.grad[k]) b.grad[k] = slopes[k];  // computed beside what is wanted
+            if (!b.grad[k]) b.grad[k] = scratch.slopes[k];  // computed beside what is wanted
             b.needs |= f.needs[k + 1];
         }
     }
@@ -378,7 +397,7 @@ private:
     void weigh(int64_t start, int64_t n) {
         for (int k = 0; k < 2; ++k) {
             if (!a.multiplier[k].data) continue;
-            const T* m = walk.load(a.multiplier[k], MULTIPLIER + k, start, n, by);
+            const T* m = walk.load(a.multiplier[k], MULTIPLIER + k, start, n, scratch.by);
             if (k == 0) multiply(b.loss, m, n);
             for (int d = 0; d < f.derivatives; ++d)
                 if (a.grad[d].data) multiply(b.grad[d], m, n);
@@ -396,10 +415,9 @@ int64_t pointwise(const PointwiseArgs& a, const Loops<T>& loops) {
     for (const Array& grad : a.grad) advise_huge_pages(grad.data, a.numel * size_of(grad.dtype));
     advise_huge_pages(a.loss.data, a.numel * size_of(a.loss.dtype));
     parallel_ranges(blocks, 32, [&](int64_t begin, int64_t end) {
-        // Too large for the stacks of some threads.
-        const std::unique_ptr<PointwiseKernel<T>> kernel(new PointwiseKernel<T>(a, loops, outside));
+        PointwiseKernel<T> kernel(a, loops, outside);
         for (int64_t b = begin; b < end; ++b) {
-            const double sum = (*kernel)(b);
+            const double sum = kernel(b);
             if (a.total.data) sums[size_t(b)] = sum;
         }
     });
