@@ -330,3 +330,38 @@ def test_what_is_known_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
     for n in range(20):
         functional.mse_loss(torch.zeros(n), torch.ones(n))
         assert len(memo.known) <= 4
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("name", ["mse_loss", "l1_loss", "huber_loss", "binary_cross_entropy"])
+def test_weights_of_a_known_call_are_looked_at_anew(
+    name: str, reduction: str, generator: Generator
+) -> None:
+    function, theirs = getattr(functional, name), getattr(torch.nn.functional, name)
+    x, t = torch.rand(2, 4, 3, generator=generator, dtype=torch.float64)
+    before = trace.calls()[name, "kernel"]
+    for k in range(1, 4):
+        weight = torch.rand(4, 3, generator=generator, dtype=torch.float64)
+        found = function(x, t, weight=weight, reduction=reduction)
+        expected = theirs(x, t, weight=weight, reduction=reduction)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+        assert trace.calls()[name, "kernel"] == before + k
+
+
+def test_which_weight_a_known_call_has_is_no_matter_of_shapes(generator: Generator) -> None:
+    name = "binary_cross_entropy_with_logits"
+    ours, theirs = getattr(functional, name), getattr(torch.nn.functional, name)
+    x, t, w = torch.rand(3, 4, 3, generator=generator, dtype=torch.float64)
+    for _ in range(2):
+        for settings in ({"weight": w}, {"pos_weight": w}, {"weight": w, "pos_weight": t}, {}):
+            found, expected = ours(x, t, **settings), theirs(x, t, **settings)
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def test_weights_that_are_converted_are_converted_each_time() -> None:
+    x, t = torch.rand(2, 4, 3)
+    for weight in (torch.ones(4, 3, dtype=torch.int64), torch.ones(4, 3, dtype=torch.float64)):
+        for factor in (1, 2, 3):
+            found = functional.binary_cross_entropy(x, t, weight * factor)
+            expected = factor * torch.nn.functional.binary_cross_entropy(x, t)
+            torch.testing.assert_close(found, expected.to(found.dtype))

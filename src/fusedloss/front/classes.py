@@ -48,7 +48,7 @@ class Classes:
     softmax: bool = False  # the input holds logits; the target may hold probabilities
 
     def memo(self, loss: Definition) -> Memo:
-        return loss.memo([*loss.operands, "None"])
+        return loss.memo(weighted=True)
 
     def run(self, loss: Definition, memo: tuple[Any, ...] | None, given: dict[str, Any]) -> Tensor:
         name = loss.name
@@ -76,6 +76,8 @@ class Classes:
         why = None
         if probabilities and input.numel() == 0 and input.shape[min(input.dim() - 1, 1)] == 0:
             why = "there are no classes"
+        if weight is not more.get("weight"):
+            memo = None  # what is repeated gets the tensors as they are given
         return dispatch(name, call, (input, target, weight), why, memo)
 
     def _check_probabilities(

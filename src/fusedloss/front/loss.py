@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -74,13 +74,23 @@ class Definition:
             allowed,
         )
 
-    def memo(self, tensors: Sequence[str], has_domain: bool = False) -> Memo:
-        """That of a call with these tensors alone, whose settings are numbers and the like."""
-        absent = [n for n in (*signature.LEGACY, *self.optional) if n in self.signature.parameters]
+    def memo(self, weighted: bool, has_domain: bool = False) -> Memo:
+        """A call is repeated by its settings and its tensors, which go to its kernel as they are given.
+
+        The last of these is the weight, or None, if it is `weighted`.
+        """
+        legacy = [n for n in signature.LEGACY if n in self.signature.parameters]
         settled = [s.settled.format(n) for n, s in self.settings.items() if s.settled]
-        plain = " and ".join([*(f"{n} is None" for n in absent), *settled]) or "True"
+        plain = " and ".join([*(f"{n} is None" for n in legacy), *settled]) or "True"
         keys = ["reduction", *(s.key.format(n) for n, s in self.settings.items())]
-        return Memo(plain, ", ".join(keys), ", ".join(tensors), has_domain)
+        keys += [f"{n} is None" for n in self.further]  # where tensors stand depends on it
+        tensors = [*self.operands, *self.further]
+        if weighted:
+            tensors.append("weight" if "weight" in self.optional else "None")
+        found = f"({', '.join(tensors)})"
+        for n in self.further:
+            found = f"({found} if {n} is not None else {found.replace(f'{n}, ', '')})"
+        return Memo(plain, ", ".join(keys), found, has_domain)
 
     def refuse_what_users_rue(self, tensors: dict[str, Tensor], **settings: Any) -> None:
         """ValueError where `checks("strict")` refuses the call."""

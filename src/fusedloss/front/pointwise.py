@@ -158,7 +158,7 @@ def refuse(words: str) -> Shapes:
 class Weighed(NamedTuple):
     weight: Tensor
     dtype: torch.dtype
-    denominator: Tensor | None
+    by_weights: bool = False  # 'mean' divides by their sum
 
 
 @dataclass(frozen=True)
@@ -194,8 +194,7 @@ def like_input(mean_by: str) -> Weight:
             dtype = torch.promote_types(dtype, weight.dtype)
         if weight.dtype is torch.float64:  # the kernel computes in the widest type of its operands
             operands["input"] = input.double()
-        by_sum = reduction == "mean" and mean_by == "sum"
-        return Weighed(weight, dtype, sum_of(weight) if by_sum else None)
+        return Weighed(weight, dtype, mean_by == "sum")
 
     return Weight(prepare, AttributeError, "ValueError: `weight` of another shape than `input`")
 
@@ -213,7 +212,7 @@ def broadcasting(no_tensor: type[Exception]) -> Weight:
     ) -> Weighed:
         input = operands["input"]
         errors.expands(name, input.shape, weight=weight)
-        return Weighed(floating(name, input, weight=weight), dtype, None)
+        return Weighed(floating(name, input, weight=weight), dtype)
 
     return Weight(prepare, no_tensor, "RuntimeError: a weight that does not broadcast")
 
@@ -245,7 +244,7 @@ class Elements:
     def memo(self, loss: Definition) -> Memo:
         defaults = {n: p.default for n, p in loss.signature.parameters.items()}
         formula, _ = self.chosen(loss, {n: defaults[n] for n in loss.settings}, {})
-        return loss.memo([*loss.operands, "None"], formula.domain is not None)
+        return loss.memo(True, formula.domain is not None)
 
     def chosen(
         self, loss: Definition, settings: dict[str, Any], further: Tensors
@@ -277,7 +276,10 @@ class Elements:
             memo = None  # to warn again
         if self.types.anything and not dtype.is_floating_point:
             return self.by_torch(loss, operands, weight, settings, reduction, dtype)
+        given_tensors = (*operands.values(), *more.values(), weight)
         call, tensors = self.call(loss, operands, more, weight, settings, reduction, dtype)
+        if any(t is not u for t, u in zip(tensors, given_tensors, strict=True)):
+            memo = None  # what is repeated gets the tensors as they are given
         try:
             result = dispatch(name, call, tensors, settings=memo)
         except OutsideDomain:
@@ -296,12 +298,12 @@ class Elements:
     ) -> tuple[PointwiseCall, tuple[Tensor | None, ...]]:
         """What is run, and its tensors, all of floating point."""
         name, first = loss.name, next(iter(operands.values()))
-        denominator: Tensor | float | None = None
+        denominator, by_weights = None, False
         if weight is not None and self.weight is not None:
             weighed = self.weight.prepare(
                 name, self.types.kernel, operands, weight, dtype, reduction
             )
-            weight, dtype, denominator = weighed
+            weight, dtype, by_weights = weighed
         if self.types.integers:
             _make_floating(name, self.types.kernel, operands, dtype)
         for argument, tensor in further.items():
@@ -311,7 +313,7 @@ class Elements:
             reduction, denominator = ("mean", first.shape[0]) if first.dim() else ("sum", None)
         formula, numbers = self.chosen(loss, settings, further)
         dtype = result_dtype(dtype, first)
-        call = PointwiseCall(formula, numbers, reduction, denominator, dtype)
+        call = PointwiseCall(formula, numbers, reduction, denominator, dtype, by_weights)
         return call, (*operands.values(), *further.values(), weight)
 
     def by_torch(
@@ -332,10 +334,11 @@ class Elements:
         denominator = None
         if weight is not None and self.weight is not None:
             kernel = self.types.kernel
-            weight, _, denominator = self.weight.prepare(
+            weight, _, by_weights = self.weight.prepare(
                 loss.name, kernel, operands, weight, dtype, reduction
             )
             losses = losses * weight
+            denominator = sum_of(weight) if by_weights else None
         return total(losses, reduction, denominator)
 
     def words(self, loss: Definition) -> docs.Words:

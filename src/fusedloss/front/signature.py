@@ -88,9 +88,9 @@ def compiled(
 class Memo(NamedTuple):
     """How a call is told to be like an earlier one, as source text."""
 
-    plain: str  # the condition: no more tensors, and settings whose value is all that they are
+    plain: str  # the condition: settings whose value is all that they are
     key: str  # the settings
-    tensors: str
+    tensors: str  # a tuple, as they go to the kernel
     has_domain: bool
 
 
@@ -123,7 +123,7 @@ def function(
         lines.append(f"    return _finish(None, {everything})")
     else:
         repeated = [
-            f"    if _memo and (_known := _repeat({name!r}, ({memo.tensors}), _memo)) is not None:",
+            f"    if _memo and (_known := _repeat({name!r}, {memo.tensors}, _memo)) is not None:",
             "        return _known",
         ]
         if memo.has_domain:  # what lies outside is told below

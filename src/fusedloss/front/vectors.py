@@ -46,7 +46,7 @@ class Triplets:
     computes: ClassVar[bool] = False
 
     def memo(self, loss: Definition) -> Memo:
-        return loss.memo(loss.operands)
+        return loss.memo(weighted=False)
 
     def run(self, loss: Definition, memo: tuple[Any, ...] | None, given: dict[str, Any]) -> Tensor:
         reduction, settings = loss.reduction(given), loss.checked(given)

@@ -24,8 +24,9 @@ class PointwiseCall(Kind):
     formula: Pointwise
     params: tuple[float, ...]
     reduction: str
-    denominator: Tensor | float | None  # of 'mean'; the number of losses where None
+    denominator: float | None  # of 'mean'; the number of losses where None
     dtype: torch.dtype  # of the result
+    by_weights: bool = False  # 'mean' divides by the sum of the weights
 
     family: ClassVar[str] = "pointwise"
     operator: ClassVar[bool] = False
@@ -53,6 +54,12 @@ class PointwiseCall(Kind):
         """Whether the gradients that are needed depend on what tensor k holds."""
         return not (k == 0 and self.formula.linear and not any(needed[1:]))
 
+    def divisor(self, weight: Tensor | None) -> Tensor | float | None:
+        """What 'mean' divides by; the number of losses where None."""
+        if self.by_weights and weight is not None and self.reduction == "mean":
+            return reduce.sum_of(weight)
+        return self.denominator
+
     def replicated(self, tensors: Sequence[Any]) -> tuple[int, int]:
         return 2, len(tensors)  # such as the weights that a criterion holds
 
@@ -65,7 +72,7 @@ class PointwiseCall(Kind):
         losses = apply(self.formula, given, names)
         if weight is not None:
             losses = losses * weight.to(compute)
-        result = reduce.total(losses, self.reduction, self.denominator)
+        result = reduce.total(losses, self.reduction, self.divisor(weight))
         return lowered(result, alone).to(self.dtype)
 
     def gradients_by_formula(
@@ -79,7 +86,8 @@ class PointwiseCall(Kind):
         wide = torch.broadcast_tensors(*(t.to(compute) for t in given))
         scale = incoming.to(compute)
         if self.reduction == "mean":
-            scale = scale / (wide[0].numel() if self.denominator is None else self.denominator)
+            divisor = self.divisor(weight)
+            scale = scale / (wide[0].numel() if divisor is None else divisor)
         if weight is not None:
             scale = scale * weight.to(compute)
         slopes = zip(

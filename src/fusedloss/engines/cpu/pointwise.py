@@ -16,12 +16,13 @@ from ..plan import PointwisePlan
 from .engine import CpuEngine
 from .load import DTYPES, address, formula_numbers
 
-# As csrc/pointwise.h has them: the arrays with strides, and their names but for the operands'.
+# As csrc/pointwise.h has them: the arrays with strides, and the names of all but for the operands'.
 SLOTS = 2 * OPERANDS + 3
-NAMES = ("weight", "incoming", "losses", *("gradient",) * OPERANDS)
-TOTAL = 2 * (OPERANDS + 3)  # where it stands among the arrays' words
+NAMES = ("weight", "incoming", "losses", "loss", *("gradient",) * OPERANDS)
 DENSE = (1,) * SLOTS
-ABSENT = (0, 0)
+ABSENT = [0, 0] * (SLOTS + 1)
+LACKING = [(None,) * (OPERANDS - k) for k in range(OPERANDS + 1)]
+ZEROS = [(0.0,) * (NUMBERS - k) for k in range(NUMBERS + 1)]
 FIELDS = f"={3 + 2 * (SLOTS + 1)}q{2 + NUMBERS}d{{}}q"
 PACK_DENSE = struct.Struct(FIELDS.format(1 + SLOTS)).pack
 
@@ -38,34 +39,35 @@ class PointwiseEngine(CpuEngine[PointwisePlan]):
     def pack(self, plan: PointwisePlan) -> tuple[str, str, bytes, int]:
         call, tensors, total, shape = plan.call, plan.tensors, plan.total, plan.shape
         *operands, weight = tensors
-        lacking = (None,) * (OPERANDS - len(operands))
-        slots = (*operands, *lacking, weight, plan.incoming, plan.losses, *plan.grads)
-        slots += (None,) * (SLOTS - len(slots))
+        lacking = LACKING[len(operands)]
+        everything = (*operands, *lacking, weight, plan.incoming, plan.losses, total, *plan.grads)
+        arrays, at = ABSENT.copy(), 0
+        for t in everything:
+            if t is not None:
+                place = t.data_ptr()
+                arrays[at] = place or address(call.formula.name, _name(call, at // 2), t)
+                arrays[at + 1] = DTYPES[t.dtype]
+            at += 2
         numel = shape.numel()
-        arrays: list[int] = []
-        for k, t in enumerate(slots):
-            if t is None:
-                arrays += ABSENT
-            else:
-                place = t.data_ptr() or address(call.formula.name, _name(call, k), t)
-                arrays += place, DTYPES[t.dtype]
-        arrays[TOTAL:TOTAL] = ABSENT if total is None else (total.data_ptr(), DTYPES[total.dtype])
         denominator = 1.0
         if call.reduction == "mean":
-            denominator = float(numel if call.denominator is None else call.denominator)
+            divisor = call.divisor(weight)
+            denominator = float(numel if divisor is None else divisor)
         head = (_number(call), numel)
         scale = 1.0 / denominator if denominator else math.nan
-        numbers = (denominator, scale, *call.params, *(0.0,) * (NUMBERS - len(call.params)))
+        numbers = (denominator, scale, *call.params, *ZEROS[len(call.params)])
         if plan.dense:
             arguments = PACK_DENSE(*head, 1, *arrays, *numbers, numel, *DENSE)
         else:
+            slots = (*everything[: OPERANDS + 3], *plan.grads)
+            slots += (None,) * (SLOTS - len(slots))
             sizes, kept = coalesced(
                 shape, [t.expand(shape).stride() for t in slots if t is not None]
             )
             if not sizes:
                 sizes, kept = [1], [[1] for _ in kept]
-            present, absent = iter(kept), [0] * len(sizes)
-            strides = [n for t in slots for n in (absent if t is None else next(present))]
+            present, nowhere = iter(kept), [0] * len(sizes)
+            strides = [n for t in slots for n in (nowhere if t is None else next(present))]
             fields = FIELDS.format(len(sizes) + len(strides))
             arguments = struct.pack(fields, *head, len(sizes), *arrays, *numbers, *sizes, *strides)
         return "pointwise", call.formula.name, arguments, numel

@@ -73,7 +73,8 @@ class PointwiseEngine(GpuEngine[PointwisePlan]):
             partial = scratch(programs, device)
         denominator: float | Tensor = 1.0
         if call.reduction == "mean":
-            denominator = float(numel) if call.denominator is None else call.denominator
+            divisor = call.divisor(weight)
+            denominator = float(numel) if divisor is None else divisor
         held = isinstance(denominator, Tensor)
         record = None if formula.domain is None else Outside(call.formula, shape)
         arguments: dict[str, Any] = dict(zip(SLOTS, slots, strict=True))
