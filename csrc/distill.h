@@ -11,6 +11,7 @@
 // Logits stay relative to their maximum, and of the logs of the sums only the difference is taken: neither a
 // common offset nor certainty costs digits. As probabilities add up to 1, a sum of p_t (l p_t - l p_s) is
 // that of p_t (l p_t - l p_s) + p_s - p_t: no term of it is negative, and a tiny divergence keeps its digits.
+// It costs half as much again, so that only rows whose terms cancel are taken once more by it.
 #pragma once
 #include "linear.h"
 
@@ -127,6 +128,15 @@ FUSEDLOSS_LOOP void weigh_gaps(const T* __restrict p, const T* __restrict a, T s
     for (int64_t i = 0; i < n; ++i) out[i] = p[i] == T(0) ? T(0) : p[i] * (a[i] - shift);
 }
 
+// Of p |a + shift|.
+template <class T>
+FUSEDLOSS_LOOP T sum_of_sizes(const T* __restrict p, const T* __restrict a, T shift, int64_t n) {
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) sum += p[i] == T(0) ? T(0) : p[i] * math::abs(a[i] + shift);
+    return sum;
+}
+
 // x gap + y - x for y = x exp(-gap), gap = a + shift.
 template <class T>
 FUSEDLOSS_LOOP void excesses(const T* __restrict x, const T* __restrict y, const T* __restrict a, T shift,
@@ -178,47 +188,42 @@ public:
             teacher.add(t, c, count, by, out);
         });
         difference = T(teacher.log_sum() - student.log_sum());
-        // The mean in the gradient is of gaps less that of the student's largest class, so that no digits are
+        // The sum weighted by p_s is of gaps less that of the student's largest class, so that no digits are
         // lost where p_s is near 1.
+        double own = 0;
         own_gap = T(0);
         mixture.shifted = false;
         if (student.top >= 0 && a.of_student) {
             relate(n, student.top, 1);
             own_gap = !a.of_teacher ? -d[0] : mixture(d[0]).student;
             if (!std::isfinite(own_gap)) own_gap = T(0);
+            own = double(own_gap);
             mixture.shifted = a.of_teacher && d[0] < T(-0.7);
             if (mixture.shifted) own_gap = mixture(d[0]).student;
         }
-        double forward = 0, reverse = 0, mean = 0;
-        const double ratio = teacher.raised_sum() / student.raised_sum();
+        double forward = 0, mean = 0;
         blocks(a.c, [&](int64_t c, int64_t count) {
             relate(n, c, count);
             exps_of(s, T(1), count, p);
             exps_of(t, T(1), count, q);
             bend(count);
-            // Both of the teacher's unit, and what they are compared with.
-            std::transform(p, p + count, s, [&](T e) { return e * T(ratio); });
-            if (a.of_student && a.of_teacher) mix(q, s, mixture.beta, mixture.rest, t, count);
             if (a.of_teacher) {
-                excesses(q, a.of_student ? t : s, a.of_student ? to_teacher : d, T(0), out, count);
+                weigh_gaps(q, a.of_student ? to_teacher : d, T(0), out, count);
                 forward += ordered_sum(out, count);
             }
             if (a.of_student) {
-                excesses(s, a.of_teacher ? t : q, d, mixture.shifted ? -mixture.log_rest : T(0), out, count);
-                reverse += ordered_sum(out, count);
-            }
-            if (a.of_student && a.differentiate) {
                 weigh_gaps(p, d, own_gap, out, count);
                 mean += ordered_sum(out, count);
             }
         });
         forward /= teacher.raised_sum();
-        reverse /= teacher.raised_sum();
         mean /= student.raised_sum();
-        const double most = -a.beta * std::log(a.beta) - (1 - a.beta) * std::log1p(-a.beta);
-        const double soft = !a.of_student   ? forward
-                            : !a.of_teacher ? reverse
-                                            : std::min(a.beta * forward + (1 - a.beta) * reverse, most);
+        double soft = together(forward, mean + own);
+        // What cancels to 1 / 64 of its terms is below this, by Pinsker's inequality.
+        const double small = 0.000505 * (a.of_teacher && a.of_student ? 4 * a.beta * (1 - a.beta) : 1.0);
+        if (soft < small) soft = of_one_sign(n, soft);
+        if (a.of_teacher && a.of_student)
+            soft = std::min(soft, -a.beta * std::log(a.beta) - (1 - a.beta) * std::log1p(-a.beta));
         const RowSums<T> hard = a.label ? hard_sums(n) : RowSums<T>();
         a.loss[n] = a.soft_weight * soft + (a.label ? a.hard_weight * hard.own_loss() : 0.0);
         if (a.differentiate) differentiate(n, mean, hard);
@@ -263,6 +268,38 @@ private:
         if (a.of_student && a.of_teacher)
             mixture.shifted ? mixture_gaps<true>(d, mixture, count, to_teacher)
                             : mixture_gaps<false>(d, mixture, count, to_teacher);
+    }
+
+    double together(double forward, double reverse) const {
+        return !a.of_student ? forward : !a.of_teacher ? reverse : a.beta * forward + (1 - a.beta) * reverse;
+    }
+
+    // The divergence of a row, in place of `found` where the terms of that cancel.
+    double of_one_sign(int64_t n, double found) {
+        const T shift = mixture.shifted ? -mixture.log_rest : T(0);
+        double forward = 0, reverse = 0, forward_size = 0, reverse_size = 0;
+        const double ratio = teacher.raised_sum() / student.raised_sum();
+        blocks(a.c, [&](int64_t c, int64_t count) {
+            relate(n, c, count);
+            exps_of(s, T(ratio), count, p);  // of the teacher's unit
+            exps_of(t, T(1), count, q);
+            bend(count);
+            if (a.of_student && a.of_teacher) mix(q, p, mixture.beta, mixture.rest, t, count);
+            if (a.of_teacher) {
+                const T* gaps = a.of_student ? to_teacher : d;
+                excesses(q, a.of_student ? t : p, gaps, T(0), out, count);
+                forward += ordered_sum(out, count);
+                forward_size += sum_of_sizes(q, gaps, T(0), count);
+            }
+            if (a.of_student) {
+                excesses(p, a.of_teacher ? t : q, d, shift, out, count);
+                reverse += ordered_sum(out, count);
+                reverse_size += sum_of_sizes(p, d, shift, count);
+            }
+        });
+        const double unit = teacher.raised_sum();
+        return found * unit * 64 < together(forward_size, reverse_size) ? together(forward, reverse) / unit
+                                                                        : found;
     }
 
     // Of the hard term.
