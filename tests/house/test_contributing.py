@@ -8,6 +8,9 @@ from pathlib import Path
 import elsewhere
 import pytest
 
+from fusedloss.front.definition import REGISTRY
+from fusedloss.front.modules import MODULES
+
 MOST_LINES = 40
 HOME = "src/fusedloss/losses"
 TEXT = (elsewhere.ROOT / "CONTRIBUTING.md").read_text()
@@ -17,6 +20,15 @@ TEXT = (elsewhere.ROOT / "CONTRIBUTING.md").read_text()
 
 def test_example_is_short() -> None:
     assert sum(bool(line.strip()) for line in EXAMPLE.splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_readme_lists_every_module(page: str) -> None:
+    text = (elsewhere.ROOT / page).read_text()
+    (row,) = re.findall(r"^\| (`MSELoss`.*?) \|", text, re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", row)) == MODULES.keys() - {"LinearCrossEntropyLoss"}
+    heads = {row.name for row in REGISTRY.values() if not row.module}
+    assert page != "README.md" or heads <= set(re.findall(r"`(\w+)`", text))
 
 
 def test_every_room_is_named() -> None:
