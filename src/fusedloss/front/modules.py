@@ -18,7 +18,7 @@ def make(
     name: str, function: Callable[..., Any], operands: tuple[str, ...], extensions: tuple[str, ...]
 ) -> None:
     """Of its settings, forward passes those that the constructor takes; an extension is a keyword of both."""
-    theirs: Any = getattr(torch.nn, name)
+    theirs: Any = getattr(torch.nn.modules, name)  # whatever has been put into torch.nn
     constructor = inspect.signature(theirs.__init__)
     tensors = [n for n in inspect.signature(theirs.forward).parameters if n != "self"]
     parameters = inspect.signature(function).parameters
