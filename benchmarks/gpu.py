@@ -31,7 +31,9 @@ PLUGINS = ["-p", "no:cacheprovider", "-p", "no:benchmark", "-W", "ignore::Deprec
 WARMING = 4  # processes
 # Of test_repeat.py what is not about the host.
 HOSTS = "gpu_checks or gpu_errors or gpu_alone or gpu_linear or bits_of_a_call"
-# As in tests/engines/test_gpu.py.
+# As in tests/engines/test_gpu.py and tests/elsewhere.py.
+SUBJECTS = ("against_torch", "kernels", "means", "derivatives", "specials", "bits")
+LOSSES = [f"losses/test_{subject}.py" for subject in SUBJECTS]
 NOT = "not formula and not threads and not more_dimensions and not autocast"
 
 # Rows at a time, classes at a time, whether that is all of them, warps.
@@ -135,9 +137,7 @@ def main() -> int:
                 "checks": pool.submit(
                     tested, mode, files, HOSTS, limit, 6, max(args.every // 4, 1)
                 ),
-                "losses": pool.submit(
-                    tested, mode, ["losses/test_losses.py"], NOT, limit, 6, args.every
-                ),
+                "losses": pool.submit(tested, mode, LOSSES, NOT, limit, 6, args.every),
             }
             for part, outcome in runs.items():
                 keep(part)(outcome.result())

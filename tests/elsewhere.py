@@ -18,6 +18,12 @@ CMAKE = (ROOT / "CMakeLists.txt").read_text()
 # The libraries of this machine's capability; small inputs may have one of their own.
 PATHS = list(dict.fromkeys(load.path(small) for small in (False, True)))
 
+# What is asked of every loss and of every kernel.
+LOSSES = tuple(
+    f"tests/losses/test_{subject}.py"
+    for subject in ("against_torch", "kernels", "means", "derivatives", "specials", "bits")
+)
+
 UNITS = re.findall(r"csrc/\w+\.cpp", CMAKE)
 
 # An editable install finds the package before sys.path does.

@@ -31,7 +31,7 @@ class Mutant:
     old: str
     new: str
     tests: str  # what pytest's -k selects
-    files: tuple[str, ...] = ("tests/losses/test_losses.py",)
+    files: tuple[str, ...] = elsewhere.LOSSES
     build: bool = False  # formulas are kernels too
 
     @property
@@ -84,7 +84,7 @@ MUTANTS = [
     # formulas
     formula(REGRESSION, "return (x - t) * (x - t)", "return (x - t) * (x + t)", "mse_loss"),
     formula(REGRESSION, "slope = 2.0 * (x - t)", "slope = x - t", "mse_loss"),
-    formula(REGRESSION, "return slope, -slope", "return slope, slope", "mse_loss"),
+    formula(REGRESSION, "(x - t)\n    return slope, -slope", "(x - t)\n    return slope, slope", "mse_loss"),
     formula(BINARY, "is 0 or 1.\n    return -(t *", "is 0 or 1.\n    return -((1.0 - t) *", "binary_cross_entropy"),
     formula(BINARY, "slope = m.where(x > 0.0, 1.0 - t, -t)", "slope = m.where(x > 0.0, 1.0 + t, -t)", "logits"),
     formula(BINARY, "(1.0 - t) - tail, tail - t), -x", "(1.0 - t) - tail, tail - t), x", "logits"),
@@ -110,9 +110,9 @@ MUTANTS = [
     formula("core/reduce.py", "return losses.mean() if denominator is None else losses.sum() / denominator", "return losses.mean()", "(batchmean or weight)"),
     formula("kinds/formula.py", "grads[0] * s if need", "s if need", "mse_loss"),
     # the loop of pointwise losses
-    kernel("pointwise.h", "multiply(g[d], m, n);", "", KERNELS + " and mse_loss"),
+    kernel("pointwise.h", "if (a.grad[d].data) multiply(b.grad[d], m, n);", ";", KERNELS + " and mse_loss"),
     kernel("pointwise.h", "total_sum(sums) / a.denominator", "total_sum(sums)", KERNELS + " and mse_loss"),
-    kernel("pointwise.h", "std::min(size, a.numel - start)", "std::min(size - 1, a.numel - start)", KERNELS + " and mse_loss"),
+    kernel("pointwise.h", "std::min(block_size, a.numel - start)", "std::min(block_size - 1, a.numel - start)", KERNELS + " and mse_loss"),
     kernel("pointwise.h", "- size(d) * stride(slot, d);", "- (size(d) - 1) * stride(slot, d);", KERNELS + " and mse_loss"),
     kernel("pointwise.h", "start + i < seen &&", "start + i > seen &&", "input", **ERRORS),
     kernel("pointwise.h", "inside = inside & lie(i)", "inside = lie(i)", "input", **ERRORS),

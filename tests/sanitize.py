@@ -23,7 +23,7 @@ THREADS = (*DEBUG, "-fsanitize=thread")
 PLAIN = (*DEBUG, "-march=x86-64-v2") if platform.machine() in ("x86_64", "AMD64") else DEBUG
 DRIVER = "tests/native/driver.cpp"
 FILES = (
-    "tests/losses/test_losses.py",
+    *elsewhere.LOSSES,
     "tests/heads/test_formula.py",
     "tests/heads/test_log_prob.py",
     "tests/heads/test_divergence.py",

@@ -1,4 +1,4 @@
-"""What holds of the GPU kernels beside what test_losses.py asks of every kernel.
+"""What holds of the GPU kernels beside what tests/losses asks of every kernel.
 
 test_gpu.py runs this file in processes of their own: interpreted on CPU tensors, and on a GPU if there
 is one.

@@ -17,31 +17,35 @@ import torch
 
 pytest.importorskip("triton")
 
+from elsewhere import LOSSES, ROOT
 from gpu_kernels import CALLS, TARGETS, Call, Step, compiled, everything, recorded
 
-TESTS = Path(__file__).parent.parent
-# Of test_losses.py: what does not run kernels, or runs them over too much to interpret.
+# Of what is asked of every loss: what does not run kernels, or runs them over too much to interpret.
 NOT = "not formula and not threads and not more_dimensions and not autocast"
-EVERY = {"losses/test_losses.py": "160", "route/test_repeat.py": "10"}
+EVERY = {"losses": "160", "repeated": "10"}
 
 PARTS = {
-    "options": ("engines/gpu_checks.py", "test_option"),
-    "checks": ("engines/gpu_checks.py", "not test_option"),
-    "errors": ("engines/gpu_errors.py", ""),
-    "alone": ("engines/gpu_alone.py", ""),
-    "linear": ("engines/gpu_linear.py", ""),
-    "repeated": ("route/test_repeat.py", "bits_of_a_call"),
-    "losses": ("losses/test_losses.py", f"{NOT} and not depend_on_its_batch"),
+    "options": ("tests/engines/gpu_checks.py", "test_option"),
+    "checks": ("tests/engines/gpu_checks.py", "not test_option"),
+    "errors": ("tests/engines/gpu_errors.py", ""),
+    "alone": ("tests/engines/gpu_alone.py", ""),
+    "linear": ("tests/engines/gpu_linear.py", ""),
+    "repeated": ("tests/route/test_repeat.py", "bits_of_a_call"),
+    "losses": (" ".join(LOSSES), f"{NOT} and not depend_on_its_batch"),
 }
 
 
-def pytest_in(mode: str, file: str, keep: str, **environment: str) -> str:
+def pytest_in(mode: str, files: str, keep: str, **environment: str) -> str:
     """The summary of a run of pytest in a process of its own, in which all must pass."""
     variables = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     variables |= {"FUSEDLOSS_TEST_GPU": mode, **environment}
     command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, str(TESTS / file), "-k", keep], env=variables, capture_output=True, text=True
+        [*command, *files.split(), "-k", keep],
+        cwd=ROOT,
+        env=variables,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     found = re.search(r"\d+ passed.*", done.stdout)
@@ -52,9 +56,9 @@ def pytest_in(mode: str, file: str, keep: str, **environment: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_interpreted(part: str, record_property: Callable[[str, object], None]) -> None:
-    file, keep = PARTS[part]
-    every = {"FUSEDLOSS_TEST_EVERY": EVERY.get(file, "1")}
-    summary = pytest_in("interpreted", file, keep, TRITON_INTERPRET="1", **every)
+    files, keep = PARTS[part]
+    every = {"FUSEDLOSS_TEST_EVERY": EVERY.get(part, "1")}
+    summary = pytest_in("interpreted", files, keep, TRITON_INTERPRET="1", **every)
     record_property(f"GPU kernels interpreted, {part}", summary)
 
 
@@ -62,8 +66,8 @@ def test_interpreted(part: str, record_property: Callable[[str, object], None]) 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("part", PARTS)
 def test_on_a_gpu(part: str, record_property: Callable[[str, object], None]) -> None:
-    file, keep = PARTS[part]
-    record_property(f"GPU kernels on a GPU, {part}", pytest_in("cuda", file, keep))
+    files, keep = PARTS[part]
+    record_property(f"GPU kernels on a GPU, {part}", pytest_in("cuda", files, keep))
 
 
 # `make nightly` compiles all calls for all targets, with their backward.

@@ -5,242 +5,23 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from conftest import Outcome, run, same_bits
-from hypothesis import HealthCheck, Phase, assume, given, settings
-from hypothesis import strategies as st
-from test_compatibility import deviations
+from deviations import deviations
+from drawn import DRAWN, INF, INTEGERS, ROWS, TRIPLETS, Call, calls, show
+from hypothesis import HealthCheck, Phase, given, settings
 from torch import Generator, Tensor
 
 import fusedloss
 from fusedloss.front.definition import REGISTRY
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-INTEGERS = (torch.int64, torch.uint8, torch.int32, torch.int16, torch.int8, torch.uint16)
-ODD = (torch.int64, torch.bool, torch.complex64, torch.uint8, torch.int32)
-NAN, INF = math.nan, math.inf
-MOST = 3000  # elements of a tensor
 TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-10, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-
-POINTWISE = ("mse_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div")
-ROWS = ("cross_entropy", "nll_loss")
-TRIPLETS = ("triplet_margin_loss", "triplet_margin_with_distance_loss")
-
-
-@dataclass
-class Call:
-    name: str
-    tensors: tuple[Any, ...]
-    options: dict[str, Any] = field(default_factory=dict)
-    wanted: tuple[int, ...] = ()
-    seed: int = 0
-
-    def __str__(self) -> str:
-        shown = [_show(t) for t in self.tensors]
-        shown += [f"{k}={_show(v)}" for k, v in self.options.items()]
-        return f"{self.name}({', '.join(shown)}), gradients by {self.wanted}, seed {self.seed}"
-
-
-def _show(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return repr(value)
-    kind = str(value.dtype).removeprefix("torch.")
-    whole = f"{kind}{list(value.shape)} strides {list(value.stride())}"
-    return f"{whole} {value.tolist()}" if value.numel() <= 12 else whole
-
-
-# What to pass
-
-
-def values(kind: str, shape: tuple[int, ...], generator: Generator) -> Tensor:
-    """In float64; 'special' has what is hard: infinities, NaN of any payload, limits, zeros."""
-    if kind == "probabilities":
-        return torch.rand(shape, dtype=torch.float64, generator=generator)
-    x = 3 * torch.randn(shape, dtype=torch.float64, generator=generator)
-    if kind == "logs":
-        return -x.abs()
-    if kind == "special" and x.numel():
-        payload = torch.tensor(0x7FF0DEADBEEF0001, dtype=torch.int64).view(torch.float64).item()
-        specials = torch.tensor(
-            [
-                INF,
-                -INF,
-                NAN,
-                -NAN,
-                payload,
-                0.0,
-                -0.0,
-                1.0,
-                1e-45,
-                5e-324,
-                3e38,
-                -1e300,
-                65504.0,
-                1e4,
-            ],
-            dtype=torch.float64,
-        )
-        drawn = specials[torch.randint(len(specials), shape, generator=generator)]
-        hit = torch.rand(shape, generator=generator) < 0.2
-        return torch.where(hit, drawn, x)
-    return x
-
-
-def laid_out(tensor: Tensor, layout: str) -> Tensor:
-    """The same values (but for 'expanded' and 'overlapping') in another memory."""
-    t = tensor
-    if t.dtype is torch.uint16:  # few operations know it
-        return laid_out(t.view(torch.int16), layout).view(torch.uint16)
-    if layout == "transposed" and t.dim() > 1:
-        return t.transpose(0, -1).contiguous().transpose(0, -1)
-    if layout == "flipped":
-        return t.flip(tuple(range(t.dim())))
-    if layout == "every second" and t.dim():
-        return torch.stack((t, t), dim=-1).flatten(-2)[..., ::2]
-    if layout == "channels last" and t.dim() == 4:
-        return t.contiguous(memory_format=torch.channels_last)
-    if layout == "offset":
-        return torch.cat((t.reshape(-1)[:1], t.reshape(-1)))[1 if t.numel() else 0 :].view(t.shape)
-    if layout == "expanded" and t.dim() and t.numel():
-        return t[..., :1].expand(t.shape)
-    if layout == "expanded rows" and t.dim() and t.numel():
-        return t[:1].expand(t.shape)
-    if layout == "overlapping" and t.dim() > 1 and t.numel():
-        steps = (1,) * t.dim()
-        return t.contiguous().as_strided(t.shape, steps)
-    return t
-
-
-LAYOUTS = (
-    *("contiguous",) * 3,
-    "transposed",
-    "flipped",
-    "every second",
-    "channels last",
-    "offset",
-    "expanded",
-    "expanded rows",
-    "overlapping",
-)
-sizes = st.sampled_from((2, 3, 1, 5, 7, 17, 33, 0, 64, 1030))
-some = st.integers(0, 9)  # a choice made in one draw out of ten
-
-
-@st.composite
-def shapes(draw: Callable[..., Any], least: int = 0, most: int = 4) -> tuple[int, ...]:
-    shape: list[int] = []
-    for size in draw(st.lists(sizes, min_size=least, max_size=most)):
-        shape.append(size if math.prod(shape) * size <= MOST else 1)
-    return tuple(shape)
-
-
-@st.composite
-def calls(draw: Callable[..., Any]) -> Call:
-    name = draw(st.sampled_from((*POINTWISE, *ROWS, *TRIPLETS)))
-    generator = Generator().manual_seed(seed := draw(st.integers(0, 2**32)))
-    dtype = draw(st.sampled_from(FLOATS))
-    special = draw(some) > 6
-
-    def tensor(shape: tuple[int, ...], kind: str, own: torch.dtype = dtype) -> Tensor:
-        if draw(some) == 9:
-            own = draw(st.sampled_from((*FLOATS, *ODD)))
-        if own.is_complex or own.is_floating_point:
-            data = values(
-                "special" if special and draw(st.booleans()) else kind, shape, generator
-            ).to(own)
-        else:
-            data = torch.randint(0, 2, shape, generator=generator).to(own)
-        return laid_out(data, draw(st.sampled_from(LAYOUTS)))
-
-    def near(shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape, one that broadcasts with it, or now and then any."""
-        choice = draw(some)
-        if choice < 7 or not shape:
-            return shape
-        if choice == 7:
-            return tuple(1 if draw(st.booleans()) else n for n in shape)
-        return shape[1:] if choice == 8 else draw(shapes())
-
-    options: dict[str, Any] = {}
-    reductions = ["mean", "sum", "none"] + ["batchmean"] * (name == "kl_div")
-    options["reduction"] = draw(st.sampled_from((*reductions, *reductions, "avg")))
-    if draw(some) == 9 and name != TRIPLETS[1]:
-        options["size_average"] = draw(st.sampled_from((True, False, None)))
-        options["reduce"] = draw(st.sampled_from((True, False, None)))
-
-    if name in ROWS:
-        shape = draw(shapes(1))
-        classes = shape[min(len(shape) - 1, 1)]
-        kind = "logs" if name == "nll_loss" else "normal"
-        x = tensor(shape, kind)
-        if name == "cross_entropy" and draw(some) > 5:
-            target = tensor(near(shape), "probabilities")
-            axis = min(target.dim() - 1, 1)
-            if target.is_floating_point() and target.dim() and draw(st.booleans()):
-                target = target / target.sum(axis, keepdim=True)
-        else:
-            rows = shape[:1][: len(shape) - 1] + shape[2:]
-            low, high = (-2, classes + 2) if draw(some) == 9 else (0, max(classes, 1))
-            index = torch.randint(low, high, near(rows), generator=generator)
-            if draw(some) > 6:
-                ignored = torch.rand(index.shape, generator=generator) < draw(
-                    st.sampled_from((0.3, 1.0))
-                )
-                index = torch.where(ignored, -100, index)
-            kinds = INTEGERS[:2] if draw(some) < 8 else (*INTEGERS, *FLOATS, torch.bool)
-            target = laid_out(
-                index.to(draw(st.sampled_from(kinds))), draw(st.sampled_from(LAYOUTS))
-            )
-        if draw(some) > 6:
-            options["weight"] = tensor(
-                (classes,) if draw(some) < 9 else draw(shapes()), "probabilities"
-            )
-        if draw(some) > 6:
-            options["ignore_index"] = draw(st.sampled_from((0, 1, -1, 255, 2**62, 2**70, 1.5)))
-        if name == "cross_entropy" and draw(some) > 5:
-            options["label_smoothing"] = draw(st.sampled_from((0.1, 0.5, 1.0, 0, -0.1, 1.5, NAN)))
-        return Call(name, (x, target), options, (0,) if draw(st.booleans()) else (), seed)
-
-    shape = draw(shapes())
-    if name in TRIPLETS:
-        tensors = tuple(tensor(near(shape), "normal") for _ in range(3))
-        options["margin"] = draw(st.sampled_from((1.0, 0.5, 3, 0.0, -1.0, NAN, INF)))
-        options["swap"] = draw(st.booleans())
-        if name == TRIPLETS[0]:
-            options["p"] = draw(st.sampled_from((2, 2.0, 1.0, 3.0, 0.7, INF, 0.0, -1.0, NAN)))
-            options["eps"] = draw(st.sampled_from((1e-6, 0.0, 0.1)))
-    else:
-        kinds = {
-            "mse_loss": ("normal", "normal"),
-            "binary_cross_entropy": ("probabilities", "probabilities"),
-            "binary_cross_entropy_with_logits": ("normal", "probabilities"),
-            "kl_div": ("logs", "probabilities"),
-        }[name]
-        if name == "kl_div":
-            options["log_target"] = draw(st.booleans())
-        tensors = (tensor(shape, kinds[0]), tensor(near(shape), kinds[1]))
-        for weight in ("weight", "pos_weight"):
-            if name != "kl_div" and draw(some) > 6 and (weight == "weight" or "logits" in name):
-                options[weight] = tensor(near(shape), "probabilities")
-    assume(common_size(tensors) <= 30 * MOST)
-    wanted = [k for k, t in enumerate(tensors) if draw(st.booleans())]
-    wanted = [k for k in wanted if tensors[k].is_floating_point() or tensors[k].is_complex()]
-    return Call(name, tensors, options, tuple(wanted), seed)
-
-
-def common_size(tensors: Sequence[Tensor]) -> int:
-    """Elements of the shape that they broadcast to."""
-    try:
-        return math.prod(torch.broadcast_shapes(*(t.shape for t in tensors)))
-    except RuntimeError:
-        return 0
 
 
 # What must come of it
@@ -358,12 +139,13 @@ def related(ours: object, theirs: Exception) -> bool:
 
 
 def faults(call: Call, theirs: Exception) -> Iterator[Exception]:
-    """What PyTorch raises for the call, and where one argument is mended: of two faults, either may be
+    """What PyTorch raises for the call, and where arguments are mended: of several faults, any may be
     found first."""
     yield theirs
     mended = [
-        replace(call, options={k: v for k, v in call.options.items() if k != name})
-        for name in call.options
+        replace(call, options={k: v for k, v in call.options.items() if k not in names})
+        for count in (1, 2)
+        for names in itertools.combinations(call.options, count)
     ]
     for k, t in enumerate(call.tensors):
         for dtype in (torch.float32, torch.int64):
@@ -400,16 +182,16 @@ def judge(call: Call) -> str | None:
     if isinstance(theirs, Exception):
         if deviates(call) or any(related(ours, e) for e in faults(call, theirs)):
             return None
-        shown = repr(ours) if isinstance(ours, Exception) else _show(ours.value)
+        shown = repr(ours) if isinstance(ours, Exception) else show(ours.value)
         return f"{shown}, but PyTorch raises {theirs!r}"
     if isinstance(ours, Exception):
-        return None if deviates(call) else f"{ours!r}, but PyTorch gives {_show(theirs.value)}"
+        return None if deviates(call) else f"{ours!r}, but PyTorch gives {show(theirs.value)}"
     exact = outcome(torch.nn.functional, call, torch.float64)
     if isinstance(exact, Exception):
         exact = theirs
     for (name, a), (_, b), (_, e) in zip(ours.named(), theirs.named(), exact.named(), strict=True):
         if (a.dtype, a.shape) != (b.dtype, b.shape):
-            return f"{name} is {_show(a)}, but PyTorch's {_show(b)}"
+            return f"{name} is {show(a)}, but PyTorch's {show(b)}"
         bad = ~close(a, b, e, call, name)
         if bad.any() and deviates(call):
             # On purpose, but only where PyTorch's is NaN, inf or cut off.
@@ -474,13 +256,10 @@ def test_any_call_of_many(call: Call) -> None:
     check(call)
 
 
-UNDRAWN = {"huber_loss", "l1_loss", "poisson_nll_loss"}  # this set is to be empty
-
-
 def test_every_loss_is_drawn() -> None:
     """But those of heads, of which PyTorch has one: tests/heads draws for them."""
     wanted = {row.name for row in REGISTRY.values() if row.kind != "heads"}
-    assert wanted - UNDRAWN == {*POINTWISE, *ROWS, *TRIPLETS}
+    assert wanted == DRAWN.keys()
 
 
 def test_met_deviations_are_on_the_page() -> None:
@@ -502,7 +281,7 @@ def test_features_that_broadcast(swap: bool, generator: Generator) -> None:
     """Each distance is that of its own two tensors, expanded to each other and no further."""
     for shapes_of_call in itertools.product([(3, 1), (3, 8), (1, 1), (1, 8)], repeat=3):
         tensors = [torch.randn(s, dtype=torch.float64, generator=generator) for s in shapes_of_call]
-        check(Call(TRIPLETS[0], tuple(tensors), {"swap": swap, "margin": 9.0}, (0, 1, 2)))
+        check(Call("triplet_margin_loss", tuple(tensors), {"swap": swap, "margin": 9.0}, (0, 1, 2)))
 
 
 HUGE = 2**40

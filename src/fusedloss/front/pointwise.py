@@ -78,7 +78,7 @@ def promote(kernel: str, anything: bool = False) -> Types:
 
 
 def of_input(kernel: str) -> Types:
-    """A real floating point input, whose type is that of the result; a target of any real type."""
+    """A real floating input, whose type is that of the result; a target of any real type, without gradients."""
 
     def check(name: str, operands: Tensors, _weight: Tensor | None, _shapes: Shapes) -> torch.dtype:
         errors.not_narrow(name, kernel, **operands)
@@ -88,9 +88,17 @@ def of_input(kernel: str) -> Types:
             errors.not_floating(name, kind, kernel, advice.swapped(input, target), input=input)
         if target.is_complex():
             errors.not_floating(name, RuntimeError, kernel, target=target)
+        learns = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
+        if learns and result_dtype(target.dtype, target) != result_dtype(input.dtype, input):
+            hint = f": pass {advice.cast('target', input.dtype)}"  # in PyTorch, backward refuses it
+            words = f"Found dtype {target.dtype} but expected {input.dtype} for target{hint}"
+            errors.fail(RuntimeError, name, words)
         return input.dtype
 
-    raises = ("NotImplementedError: integer or complex input", "RuntimeError: a complex target")
+    raises = (
+        "NotImplementedError: integer or complex input",
+        "RuntimeError: a complex target, or where a gradient is wanted one of another type",
+    )
     return Types(check, "in the input's type", raises, kernel, integers=True)
 
 

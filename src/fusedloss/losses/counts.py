@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import torch
+from torch import Tensor
+
 from ..front.definition import elements, options, rates, row
 from ..front.loss import loss
-from ..front.pointwise import Elements, broadcast_target, promote
+from ..front.pointwise import Elements, Shapes, broadcast_target, promote
 from ..kinds import torch_m as m
 from ..kinds.formula import Pointwise
 
@@ -48,9 +53,29 @@ POISSON_OF_LOG_FULL = Pointwise(poisson_of_log_full, poisson_of_log_full_grad)
 POISSON_FULL = Pointwise(poisson_full, poisson_full_grad)
 
 
+NUMBERS = promote("exp", anything=True)
+
+
+def _types(
+    name: str, operands: dict[str, Tensor], weight: Tensor | None, shapes: Shapes
+) -> torch.dtype:
+    """Of integers `exp` and `log` make numbers of the default type."""
+    dtype = NUMBERS.check(name, operands, weight, shapes)
+    input, target = operands.values()
+    if (
+        dtype.is_floating_point
+        and not input.is_floating_point()
+        and (input.dim() or not target.dim())
+    ):
+        return torch.promote_types(dtype, torch.get_default_dtype())
+    return dtype
+
+
 @loss(
     "PoissonNLLLoss",
-    Elements(promote("exp", anything=True), shapes=broadcast_target, no_tensor=TypeError),
+    Elements(
+        dataclasses.replace(NUMBERS, check=_types), shapes=broadcast_target, no_tensor=TypeError
+    ),
     row(rates, options(log_input=False, full=True), bench=elements("Poisson")),
 )
 def poisson_nll_loss(log_input, full, eps):

@@ -50,7 +50,7 @@ def l1(x, t):
 
 
 def l1_grad(x, t):
-    slope = m.where(x > t, 1.0, m.where(x < t, -1.0, x - t))
+    slope = m.where(x > t, 1.0, m.where(x < t, -1.0, 0.0))
     return slope, -slope
 
 
@@ -77,7 +77,7 @@ def l1_loss():
 
 def huber(x, t, *, delta):
     d = m.abs(x - t)
-    return m.where(d <= delta, 0.5 * d * d, delta * (d - 0.5 * delta))
+    return m.where(d < delta, 0.5 * d * d, delta * (d - 0.5 * delta))
 
 
 def huber_grad(x, t, *, delta):
