@@ -296,6 +296,25 @@ def _() -> None:
 
 @deviation
 def _() -> None:
+    """`l1_loss` and `huber_loss` refuse a complex `weight`"""
+    x, weight = torch.randn(2), torch.randn(2, dtype=torch.complex64)
+    for name in ("l1_loss", "huber_loss"):
+        assert getattr(theirs, name)(x, x, weight=weight).is_complex()
+        refuses(NotImplementedError, getattr(ours, name), x, x, weight=weight)
+
+
+@deviation
+def _() -> None:
+    """`poisson_nll_loss` with `full`: the gradient by a target that is not above 0 has no part of Stirling's
+    term"""
+    x, t = tensor([0.5] * 3), tensor([0.0, -1.0, NAN])
+    options = {"full": True, "reduction": "sum"}
+    assert gradient(theirs.poisson_nll_loss, x, t, by=1, **options).isnan().all()
+    assert gradient(ours.poisson_nll_loss, x, t, by=1, **options).tolist() == [-0.5] * 3
+
+
+@deviation
+def _() -> None:
     """`binary_cross_entropy_with_logits` with an infinite target or `pos_weight`: the gradient is the
     formula's limit"""
     x, t, w = tensor([0.5]), tensor([0.5]), tensor([INF])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import Outcome, run, same_bits
 from deviations import deviations
-from drawn import DRAWN, INF, INTEGERS, ROWS, TRIPLETS, Call, calls, show
+from drawn import DRAWN, INF, INTEGERS, POINTWISE, ROWS, TRIPLETS, Call, calls, show
 from hypothesis import HealthCheck, Phase, given, settings
 from torch import Generator, Tensor
 
@@ -33,7 +33,8 @@ def outcome(face: Any, call: Call, dtype: torch.dtype | None = None) -> Outcome 
             return value
         if value.is_complex():
             return value.to(dtype.to_complex())
-        return value.to(dtype) if value.is_floating_point() else value
+        number = call.name in POINTWISE and value.dtype is not torch.bool  # and no index
+        return value.to(dtype) if number or value.is_floating_point() else value
 
     tensors = tuple(map(typed, call.tensors))
     options = {k: typed(v) for k, v in call.options.items()}
@@ -51,8 +52,8 @@ def magnitude(tensor: Tensor) -> Tensor:
     return tensor.abs() if tensor.is_complex() else tensor.double().abs()
 
 
-def pos_weight(call: Call) -> list[Tensor]:
-    return [call.options["pos_weight"]] if "pos_weight" in call.options else []
+def weight(call: Call, name: str = "weight") -> list[Tensor]:
+    return [call.options[name]] if name in call.options else []
 
 
 def some_zero(call: Call) -> bool:
@@ -102,6 +103,17 @@ MET: dict[str, Callable[[Call], bool]] = {
         c.name == "mse_loss"
         and any(isinstance(t, Tensor) and t.is_complex() for t in (*c.tensors, *c.options.values()))
     ),
+    "`l1_loss` and `huber_loss` refuse a complex `weight`": lambda c: (
+        c.name in ("l1_loss", "huber_loss") and any(w.is_complex() for w in weight(c))
+    ),
+    "`poisson_nll_loss` with `full`: the gradient by a target that is not above 0 has no part of "
+    "Stirling's term": lambda c: (
+        c.name == "poisson_nll_loss"
+        and c.options["full"]
+        and 1 in c.wanted
+        and not c.tensors[1].is_complex()
+        and not bool((c.tensors[1] > 0).all())
+    ),
     "`binary_cross_entropy_with_logits`: the loss is 0 where the logit is infinite and right, and inf where "
     "it is partly right": lambda c: (
         c.name == "binary_cross_entropy_with_logits" and bool(magnitude(c.tensors[0]).isinf().any())
@@ -109,7 +121,7 @@ MET: dict[str, Callable[[Call], bool]] = {
     "`binary_cross_entropy_with_logits` with an infinite target or `pos_weight`: the gradient is the "
     "formula's limit": lambda c: (
         c.name == "binary_cross_entropy_with_logits"
-        and any((magnitude(t) > 1e38).any() for t in (c.tensors[1], *pos_weight(c)))
+        and any((magnitude(t) > 1e38).any() for t in (c.tensors[1], *weight(c, "pos_weight")))
     ),
     "`nll_loss`: images of any layout have a gradient": lambda c: (
         c.name == "nll_loss" and c.tensors[0].dim() > 2 and bool(c.wanted)
@@ -151,6 +163,10 @@ def faults(call: Call, theirs: Exception) -> Iterator[Exception]:
         for dtype in (torch.float32, torch.int64):
             tensors = (*call.tensors[:k], t.real.to(dtype), *call.tensors[k + 1 :])
             mended.append(replace(call, tensors=tensors, wanted=()))
+    if call.name in POINTWISE:  # of one shape
+        shape = call.tensors[0].shape
+        tensors = tuple(torch.zeros(shape, dtype=t.dtype) for t in call.tensors)
+        mended.append(replace(call, tensors=tensors, wanted=()))
     for other in mended:
         found = outcome(torch.nn.functional, other)
         if isinstance(found, Exception):
@@ -159,7 +175,7 @@ def faults(call: Call, theirs: Exception) -> Iterator[Exception]:
 
 def wraps(call: Call) -> bool:
     """Whether PyTorch subtracts in an unsigned type."""
-    subtracted = call.tensors if call.name in TRIPLETS else pos_weight(call)
+    subtracted = call.tensors if call.name in TRIPLETS else weight(call, "pos_weight")
     return any(t.dtype is torch.uint8 for t in subtracted)
 
 

@@ -336,6 +336,10 @@ class Elements:
         """The formula's value of integers or complex numbers, for which there is no kernel."""
         check_memory(loss.name, **operands)
         trace.note(loss.name, None, f"the operands are of {dtype}")
+        if dtype.is_complex:  # whose parts are wider than a half
+            operands = {
+                n: t if t.is_complex() else t.to(dtype.to_real()) for n, t in operands.items()
+            }
         formula, numbers = self.chosen(loss, settings, {})
         named = dict(zip(formula.params, numbers, strict=True))
         losses = formula.value(*operands.values(), **named)

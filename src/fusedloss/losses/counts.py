@@ -62,13 +62,12 @@ def _types(
     """Of integers `exp` and `log` make numbers of the default type."""
     dtype = NUMBERS.check(name, operands, weight, shapes)
     input, target = operands.values()
-    if (
-        dtype.is_floating_point
-        and not input.is_floating_point()
-        and (input.dim() or not target.dim())
-    ):
-        return torch.promote_types(dtype, torch.get_default_dtype())
-    return dtype
+    if input.is_floating_point() or not dtype.is_floating_point:
+        return dtype
+    made = torch.get_default_dtype()
+    if bool(input.dim()) == bool(target.dim()):
+        return torch.promote_types(dtype, made)
+    return made if input.dim() else dtype
 
 
 @loss(
