@@ -305,12 +305,12 @@ def _() -> None:
 
 @deviation
 def _() -> None:
-    """`poisson_nll_loss` with `full`: the gradient by a target that is not above 0 has no part of Stirling's
-    term"""
-    x, t = tensor([0.5] * 3), tensor([0.0, -1.0, NAN])
+    """`poisson_nll_loss` with `full`: the gradient by a target that is infinite or not above 0 is the
+    formula's"""
+    x, t = tensor([0.5] * 4), tensor([0.0, -1.0, NAN, INF])
     options = {"full": True, "reduction": "sum"}
     assert gradient(theirs.poisson_nll_loss, x, t, by=1, **options).isnan().all()
-    assert gradient(ours.poisson_nll_loss, x, t, by=1, **options).tolist() == [-0.5] * 3
+    assert gradient(ours.poisson_nll_loss, x, t, by=1, **options).tolist() == [-0.5] * 3 + [INF]
 
 
 @deviation
