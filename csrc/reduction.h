@@ -1,5 +1,5 @@
-// Losses of rows: what is measured along a row, then a printed formula of these measures, with the gradients of
-// all operands.
+// Losses of rows: what is measured along a row, then a printed formula of these measures, with the gradients
+// of all operands.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -22,7 +22,8 @@ struct Reduction {
     // The loss of a row, and where `by` is not null its derivatives by the measures.
     double (*project)(const double* measures, double label, const double* numbers, double* by);
     void (*map)(const double* const* x, int64_t n, const double* numbers, double* sums);
-    void (*slope)(const double* const* x, int64_t n, const double* numbers, const double* by, double* const* out);
+    void (*slope)(const double* const* x, int64_t n, const double* numbers, const double* by,
+                  double* const* out);
 };
 
 inline void* row_of(const Matrix& m, int64_t i) { return at(m.data, m.dtype, i * m.row_stride); }
