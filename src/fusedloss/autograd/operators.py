@@ -284,7 +284,9 @@ class Operator:
                 each = iter(saved[self.count :])
                 stored = [next(each) if s else None for s in ctx.stored] if stores else None
                 grads = gradients(call, tensors, needed[: call.gradients], stored, arriving)
-        return (*grads, *(None,) * (self.count - len(grads) + self.others))
+        lacking = (None,) * (self.count - len(grads))
+        of_stored = None if ctx.stored else []  # torch takes an empty list for one of tensors
+        return (*grads, *lacking, of_stored, *(None,) * (self.others - 1))
 
 
 for _kind, _tensors in TENSORS.items():
