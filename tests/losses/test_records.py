@@ -39,6 +39,9 @@ from fusedloss.engines.chunks.products import multiplies_bfloat16
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+# The gradient by a target of 0 with `full` (docs/compatibility.md).
+DEFINED_WHERE_TORCH_IS_NAN = {"poisson_nll_loss"}
+
 each_loss = pytest.mark.parametrize("loss", LOSSES)
 
 
@@ -167,6 +170,8 @@ def check_against_float64(
         allowed = allowed + roundings * info.eps / 2 * (scale if cancels else exact_.abs())
         error = (ours_.double() - exact_).abs()
         same = (ours_.double() == exact_) | (ours_.isnan() & exact_.isnan())
+        if getattr(ours, "__name__", "") in DEFINED_WHERE_TORCH_IS_NAN:
+            same |= exact_.isnan() & ours_.isfinite()
         bad = ~((error <= allowed) | same | (exact_.abs() > info.max))
         worst = (error / allowed).masked_fill(~bad, 0).max()
         assert not bad.any(), f"off by {worst:.3g} times what is allowed"
