@@ -11,7 +11,7 @@
 // Logits stay relative to their maximum, and of the logs of the sums only the difference is taken: neither a
 // common offset nor certainty costs digits. As probabilities add up to 1, a sum of p_t (l p_t - l p_s) is
 // that of p_t (l p_t - l p_s) + p_s - p_t: no term of it is negative, and a tiny divergence keeps its digits.
-// It costs half as much again, so that only rows whose terms cancel are taken once more by it.
+// It costs half as much again, so that only small ones, whose terms cancel, are taken once more by it.
 #pragma once
 #include "linear.h"
 
@@ -128,15 +128,6 @@ FUSEDLOSS_LOOP void weigh_gaps(const T* __restrict p, const T* __restrict a, T s
     for (int64_t i = 0; i < n; ++i) out[i] = p[i] == T(0) ? T(0) : p[i] * (a[i] - shift);
 }
 
-// Of p |a + shift|.
-template <class T>
-FUSEDLOSS_LOOP T sum_of_sizes(const T* __restrict p, const T* __restrict a, T shift, int64_t n) {
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; ++i) sum += p[i] == T(0) ? T(0) : p[i] * math::abs(a[i] + shift);
-    return sum;
-}
-
 // x gap + y - x for y = x exp(-gap), gap = a + shift.
 template <class T>
 FUSEDLOSS_LOOP void excesses(const T* __restrict x, const T* __restrict y, const T* __restrict a, T shift,
@@ -219,9 +210,9 @@ public:
         forward /= teacher.raised_sum();
         mean /= student.raised_sum();
         double soft = together(forward, mean + own);
-        // What cancels to 1 / 64 of its terms is below this, by Pinsker's inequality.
-        const double small = 0.000505 * (a.of_teacher && a.of_student ? 4 * a.beta * (1 - a.beta) : 1.0);
-        if (soft < small) soft = of_one_sign(n, soft);
+        // A larger one is no difference of far larger terms.
+        const double small = 0.08 * (a.of_teacher && a.of_student ? 4 * a.beta * (1 - a.beta) : 1.0);
+        if (soft < small) soft = of_one_sign(n);
         if (a.of_teacher && a.of_student)
             soft = std::min(soft, -a.beta * std::log(a.beta) - (1 - a.beta) * std::log1p(-a.beta));
         const RowSums<T> hard = a.label ? hard_sums(n) : RowSums<T>();
@@ -274,10 +265,10 @@ private:
         return !a.of_student ? forward : !a.of_teacher ? reverse : a.beta * forward + (1 - a.beta) * reverse;
     }
 
-    // The divergence of a row, in place of `found` where the terms of that cancel.
-    double of_one_sign(int64_t n, double found) {
+    // The divergence of a row, by terms none of which is negative.
+    double of_one_sign(int64_t n) {
         const T shift = mixture.shifted ? -mixture.log_rest : T(0);
-        double forward = 0, reverse = 0, forward_size = 0, reverse_size = 0;
+        double forward = 0, reverse = 0;
         const double ratio = teacher.raised_sum() / student.raised_sum();
         blocks(a.c, [&](int64_t c, int64_t count) {
             relate(n, c, count);
@@ -286,20 +277,15 @@ private:
             bend(count);
             if (a.of_student && a.of_teacher) mix(q, p, mixture.beta, mixture.rest, t, count);
             if (a.of_teacher) {
-                const T* gaps = a.of_student ? to_teacher : d;
-                excesses(q, a.of_student ? t : p, gaps, T(0), out, count);
+                excesses(q, a.of_student ? t : p, a.of_student ? to_teacher : d, T(0), out, count);
                 forward += ordered_sum(out, count);
-                forward_size += sum_of_sizes(q, gaps, T(0), count);
             }
             if (a.of_student) {
                 excesses(p, a.of_teacher ? t : q, d, shift, out, count);
                 reverse += ordered_sum(out, count);
-                reverse_size += sum_of_sizes(p, d, shift, count);
             }
         });
-        const double unit = teacher.raised_sum();
-        return found * unit * 64 < together(forward_size, reverse_size) ? together(forward, reverse) / unit
-                                                                        : found;
+        return together(forward, reverse) / teacher.raised_sum();
     }
 
     // Of the hard term.
