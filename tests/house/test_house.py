@@ -8,8 +8,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent.parent
 HOME = ROOT / "src" / "fusedloss"
 # From the ground up. A file belongs to the first entry that its name begins with; a floor's rooms may import
@@ -29,13 +27,6 @@ FLOORS = (
 )
 APART = {"engines.cpu", "engines.gpu"}
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 450, 80
-# What is not in order yet. These lists are to be empty: whoever mends an entry takes it out.
-PENDING_IMPORTS: set[tuple[str, str]] = set()
-PENDING_CIRCLES: set[str] = set()
-PENDING_ROOMS: set[str] = set()
-PENDING_FUNCTIONS = {
-    "src/fusedloss/engines/gpu/pointwise.py: _kernel",
-}
 # Who may know torch's private names: `cli/bench` times what lies under torch's own losses.
 PRIVATE_NAMES = ("core/torch_state.py", "cli/bench/")
 PRIVATE = re.compile(r"\btorch(\.\w+)*\._[A-Za-z]\w*|\bforward_ad\._|\b_dynamo_marked_constant\b")
@@ -96,7 +87,7 @@ def test_no_import_runs_up() -> None:
         if floor(other) > floor(name)
         or (room(name) != room(other) and {room(name), room(other)} <= APART)
     }
-    assert not found - PENDING_IMPORTS
+    assert not found
 
 
 def circles() -> set[str]:
@@ -120,7 +111,7 @@ def circles() -> set[str]:
 
 
 def test_no_circles() -> None:
-    assert not circles() - PENDING_CIRCLES
+    assert not circles()
 
 
 def test_a_circle_would_be_found() -> None:
@@ -143,7 +134,7 @@ def test_no_room_is_too_large() -> None:
         for path in sources(*patterns)
         if len(path.read_text().splitlines()) > MOST_LINES
     }
-    assert not found - PENDING_ROOMS
+    assert not found
 
 
 def python_functions(path: Path) -> Iterator[tuple[str, int]]:
@@ -172,7 +163,7 @@ def test_no_function_is_too_long() -> None:
         functions = python_functions(path) if path.suffix == ".py" else blocks(path)
         name = str(path.relative_to(ROOT))
         found |= {f"{name}: {f}" for f, lines in functions if lines > MOST_LINES_OF_A_FUNCTION}
-    assert not found - PENDING_FUNCTIONS
+    assert not found
 
 
 def private_names(path: Path) -> set[str]:
@@ -198,8 +189,3 @@ def test_one_room_knows_the_private_names_of_torch() -> None:
     }
     # An attribute that changes: a function around it would cost the shortest calls a hundredth of their time.
     assert found == {"route/memo.py: forward_ad._"}
-
-
-@pytest.mark.xfail(reason="what is not in order yet")
-def test_nothing_is_pending() -> None:
-    assert not PENDING_IMPORTS | PENDING_CIRCLES | PENDING_ROOMS | PENDING_FUNCTIONS

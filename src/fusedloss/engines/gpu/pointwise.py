@@ -176,42 +176,42 @@ def _store(tensor, value, start, lane, sizes, strides, inside, INDEX: tl.constex
     tl.store(at, value.to(tensor.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["record"])
-def _kernel(
-    operand0,
-    operand1,
-    operand2,
-    operand3,
-    weight,
-    incoming,
-    loss,
-    grad0,
-    grad1,
-    grad2,
-    grad3,
-    partial,
-    result,
-    count,
-    blocks,
-    divisor,
-    denominator: tl.float64,
-    number0: tl.float64,
-    number1: tl.float64,
-    number2: tl.float64,
-    number3: tl.float64,
+@triton.jit
+def _tell_outside(
+    x,
+    t,
+    outside,
+    lane,
+    sizes,
+    strides,
     claim,
     words,
     record,
-    sizes,
-    strides,
-    VALUE: tl.constexpr,
-    GRAD: tl.constexpr,
-    DOMAIN: tl.constexpr,
-    COMPUTE: tl.constexpr,
     INDEX: tl.constexpr,
-    STORED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Of the first element outside of the domain; `outside` holds the block of each lane's first, or -1."""
+    far = tl.full((BLOCK,), 0x7FFFFFFFFFFFFFFF, tl.int64)
+    where = tl.min(tl.where(outside < 0, far, outside.to(tl.int64) * BLOCK + lane))
+    if where != 0x7FFFFFFFFFFFFFFF:
+        none = tl.zeros_like(where)
+        first = tl.load(_pointer(x, where, none, sizes, strides[0], INDEX)).to(tl.float64)
+        second = tl.load(_pointer(t, where, none, sizes, strides[1], INDEX)).to(tl.float64)
+        bits = first.to(tl.int64, bitcast=True), second.to(tl.int64, bitcast=True)
+        flags.report(claim, words, record, where, bits[0], bits[1])
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["record"])
+def _kernel(
+    operand0, operand1, operand2, operand3, weight, incoming, loss, grad0, grad1, grad2, grad3,
+    partial, result, count, blocks, divisor, denominator: tl.float64,
+    number0: tl.float64, number1: tl.float64, number2: tl.float64, number3: tl.float64,
+    claim, words, record, sizes, strides,
+    VALUE: tl.constexpr, GRAD: tl.constexpr, DOMAIN: tl.constexpr, COMPUTE: tl.constexpr,
+    INDEX: tl.constexpr, STORED: tl.constexpr, BLOCK: tl.constexpr,
+):
+    # fmt: on
     lane = tl.arange(0, BLOCK)
     by = tl.full((), denominator, tl.float64)
     if divisor is not None:
@@ -268,20 +268,6 @@ def _kernel(
     if result is not None:
         tl.store(result, (tl.sum(total) / by).to(result.dtype.element_ty))
     if DOMAIN is not None:
-        far = tl.full((BLOCK,), 0x7FFFFFFFFFFFFFFF, tl.int64)
-        where = tl.min(tl.where(outside < 0, far, outside.to(tl.int64) * BLOCK + lane))
-        if where != 0x7FFFFFFFFFFFFFFF:
-            first = tl.load(
-                _pointer(operand0, where, tl.zeros_like(where), sizes, strides[0], INDEX)
-            )
-            second = tl.load(
-                _pointer(operand1, where, tl.zeros_like(where), sizes, strides[1], INDEX)
-            )
-            flags.report(
-                claim,
-                words,
-                record,
-                where,
-                first.to(tl.float64).to(tl.int64, bitcast=True),
-                second.to(tl.float64).to(tl.int64, bitcast=True),
-            )
+        _tell_outside(
+            operand0, operand1, outside, lane, sizes, strides, claim, words, record, INDEX, BLOCK
+        )
