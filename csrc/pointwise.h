@@ -175,6 +175,9 @@ FUSEDLOSS_LOOP void block(const F f, const Operands<T>& in, int64_t n, int64_t a
                 if constexpr (grads & 8) math::put(g3 + j, d3 * math::Lanes<T>(scale));
             }
         }
+        // A product of the formula is not contracted with the sum: the bits would depend on the loop around
+        // it.
+        if constexpr (losses == SUMMED && std::is_same_v<T, double>) asm volatile("" : "+m"(values));
         for (int64_t j = 0; j < vector; ++j) {
             if constexpr (losses == STORED) loss[i + j] = values[j];
             if constexpr (losses == SUMMED) sums[j] += double(values[j]);

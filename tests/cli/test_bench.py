@@ -227,7 +227,7 @@ def test_results_of_before_are_read(path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--only", "huber"), "--only: must be among .*mse_loss.*, got 'huber'"),
+        (("--only", "hinge"), "--only: must be among .*mse_loss.*, got 'hinge'"),
         (("--dtype", "int8"), "--dtype: must be among float32, .*, got 'int8'"),
         (("--sizes", "7Q"), "--sizes: must be among 15, 256, .* got '7Q'"),
         (("--sizes", "0x5"), "--sizes: must be among 15, 256, .* got '0x5'"),

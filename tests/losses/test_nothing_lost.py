@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -40,6 +41,11 @@ EXCEPTIONS: dict[str, Callable[[Call], bool]] = {
     ),
     "a complex class weight beside probabilities in `cross_entropy`": lambda call: (
         call[0] == "cross_entropy" and "weight" in call[2] and call[2]["weight"].is_complex()
+    ),
+    "a complex weight of `l1_loss` and `huber_loss`": lambda call: (
+        call[0] in ("l1_loss", "huber_loss")
+        and "weight" in call[2]
+        and call[2]["weight"].is_complex()
     ),
     "an empty `input` of integers in `cross_entropy`": lambda call: (
         call[0] == "cross_entropy" and call[1][0].dtype in INTEGERS and not call[1][0].numel()
@@ -101,15 +107,19 @@ class Draw:
     def call(self, loss: str) -> Call:
         shape = self.random.choice(SHAPES)
         options: dict[str, Any] = {"reduction": self.random.choice(["mean", "sum", "none"])}
-        if loss != "triplet_margin_with_distance_loss":
+        parameters = inspect.signature(getattr(torch.nn.functional, loss)).parameters
+        if "reduce" in parameters:
             for legacy in ("size_average", "reduce"):
                 if self.chance(0.05):
                     options[legacy] = self.chance(0.5)
-        tensors = getattr(self, loss)(shape, options)
+        own = getattr(self, loss, None)  # of a loss that takes more than elements
+        tensors = own(shape, options) if own else self.elements(shape, options, parameters)
         return loss, tensors, options
 
-    def mse_loss(self, shape: tuple[int, ...], options: dict[str, Any]) -> list[Tensor]:
-        if self.chance(0.5):
+    def elements(
+        self, shape: tuple[int, ...], options: dict[str, Any], parameters: Collection[str]
+    ) -> list[Tensor]:
+        if "weight" in parameters and self.chance(0.5):
             options["weight"] = self.tensor(self.like(shape))
         return [self.tensor(shape), self.tensor(self.like(shape))]
 
@@ -246,6 +256,7 @@ def test_every_exception_is_one() -> None:
         ("mse_loss", [x.to(torch.complex64), x], {"weight": x}),
         ("mse_loss", [ones, ones], {"weight": ones}),
         ("cross_entropy", [x, x], {"weight": x[0].to(torch.complex64)}),
+        ("huber_loss", [x, x + 1], {"weight": x.to(torch.complex64)}),
         ("cross_entropy", [empty, x[:0]], {"reduction": "sum"}),
     ]
     for call, excepted in zip(calls, EXCEPTIONS.values(), strict=True):

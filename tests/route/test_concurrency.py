@@ -203,7 +203,7 @@ def test_every_thread_flushes_what_the_caller_does() -> None:
 
 SMALL_STACK = """
 import threading, torch, fusedloss
-from fusedloss.cpu import load, linear, pointwise, reduction, rows
+from fusedloss.engines.cpu import load, linear, pointwise, reduction, rows
 torch.set_num_threads(1)
 losses = []
 for dtype in (torch.float32, torch.float64):

@@ -285,7 +285,7 @@ class Operator:
                 stored = [next(each) if s else None for s in ctx.stored] if stores else None
                 grads = gradients(call, tensors, needed[: call.gradients], stored, arriving)
         lacking = (None,) * (self.count - len(grads))
-        of_stored = None if ctx.stored else []  # torch takes an empty list for one of tensors
+        of_stored: Any = None if ctx.stored else []  # torch takes an empty list for one of tensors
         return (*grads, *lacking, of_stored, *(None,) * (self.others - 1))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, NoReturn
@@ -75,6 +76,22 @@ def promote(kernel: str, anything: bool = False) -> Types:
         () if anything else ("NotImplementedError: no floating point tensor, or a complex one",)
     )
     return Types(check, "in the type that the operands promote to", raises, kernel, True, anything)
+
+
+def promote_of_function(kernel: str) -> Types:
+    """The same of anything, where PyTorch takes a function of the input, which makes floats of integers."""
+    promoting = promote(kernel, anything=True)
+
+    def check(name: str, operands: Tensors, weight: Tensor | None, shapes: Shapes) -> torch.dtype:
+        dtype = promoting.check(name, operands, weight, shapes)
+        input, target = operands.values()
+        if input.is_floating_point() or not dtype.is_floating_point:
+            return dtype
+        made = torch.get_default_dtype()
+        yields = target.dim() and not input.dim()
+        return dtype if yields else torch.promote_types(dtype, made)
+
+    return dataclasses.replace(promoting, check=check)
 
 
 def of_input(kernel: str) -> Types:
@@ -351,7 +368,11 @@ class Elements:
             )
             losses = losses * weight
             denominator = sum_of(weight) if by_weights else None
-        return total(losses, reduction, denominator)
+        result = total(losses, reduction, denominator)
+        if denominator is None or reduction != "mean":
+            return result
+        exact = losses.is_floating_point() or losses.is_complex()
+        return result.to(losses.dtype if exact else torch.get_default_dtype())
 
     def words(self, loss: Definition) -> docs.Words:
         unreduced = "the losses of all elements with 'none'"

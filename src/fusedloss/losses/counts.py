@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-import torch
-from torch import Tensor
-
-from ..front.definition import elements, options, rates, row
+from ..front.definition import Bounds, elements, options, rates, row
 from ..front.loss import loss
-from ..front.pointwise import Elements, Shapes, broadcast_target, promote
+from ..front.pointwise import Elements, broadcast_target, promote_of_function
 from ..kinds import torch_m as m
 from ..kinds.formula import Pointwise
 
@@ -53,29 +48,13 @@ POISSON_OF_LOG_FULL = Pointwise(poisson_of_log_full, poisson_of_log_full_grad)
 POISSON_FULL = Pointwise(poisson_full, poisson_full_grad)
 
 
-NUMBERS = promote("exp", anything=True)
-
-
-def _types(
-    name: str, operands: dict[str, Tensor], weight: Tensor | None, shapes: Shapes
-) -> torch.dtype:
-    """Of integers `exp` and `log` make numbers of the default type."""
-    dtype = NUMBERS.check(name, operands, weight, shapes)
-    input, target = operands.values()
-    if input.is_floating_point() or not dtype.is_floating_point:
-        return dtype
-    made = torch.get_default_dtype()
-    if bool(input.dim()) == bool(target.dim()):
-        return torch.promote_types(dtype, made)
-    return made if input.dim() else dtype
+CANCELS = Bounds(float32=(16, 4), float64=(16, 4), formula=(32, 4))  # where terms do so
 
 
 @loss(
     "PoissonNLLLoss",
-    Elements(
-        dataclasses.replace(NUMBERS, check=_types), shapes=broadcast_target, no_tensor=TypeError
-    ),
-    row(rates, options(log_input=False, full=True), bench=elements("Poisson")),
+    Elements(promote_of_function("exp"), shapes=broadcast_target, no_tensor=TypeError),
+    row(rates, options(log_input=False, full=True), bench=elements("Poisson"), bounds=CANCELS),
 )
 def poisson_nll_loss(log_input, full, eps):
     r"""Negative log likelihood of counts: :math:`\ell = e^x - t x`, or :math:`x - t \log(x + \epsilon)`.

@@ -50,7 +50,10 @@ def l1(x, t):
 
 
 def l1_grad(x, t):
-    slope = m.where(x > t, 1.0, m.where(x < t, -1.0, 0.0))
+    sign = m.where(x > t, 1.0, m.where(x < t, -1.0, 0.0))
+    slope = m.where(
+        (x > t) & (x < t), x - t, sign
+    )  # the sign, whose own derivative is 0 and not absent
     return slope, -slope
 
 
