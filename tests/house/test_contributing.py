@@ -47,7 +47,7 @@ def test_example_makes_a_loss_that_passes(tmp_path: Path) -> None:
     with file.open("a") as end:
         end.write(EXAMPLE)
     elsewhere.build(root, "-O1")
-    arguments = ["-q", "-k", "huber", "tests/losses", "tests/faces/test_faces.py"]
+    arguments = ["-k", "huber", "tests/losses", "tests/faces/test_faces.py"]
     done = elsewhere.pytest_there(root, arguments, {"FUSEDLOSS_TEST_EVERY": "12"})
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
