@@ -39,10 +39,6 @@ def above(low: float, kind: type[Exception] = ValueError, theirs: str = "") -> S
     return _ranged(lambda v: v > low, f"greater than {low:g}", kind, theirs)
 
 
-def at_least(low: float, kind: type[Exception] = ValueError, theirs: str = "") -> Setting:
-    return _ranged(lambda v: v >= low, f"at least {low:g}", kind, theirs)
-
-
 def within(
     low: float, high: float, kind: type[Exception] = ValueError, theirs: str = ""
 ) -> Setting:

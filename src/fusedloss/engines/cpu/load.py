@@ -82,9 +82,6 @@ def _runner(small: bool) -> Callable[[int, bytes], int]:
     return found
 
 
-Run = Callable[[str, str, bytes, int], int]  # as `run`: what launches a kernel may be replaced
-
-
 def run(kernel: str, loss: str, arguments: bytes, elements: int = MANY) -> int:
     """What the kernel returns. RuntimeError where it finds no memory."""
     found = _runner(elements <= SMALL)(NUMBERS[kernel], arguments)
