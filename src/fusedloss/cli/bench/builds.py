@@ -10,6 +10,11 @@ import sys
 
 if __name__ == "__main__":
     sys.path[0] = sys.argv[1]  # in place of this folder
+    from importlib.util import find_spec
+
+    if not ((spec := find_spec("fusedloss")) and str(spec.origin).startswith(sys.argv[1])):
+        # An editable install's finder comes before the path.
+        sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in type(f).__module__]
 
 import functools
 import hashlib
