@@ -64,6 +64,7 @@ FUSEDLOSS_INLINE Mask operator!=(Floats a, Floats b) { return {MM(cmp_ps_mask)(a
 FUSEDLOSS_INLINE Words words(Floats x) { return Words(x.v); }
 FUSEDLOSS_INLINE Floats where(Mask c, Floats a, Floats b) { return MM(mask_mov_ps)(b.v, c.m, a.v); }
 FUSEDLOSS_INLINE Floats abs(Floats x) { return MM(andnot_ps)(Floats(-0.0).v, x.v); }
+FUSEDLOSS_INLINE Floats sqrt(Floats x) { return MM(sqrt_ps)(x.v); }
 
 // The instruction gives its second operand where one is NaN. The test of a constant b folds away.
 FUSEDLOSS_INLINE Floats maximum(Floats a, Floats b) {

@@ -265,6 +265,9 @@ FUSEDLOSS_INLINE double pow(double x, double p) {
 FUSEDLOSS_INLINE float abs(float x) { return __builtin_fabsf(x); }
 FUSEDLOSS_INLINE double abs(double x) { return __builtin_fabs(x); }
 
+FUSEDLOSS_INLINE float sqrt(float x) { return __builtin_sqrtf(x); }
+FUSEDLOSS_INLINE double sqrt(double x) { return __builtin_sqrt(x); }
+
 FUSEDLOSS_INLINE float where(bool c, float a, float b) { return c ? a : b; }
 FUSEDLOSS_INLINE double where(bool c, double a, double b) { return c ? a : b; }
 

@@ -16,7 +16,7 @@ from fusedloss.kinds.pointwise import PointwiseCall
 def everything(x, t, w, v, *, a, b, c, d):
     far = (x != t) | (x > 2.0)
     sign = m.where(far, m.where((x < t) & (x >= -c), 0.9, 0.1), m.where(b > 0.0, 0.3, m.inf))
-    size = m.maximum(m.abs(x - t), 0.05) + m.maximum(0.05, t) + m.maximum(x, w)
+    size = m.maximum(m.abs(x - t), 0.05) + m.maximum(0.05, t) + m.maximum(x, m.sqrt(m.abs(w)))
     logs = m.log(size) - m.log1p(size * size) + m.log_or_zero(t)
     return sign * (logs + m.exp(-(size / a))) * w + b * v - m.where(t == 0.0, -1, d)
 

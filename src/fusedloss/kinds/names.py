@@ -36,6 +36,7 @@ FUNCTIONS = {
     "log_sigmoid": Name(1, "log(sigmoid(a)), with all digits in both tails", True, (1.66, 1.63)),
     "maximum": Name(2, "the greater of the two, NaN where one is; one may be a number"),
     "sigmoid": Name(1, "1 / (1 + exp(-a)), with all digits in both tails", True, (1.81, 1.81)),
+    "sqrt": Name(1, "square root, rounded once: NaN below 0"),
     "where": Name(3, "of a condition: b where it holds, else c; both may be numbers"),
 }
 CONSTANTS = {"inf": "infinity"}

@@ -24,6 +24,7 @@ log1p = torch.log1p
 abs = torch.abs
 log_sigmoid = torch.nn.functional.logsigmoid
 sigmoid = torch.sigmoid
+sqrt = torch.sqrt
 where = torch.where
 
 

@@ -67,6 +67,10 @@ def log_sigmoid(a: Number) -> Number:
     return a if a == -mp.inf else -mp.log1p(mp.exp(-a))
 
 
+def sqrt(a: Number) -> Number:
+    return mp.sqrt(a) if a >= 0 else mp.nan
+
+
 def maximum(a: Number, b: Number) -> Number:
     return mp.nan if mp.isnan(a) or mp.isnan(b) else mp.mpf(max(a, b))
 

@@ -66,6 +66,11 @@ def abs(x):
 
 
 @triton.jit
+def sqrt(x):
+    return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
+
+
+@triton.jit
 def where(condition, a, b):
     return tl.where(condition, a, b)
 
