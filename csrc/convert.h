@@ -165,6 +165,12 @@ __attribute__((noinline)) void store(void* data, int64_t dtype, int64_t stride, 
     });
 }
 
+// Each stands once, in convert.cpp.
+extern template void load_strided(const void*, int64_t, int64_t, int64_t, float* __restrict);
+extern template void load_strided(const void*, int64_t, int64_t, int64_t, double* __restrict);
+extern template void store(void*, int64_t, int64_t, int64_t, const float* __restrict);
+extern template void store(void*, int64_t, int64_t, int64_t, const double* __restrict);
+
 inline void store_one(void* data, int64_t dtype, int64_t index, double v) {
     with_float(dtype, [&](auto tag) {
         using S = decltype(tag);

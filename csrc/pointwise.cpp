@@ -1,26 +1,29 @@
-// Kernels of pointwise losses: one of each printed formula.
+// The kernel of pointwise losses, over the loops of each printed formula.
 #include "pointwise.h"
 
-// Printed from src/fusedloss/losses by cpu/printer.py; written over math.h.
+// Printed from src/fusedloss/losses by cpu/printer.py, as the units are that hold the loops.
 #include "formulas.h"
 
 namespace fusedloss {
 
+#define ROW(name, operands, derivatives) extern const Formula formula_##name;
+FUSEDLOSS_FORMULAS(ROW)
+#undef ROW
+
 constexpr struct {
     const char* name;
-    const Loops<float>* narrow;
-    const Loops<double>* wide;
+    const Formula* formula;
 } table[] = {
-#define ROW(name) {#name, &loops_of<formulas::name, float>, &loops_of<formulas::name, double>},
+#define ROW(name, operands, derivatives) {#name, &formula_##name},
     FUSEDLOSS_FORMULAS(ROW)
 #undef ROW
 };
 
 int64_t kernels::pointwise(const PointwiseArgs& a) {
-    const auto& row = table[a.formula];
+    const Formula& formula = *table[a.formula].formula;
     for (const Array& operand : a.operand)
-        if (operand.data && operand.dtype == F64) return fusedloss::pointwise(a, *row.wide);
-    return fusedloss::pointwise(a, *row.narrow);
+        if (operand.data && operand.dtype == F64) return fusedloss::pointwise(a, formula.wide);
+    return fusedloss::pointwise(a, formula.narrow);
 }
 
 }  // namespace fusedloss

@@ -56,19 +56,24 @@ def folder(root: Path) -> Path:
 
 def flags(library: Path = PATHS[0]) -> list[str]:
     """How CMakeLists.txt builds this library, but for the optimisation."""
-    found = re.search(r"PRIVATE -O3 \$\{arch\}(.+?)\)", CMAKE, re.DOTALL)
+    found = re.search(r"PRIVATE -O2 \$\{arch\}(.+?)\)", CMAKE, re.DOTALL)
     arch = re.search(rf'"{library.stem.removeprefix("libfusedloss_")}:([^"]*)"', CMAKE)
     assert found and arch
     return ["-std=c++20", *arch[1].split(), *found[1].split()]
 
 
 def print_formulas(root: Path) -> None:
-    """Prints the header that the kernels include, into a folder of its own for -I."""
+    """Prints what the kernels include and their formulas' units, into a folder of its own for -I."""
     headers, package = root / "formulas", root / "src/fusedloss"
     headers.mkdir(exist_ok=True)
     sources = sorted((package / "losses").glob("[a-z]*.py"))
-    printed = {"args.h": ["engines/abi.py"], "formulas.h": ["engines/cpu/printer.py", *sources]}
-    printed["reductions.h"] = ["engines/cpu/reductions.py", *sources]
+    subprocess.run(
+        [sys.executable, package / "engines/cpu/printer.py", headers, *sources], check=True
+    )
+    printed = {
+        "args.h": ["engines/abi.py"],
+        "reductions.h": ["engines/cpu/reductions.py", *sources],
+    }
     for name, (script, *arguments) in printed.items():
         with (headers / name).open("w") as header:
             command = [sys.executable, package / script, *arguments]
@@ -76,7 +81,9 @@ def print_formulas(root: Path) -> None:
 
 
 def link(root: Path, sources: Sequence[str], to: Path, *extra: str) -> None:
-    command = [CXX, *extra, f"-I{root / 'formulas'}", "-o", to, *(root / s for s in sources)]
+    units = [*(root / s for s in sources), *(root / "formulas").glob("formulas_*.cpp")]
+    folders = [f"-I{root / name}" for name in ("formulas", "csrc")]
+    command = [CXX, *extra, *folders, "-o", to, *units]
     subprocess.run(command, check=True)
 
 

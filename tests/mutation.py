@@ -115,8 +115,9 @@ MUTANTS = [
     kernel("pointwise.h", "std::min(block_size, a.numel - start)", "std::min(block_size - 1, a.numel - start)", KERNELS + " and mse_loss"),
     kernel("pointwise.h", "- size(d) * stride(slot, d);", "- (size(d) - 1) * stride(slot, d);", KERNELS + " and mse_loss"),
     kernel("pointwise.h", "start + i < seen &&", "start + i > seen &&", "input", **ERRORS),
-    kernel("pointwise.h", "inside = inside & lie(i)", "inside = lie(i)", "input", **ERRORS),
-    kernel("pointwise.h", "at += turn", "at += 2 * turn", KERNELS + " and kl_div"),
+    kernel("formula.h", "inside = inside & lie(i)", "inside = lie(i)", "input", **ERRORS),
+    kernel("formula.h", "add_to_lanes(b.values, count, b.lanes);", "", KERNELS + " and mse_loss"),
+    kernel("formula.h", "at += turn", "at += 2 * turn", KERNELS + " and kl_div"),
     # sums
     kernel("parallel.h", "for (int64_t i = whole; i < n; ++i) sums[i - whole]", "for (int64_t i = whole; i + 1 < n; ++i) sums[i - whole]", KERNELS + " and mse_loss"),
     kernel("parallel.h", "(u[j + 2 * lanes] + u[j + 3 * lanes])", "u[j + 2 * lanes]", KERNELS + f" and {CE}"),

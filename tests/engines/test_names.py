@@ -35,6 +35,8 @@ LIBRARIES = {
     "avx512_narrow": CAPABILITIES["avx512"],
 }
 SOURCE = """
+#include "convert.cpp"
+#include "formulas_every_name.cpp"
 #include "pointwise.cpp"
 
 FUSEDLOSS_EXPORT int64_t run(const fusedloss::PointwiseArgs* a) { return fusedloss::kernels::pointwise(*a); }
@@ -131,8 +133,7 @@ def test_torch(wanted: tuple[torch.dtype, list[Tensor]]) -> None:
 @pytest.fixture(scope="module")
 def headers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("every_name")
-    text = printer.header({"every_name.py": Path(every_name.__file__).read_text()})
-    (folder / "formulas.h").write_text(text)
+    printer.main(str(folder), every_name.__file__)
     (folder / "args.h").write_text(abi.header())
     (folder / "run.cpp").write_text(SOURCE)
     return folder

@@ -63,10 +63,15 @@ struct tiny {
 """
 
 
+def text_of(sources: dict[str, str]) -> str:
+    return "\n".join(printer.printed(sources).values())
+
+
 def test_prints_a_formula() -> None:
-    text = printer.header({"losses/tiny.py": TINY})
-    assert PRINTED.strip() in text
-    assert text.rstrip().endswith("#define FUSEDLOSS_FORMULAS(X) X(tiny)")
+    files = printer.printed({"losses/tiny.py": TINY, "losses/none.py": "m = 1"})
+    assert files.keys() == {"formulas_tiny.cpp", "formulas.h"}
+    assert PRINTED.strip() in files["formulas_tiny.cpp"]
+    assert files["formulas.h"].rstrip().endswith("#define FUSEDLOSS_FORMULAS(X) X(tiny, 2, 2)")
 
 
 @pytest.mark.parametrize(("ending", "found"), [(", domain=f_domain)", "true"), (")", "false")])
@@ -79,7 +84,7 @@ def f_grad(x, t):
 def f_domain(x, t):
     return (x >= 0.0) & (x <= 1.0)
 F = Pointwise(f, f_grad"""
-    assert f"bool of_parts = {found};" in printer.header({"f.py": source + ending})
+    assert f"bool of_parts = {found};" in text_of({"f.py": source + ending})
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
@@ -92,7 +97,7 @@ def f_grad(x, t, w, v):
     return {slopes}
 F = Pointwise(f, f_grad)
 """
-    text = printer.header({"f.py": source})
+    text = text_of({"f.py": source})
     given = ", ".join(f"T& d{k}" if k < count else "T&" for k in range(4))
     assert f"inline void grad(T x, T t, T w, T v, T, T, T, T, {given}) const" in text
     assert f"int derivatives = {count};" in text
@@ -112,7 +117,7 @@ def f_grad(x, t):
     return m.sigmoid(product), m.exp(-m.abs({other}))
 F = Pointwise(f, f_grad)
 """
-    text = printer.header({"f.py": source})
+    text = text_of({"f.py": source})
     assert "int stages = 2;" in text and "needs[] = {3, 1, 1};" in text
 
 
@@ -125,7 +130,7 @@ def f_grad(x, t):
     return x, t
 F = Pointwise(f, f_grad)
 """
-    text = printer.header({"f.py": source})
+    text = text_of({"f.py": source})
     assert "const auto apart = ((x != t) | (x > T(1.0)));" in text
 
 
@@ -133,13 +138,13 @@ FORMULA = "def f(x, t): return x{}\ndef g(x, t): return x, t\nF = Pointwise(f, g
 
 
 def test_prints_a_formula_once() -> None:
-    text = printer.header({"one.py": FORMULA.format(""), "two.py": "\n" + FORMULA.format("")})
-    assert text.count("struct f {") == 1 and text.endswith("X(f)\n")
+    text = text_of({"one.py": FORMULA.format(""), "two.py": "\n" + FORMULA.format("")})
+    assert text.count("struct f {") == 1 and text.endswith("X(f, 2, 2)\n")
 
 
 def test_where_a_formula_stands_does_not_count() -> None:
-    moved = printer.header({"two.py": "\n\n# Moved.\n" + FORMULA.format("")})
-    assert moved == printer.header({"one.py": FORMULA.format("")})
+    moved = text_of({"two.py": "\n\n# Moved.\n" + FORMULA.format("")})
+    assert moved == text_of({"one.py": FORMULA.format("")})
 
 
 def test_stages_what_is_shared_once() -> None:
@@ -152,7 +157,7 @@ def f_grad(x, t):
     return m.sigmoid(-(2.0 * x)), m.log(t)
 F = Pointwise(f, f_grad)
 """
-    text = printer.header({"f.py": source})
+    text = text_of({"f.py": source})
     assert "if constexpr (k == 0) return math::exp_minus_abs((T(2.0) * x));" in text
     assert "if constexpr (k == 1) return math::log1p_unit(s0);" in text
     assert "return ((math::log_sigmoid(twice, s1) + s2) + s3);" in text
@@ -161,18 +166,38 @@ F = Pointwise(f, f_grad)
     assert "needs[] = {15, 1, 0};" in text
 
 
-def test_names_every_formula_of_the_losses() -> None:
-    """The build runs `python printer.py FILES...`, which needs neither torch nor the package."""
+def test_names_every_formula_of_the_losses(tmp_path: Path) -> None:
+    """The build runs `python printer.py FOLDER FILES...`, which needs neither torch nor the package."""
     folder = Path(printer.__file__).parents[2] / "losses"
     files = sorted(str(path) for path in folder.glob("[a-z]*.py"))
-    command = [sys.executable, "-I", "-S", printer.__file__, *files]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    subprocess.run([sys.executable, "-I", "-S", printer.__file__, tmp_path, *files], check=True)
     defined = set()
     for path in files:
-        defined |= set(re.findall(r"^\w+ = Pointwise\((\w+),", Path(path).read_text(), re.M))
+        own = set(re.findall(r"^\w+ = Pointwise\((\w+),", Path(path).read_text(), re.M))
+        unit = tmp_path / f"formulas_{Path(path).stem}.cpp"
+        assert unit.exists() is bool(own)
+        assert all(f"struct {name} {{" in unit.read_text() for name in own)
+        defined |= own
     assert len(defined) >= 5
-    assert set(re.findall(r"X\((\w+)\)", done.stdout)) == defined
-    assert all(f"struct {name} {{" in done.stdout for name in defined)
+    listed = re.findall(r"X\((\w+), \d, \d\)", (tmp_path / "formulas.h").read_text())
+    assert set(listed) == defined and len(listed) == len(defined)
+
+
+def test_writes_what_changed(tmp_path: Path) -> None:
+    """For a formula that changes to rebuild no other, and a docstring none."""
+    sources = [tmp_path / "one.py", tmp_path / "two.py"]
+    for source, name in zip(sources, "fh", strict=True):
+        source.write_text(
+            FORMULA.format("").replace("def f", f"def {name}").replace("(f,", f"({name},")
+        )
+    to = tmp_path / "to"
+    to.mkdir()
+    assert printer.main(str(to), *map(str, sources)) == 0
+    before = {path: path.stat().st_mtime_ns for path in to.iterdir()}
+    sources[0].write_text(sources[0].read_text().replace("return x\n", "return x + t\n"))
+    assert printer.main(str(to), *map(str, sources)) == 0
+    changed = {path.name for path in to.iterdir() if path.stat().st_mtime_ns != before[path]}
+    assert changed == {"formulas_one.cpp"}
 
 
 REFUSED = [
@@ -243,7 +268,7 @@ def grad(x, t):
 LOSS = Pointwise(value, grad)
 """
     with pytest.raises(printer.CannotPrint, match=f"^losses/bad.py:4: {message}"):
-        printer.header({"losses/bad.py": source})
+        printer.printed({"losses/bad.py": source})
 
 
 @pytest.mark.parametrize(
@@ -328,12 +353,12 @@ LOSS = Pointwise(value, grad)
 )
 def test_names_what_does_not_fit(source: str, message: str) -> None:
     with pytest.raises(printer.CannotPrint, match=message):
-        printer.header({"bad.py": source})
+        printer.printed({"bad.py": source})
 
 
 def test_fails_the_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "bad.py"
     path.write_text("def f(x, t): return x ** 2\ndef g(x, t): return x, t\nF = Pointwise(f, g)")
-    assert printer.main([str(path)]) == 1
+    assert printer.main(str(tmp_path), str(path)) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith("bad.py:1: ") and not captured.out

@@ -4,8 +4,6 @@
 // must give the bits of one thread. Usage: driver SEED CALLS CALLERS
 #include "driver.h"
 
-#include "../../csrc/math.h"
-// Written over math.h.
 #include "formulas.h"
 
 namespace {
@@ -14,7 +12,7 @@ constexpr struct {
     const char* name;
     int operands, derivatives;
 } pointwise_kernels[] = {
-#define ROW(name) {#name, formulas::name<double>::operands, formulas::name<double>::derivatives},
+#define ROW(name, operands, derivatives) {#name, operands, derivatives},
     FUSEDLOSS_FORMULAS(ROW)
 #undef ROW
 };

@@ -1,8 +1,9 @@
-"""Prints the formulas of pointwise losses as C++: `python printer.py LOSSES... > formulas.h`.
+"""Prints the formulas of pointwise losses as C++: `python printer.py FOLDER LOSSES...`.
 
-Runs at build time on the source text alone, so it needs neither torch nor the package. It finds the
-module-level calls `Pointwise(value, grad[, domain=...])` and prints the functions that they name, written
-with what `kinds/names.py` lists; the C++ side of it is math.h.
+Into the folder go a unit for each file of losses, for a formula that changes to rebuild no other, and
+formulas.h, which lists them. Runs at build time on the source text alone, so it needs neither torch nor the
+package. It finds the module-level calls `Pointwise(value, grad[, domain=...])` and prints the functions
+that they name, written with what `kinds/names.py` lists; the C++ side of it is math.h.
 """
 
 from __future__ import annotations
@@ -275,8 +276,8 @@ def parameters(function: ast.FunctionDef) -> tuple[list[str], list[str]]:
     return [a.arg for a in args.posonlyargs + args.args], [a.arg for a in args.kwonlyargs]
 
 
-def struct(call: ast.Call, functions: dict[str, ast.FunctionDef], path: str) -> tuple[str, str]:
-    """The name and the C++ struct of one `Pointwise(...)`."""
+def struct(call: ast.Call, functions: dict[str, ast.FunctionDef], path: str) -> Struct:
+    """Of one `Pointwise(...)`."""
     value, grad, domain = parts(call, functions, path)
     operands, numbers = parameters(value)
     formula = Formula(path, operands, numbers)
@@ -323,47 +324,79 @@ def struct(call: ast.Call, functions: dict[str, ast.FunctionDef], path: str) -> 
         *(method("auto domain", taken, in_domain) if domain else []),
         "};",
     ]
-    return value.name, "\n".join(lines)
+    return Struct(value.name, len(operands), count, "\n".join(lines))
 
 
-def header(sources: dict[str, str]) -> str:
-    """The C++ header with every formula of the sources (path to text), the same one once."""
-    structs: dict[str, str] = {}
-    places: dict[str, str] = {}
+class Struct(NamedTuple):
+    """A formula as C++."""
+
+    name: str
+    operands: int
+    derivatives: int
+    text: str
+
+
+def printed(sources: dict[str, str]) -> dict[str, str]:
+    """Name and text of the list, and of a unit for each source (path to text) that has formulas.
+
+    The same formula is printed once.
+    """
+    known: dict[str, tuple[Struct, str]] = {}
+    files: dict[str, str] = {}
     for path, text in sources.items():
         tree = ast.parse(text, path)
         functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+        own = []
         for node in tree.body:
             match node:
                 case ast.Assign(value=ast.Call(func=ast.Name("Pointwise")) as call):
-                    name, printed = struct(call, functions, path)
-                    place = f"{path}:{call.lineno}"
-                    if structs.setdefault(name, printed) != printed:
-                        words = f"{name} names another formula at {places[name]}: rename one"
+                    found, place = struct(call, functions, path), f"{path}:{call.lineno}"
+                    first, where = known.setdefault(found.name, (found, place))
+                    if first != found:
+                        words = f"{found.name} names another formula at {where}: rename one"
                         raise CannotPrint(f"{place}: {words}")
-                    places.setdefault(name, place)
+                    if where == place:
+                        own.append(found)
+        if own:
+            files[f"formulas_{Path(path).stem}.cpp"] = unit(own)
+    rows = (f"X({s.name}, {s.operands}, {s.derivatives})" for s, _ in known.values())
+    files["formulas.h"] = f"{HEAD}\n#pragma once\n#define FUSEDLOSS_FORMULAS(X) {' '.join(rows)}\n"
+    return files
+
+
+HEAD = "// Printed by cpu/printer.py; edit the formulas instead."
+
+
+def unit(structs: Sequence[Struct]) -> str:
     return "\n\n".join(
         [
-            "// Printed by cpu/printer.py; edit the formulas instead.\n#pragma once\n#include <limits>\n\n"
+            f'{HEAD}\n#include "formula.h"',
             "#pragma GCC diagnostic push\n"
             '#pragma GCC diagnostic ignored "-Wunused-parameter"\n'
             '#pragma GCC diagnostic ignored "-Wunused-variable"\n'
             "namespace fusedloss::formulas {",
-            *structs.values(),
+            *(s.text for s in structs),
             "}  // namespace fusedloss::formulas\n#pragma GCC diagnostic pop",
-            "#define FUSEDLOSS_FORMULAS(X) " + " ".join(f"X({name})" for name in structs) + "\n",
+            "namespace fusedloss {",
+            "\n".join(f"FUSEDLOSS_FORMULA({s.name})" for s in structs),
+            "}  // namespace fusedloss\n",
         ]
     )
 
 
-def main(paths: list[str]) -> int:
+def main(folder: str, *paths: str) -> int:
+    """Writes the files, but for those that stand there as they would be."""
     try:
-        print(header({Path(path).name: Path(path).read_text() for path in paths}), end="")
+        files = printed({Path(path).name: Path(path).read_text() for path in paths})
     except CannotPrint as error:
         print(error, file=sys.stderr)
         return 1
+    for name, text in files.items():
+        to = Path(folder) / name
+        if not (to.exists() and to.read_text() == text):
+            to.write_text(text)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(*sys.argv[1:]))
