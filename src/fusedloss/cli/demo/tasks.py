@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,6 +22,9 @@ class Split(NamedTuple):
     held_labels: Tensor
 
 
+Arguments = tuple[Tensor, ...]
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a task trains: the initial model, its data and how the result is judged."""
@@ -30,6 +34,12 @@ class Problem:
     targets: Tensor
     score: Callable[[nn.Module], float]
     options: Mapping[str, Any] = field(default_factory=dict)
+    # What the loss takes, of the model's outputs and the targets of a batch.
+    arguments: Callable[[Arguments, Tensor], Arguments] = lambda outputs, targets: (
+        *outputs,
+        targets,
+    )
+    parts: bool = False  # the model's outputs are several, stacked
 
 
 @dataclass(frozen=True)
@@ -43,17 +53,15 @@ class Task:
     rate: float
     epochs: int
     batch: int = 128
-
-    @property
-    def triplets(self) -> bool:
-        return self.loss.startswith("Triplet")
+    # Several rows for each of a batch; such losses have a hinge.
+    draw: Callable[[Tensor, Tensor, torch.Generator], Tensor] | None = None
 
     def batches(self, targets: Tensor, epochs: int, seed: int) -> Iterator[Tensor]:
         """Row numbers of each batch: (batch,), or (3, batch) where the loss takes triplets."""
         generator = torch.Generator().manual_seed(seed)
         for _ in range(epochs):
             for rows in torch.randperm(len(targets), generator=generator).split(self.batch):
-                yield triplets_of(rows, targets, generator) if self.triplets else rows
+                yield rows if self.draw is None else self.draw(rows, targets, generator)
 
     def steps(self, targets: Tensor, epochs: int) -> int:
         return epochs * -(-len(targets) // self.batch)
@@ -73,6 +81,13 @@ def triplets_of(anchors: Tensor, labels: Tensor, generator: torch.Generator) -> 
     # In the circle of rows sorted by class, all that lie past the end of a class are of others.
     negatives = order[(after + (draw[1] * (len(labels) - own)).long()) % len(labels)]
     return torch.stack([anchors, positives, negatives])
+
+
+def pairs_of(first: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """With each a random row, of its class for about half of them."""
+    _, same, other = triplets_of(first, labels, generator)
+    alike = torch.rand(len(first), generator=generator) < 0.5
+    return torch.stack([first, torch.where(alike, same, other)])
 
 
 @cache
@@ -141,6 +156,115 @@ def diabetes(seed: int) -> Problem:
         inputs=data.inputs,
         targets=(data.labels - mean) / deviation,
         score=lambda model: float(r2_score(truth, model(data.held_inputs).numpy())),
+    )
+
+
+def outliers(seed: int) -> Problem:
+    """A tenth of the labels that are trained on is wrong by far."""
+    clean = diabetes(seed)
+    wrong = torch.randperm(len(clean.targets))[: len(clean.targets) // 10]
+    targets = clean.targets.clone()
+    targets[wrong] += 5.0
+    return dataclasses.replace(clean, targets=targets, options={"delta": 0.5})
+
+
+class MeanAndVariance(nn.Module):
+    """Of pairs of numbers, stacked: the first, and a positive one of the second."""
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        mean, raw = pairs.unbind(-1)
+        return torch.stack([mean, nn.functional.softplus(raw) + 0.01])
+
+
+def uncertain(seed: int) -> Problem:
+    data = load("diabetes", seed)
+    mean, deviation = data.labels.mean(), data.labels.std()
+    truth = (data.held_labels - mean) / deviation
+
+    def likelihood(model: nn.Module) -> float:
+        centre, variance = model(data.held_inputs)
+        normal = torch.distributions.Normal(centre, variance.sqrt())
+        return normal.log_prob(truth).mean().item()
+
+    return Problem(
+        model=mlp(10, 8, 2, last=MeanAndVariance()),
+        inputs=data.inputs,
+        targets=(data.labels - mean) / deviation,
+        score=likelihood,
+        arguments=lambda outputs, targets: (outputs[0], targets, outputs[1]),
+        parts=True,
+    )
+
+
+def alike(seed: int) -> Problem:
+    data = load("digits", seed)
+
+    def arguments(outputs: Arguments, labels: Tensor) -> Arguments:
+        return *outputs, torch.where(labels[0] == labels[1], 1, -1)
+
+    return Problem(
+        model=mlp(64, 48, 8),
+        inputs=data.inputs,
+        targets=data.labels,
+        score=nearest_neighbour(data, "cosine"),
+        options={"margin": 0.3},
+        arguments=arguments,
+    )
+
+
+class Columns(nn.Module):
+    """Swaps the last two dimensions: columns over time, or classes last."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.transpose(1, 2)
+
+
+def numbers(seed: int) -> Problem:
+    """Numbers of three digits, side by side, read column by column; class 0 is the blank."""
+    data, size = load("digits", seed), 3
+
+    def strips(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        order = torch.randperm(len(images) - len(images) % size).view(-1, size)
+        rows = images[order].view(-1, size, 8, 8).permute(0, 2, 1, 3)
+        return rows.reshape(-1, 8, 8 * size), labels[order] + 1
+
+    inputs, targets = strips(data.inputs, data.labels)
+    held, truth = strips(data.held_inputs, data.held_labels)
+
+    def arguments(outputs: Arguments, labels: Tensor) -> Arguments:
+        steps = outputs[0].transpose(0, 1)
+        return steps, labels, *(torch.full((len(labels),), n) for n in (len(steps), size))
+
+    def right(model: nn.Module) -> float:
+        found = [row.unique_consecutive() for row in model(held).argmax(-1)]
+        pairs = zip(found, truth, strict=True)
+        return sum(torch.equal(row[row > 0], number) for row, number in pairs) / len(truth)
+
+    hidden = nn.Conv1d(8, 48, 9, padding=4)
+    layers = (hidden, nn.Tanh(), nn.Conv1d(48, 11, 5, padding=2), Columns(), nn.LogSoftmax(-1))
+    return Problem(nn.Sequential(*layers), inputs, targets, right, arguments=arguments)
+
+
+def counts(seed: int) -> Problem:
+    """How many of a digit's 64 pixels are dark, from the other half of its pixels."""
+    data = load("digits", seed)
+    half = 32
+
+    def dark(images: Tensor) -> Tensor:
+        return (images[:, half:] > 0.5).sum(1).float()
+
+    def deviance(model: nn.Module) -> float:
+        from sklearn.metrics import d2_tweedie_score
+
+        rates = model(data.held_inputs[:, :half]).exp().numpy()
+        return float(d2_tweedie_score(dark(data.held_inputs).numpy(), rates, power=1))
+
+    return Problem(
+        model=mlp(half, 16, 1, last=nn.Flatten(0)),
+        inputs=data.inputs[:, :half],
+        targets=dark(data.inputs),
+        score=deviance,
+        options={"full": True},
     )
 
 
@@ -239,6 +363,7 @@ def embedding(seed: int) -> Problem:
         targets=data.labels,
         score=nearest_neighbour(data, "euclidean"),
         options={"margin": 0.5},
+        arguments=lambda outputs, _: outputs,
     )
 
 
@@ -250,6 +375,7 @@ def tumours(seed: int) -> Problem:
         targets=data.labels,
         score=nearest_neighbour(data, "cosine"),
         options={"distance_function": cosine_distance, "margin": 1.0, "swap": True},
+        arguments=lambda outputs, _: outputs,
     )
 
 
@@ -260,6 +386,14 @@ TASKS = (
     Task("KLDivLoss", "digits, distilled", "accuracy", distillation, 0.1, 50),
     Task("CrossEntropyLoss", "digits", "accuracy", digits, 0.1, 50),
     Task("NLLLoss", "wine cultivars", "accuracy", wine, 0.05, 60, 32),
-    Task("TripletMarginLoss", "digits, embedded", "1-NN", embedding, 0.05, 80, 300),
-    Task("TripletMarginWithDistanceLoss", "tumours, by cosine", "1-NN", tumours, 0.02, 120, 190),
+    Task("TripletMarginLoss", "digits, embedded", "1-NN", embedding, 0.05, 80, 300, triplets_of),
+    Task(
+        *("TripletMarginWithDistanceLoss", "tumours, by cosine", "1-NN", tumours, 0.02, 120, 190),
+        draw=triplets_of,
+    ),
+    Task("HuberLoss", "diabetes, outliers", "R²", outliers, 0.03, 80, 98),
+    Task("PoissonNLLLoss", "dark pixels", "D²", counts, 0.002, 30),
+    Task("GaussianNLLLoss", "diabetes, uncertain", "log p", uncertain, 0.01, 80, 98),
+    Task("CosineEmbeddingLoss", "digits, alike", "1-NN", alike, 0.05, 60, 300, pairs_of),
+    Task("CTCLoss", "numbers of 3 digits", "read", numbers, 0.02, 60, 32),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ class Run:
     """One training of a problem's model, with the loss of one library in one dtype."""
 
     def __init__(self, task: Task, problem: Problem, library: Any, dtype: torch.dtype) -> None:
+        self.problem = problem
         self.model = copy.deepcopy(problem.model).to(dtype)
         self.criterion = getattr(library, task.loss)(**problem.options).to(dtype)
         self.judge = getattr(torch.nn, task.loss)(**problem.options).double()
@@ -44,13 +45,13 @@ class Run:
     def step(self, rows: Tensor) -> None:
         """Train on one batch; the clock runs in the loss and its backward, not in the model."""
         outputs = self.model(self.inputs[rows])
-        triplets = rows.ndim == 2
-        predictions = outputs.detach().unbind(0) if triplets else (outputs.detach(),)
-        targets = () if triplets else (self.targets[rows],)
+        several = rows.ndim == 2 or self.problem.parts
+        predictions = outputs.detach().unbind(0) if several else (outputs.detach(),)
         for each in predictions:
             each.requires_grad_()
+        arguments = self.problem.arguments(predictions, self.targets[rows])
         start = time.perf_counter()
-        loss = self.criterion(*predictions, *targets)
+        loss = self.criterion(*arguments)
         loss.backward()
         self.seconds.append(time.perf_counter() - start)
         gradient = torch.stack([each.grad for each in predictions])
@@ -59,25 +60,20 @@ class Run:
         self.optimizer.step()
         self.losses.append(loss.item())
         if loss.dtype is torch.float32:
-            self.errors.append(error_of(self.judge, predictions, targets, loss, gradient))
+            self.errors.append(self.error_of(predictions, self.targets[rows], loss, gradient))
 
-
-def error_of(
-    judge: torch.nn.Module,
-    predictions: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    loss: Tensor,
-    gradient: Tensor,
-) -> float:
-    """The relative error of a loss and its gradient against the same in float64."""
-    exact = [each.detach().double().requires_grad_() for each in predictions]
-    others = [each.double() if each.is_floating_point() else each for each in targets]
-    value = judge(*exact, *others)
-    slopes = torch.stack(torch.autograd.grad(value, exact))
-    pairs = ((loss.detach(), value.detach()), (gradient, slopes))
-    tiny = torch.finfo(torch.float32).tiny
-    errors = [(a - b).abs().max() / (b.abs().max() + tiny) for a, b in pairs]
-    return torch.stack(errors).max().item()
+    def error_of(
+        self, predictions: tuple[Tensor, ...], targets: Tensor, loss: Tensor, gradient: Tensor
+    ) -> float:
+        """The relative error of a loss and its gradient against the same in float64."""
+        exact = tuple(each.detach().double().requires_grad_() for each in predictions)
+        arguments = self.problem.arguments(exact, targets)
+        value = self.judge(*(a.double() if a.is_floating_point() else a for a in arguments))
+        slopes = torch.stack(torch.autograd.grad(value, exact))
+        pairs = ((loss.detach(), value.detach()), (gradient, slopes))
+        tiny = torch.finfo(torch.float32).tiny
+        errors = [(a - b).abs().max() / (b.abs().max() + tiny) for a, b in pairs]
+        return torch.stack(errors).max().item()
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,7 @@ class Result:
         predictions that it was given.
         """
         parts = self.parts
-        if parts is None or not self.task.triplets:
+        if parts is None or self.task.draw is None:
             return parts
         erring = first(self.fusedloss_error, allowance(self.torch_error, np.float64(1.0)))
         return None if erring is None else max(parts, erring)
