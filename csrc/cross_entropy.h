@@ -2,8 +2,9 @@
 //
 // With w the class weights (or 1), h the smoothing, q the target's probabilities (an index y is one-hot),
 //   b_c = w_c ((1 - h) q_c + h / C),   loss = sum_c b_c (lse(x) - x_c),   d loss / d x_c = B p_c - b_c,
-// where B = sum_c b_c and p = softmax(x). Each exp is taken once: it waits in the gradient's own memory
-// until the row's sum is known; it and the sums are `math::raised` meanwhile.
+// where B = sum_c b_c and p = softmax(x). The focal loss multiplies each b_c: see focal.h. Each exp is taken
+// once: it waits in the gradient's own memory until the row's sum is known; it and the sums are
+// `math::raised` meanwhile.
 #pragma once
 #include <memory>
 
@@ -32,7 +33,8 @@ int64_t cross_entropy(RowsArgs a) {
     // A tile has sixteen positions at least: where there are fewer, of very many classes, rows take less
     // memory.
     const bool wasteful = a.d < 16 && a.c > large_tile<T>;
-    const bool tiles = !wasteful && (a.input.stride[1] != 1 || a.c <= short_row<T>);
+    const bool focal_parts = a.gamma != 0 && rows.soft != T(0);  // tiles alone know these
+    const bool tiles = focal_parts || (!wasteful && (a.input.stride[1] != 1 || a.c <= short_row<T>));
     const int64_t lanes = TileKernel<T>::lanes(a.c, a.d, a.input.stride[1] != 1);
     const int64_t per_block = tiles ? lanes : std::max<int64_t>(1, 4 * row_block / std::max<int64_t>(a.c, 1));
     const int64_t across = tiles ? a.d : rows.positions();

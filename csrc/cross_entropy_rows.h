@@ -1,5 +1,6 @@
 // Cross entropy, vectorised along the rows.
 #pragma once
+#include "focal.h"
 #include "labels.h"
 #include "softmax.h"
 
@@ -80,9 +81,15 @@ public:
         }
         T* e = scratch.empty() ? static_cast<T*>(a.grad.data) + (a.grad.data ? g_row : 0) : scratch.data();
         const OwnSums<T> s = gather(x_row, n, d, y, a.grad.data ? e : nullptr);
-        const double own_weight = y < 0 ? 0 : double(r.hard) * r.class_weight(y);
+        double own_weight = y < 0 ? 0 : double(r.hard) * r.class_weight(y);
         double loss = s.mass != 0 || a.probabilities ? s.soft_loss() : 0;
         if (y >= 0) loss += own_weight * s.own_loss();
+        if (a.gamma != 0) {
+            const double sum = s.raised_sum();
+            const Focal f = focal(s.own / sum, s.others / sum, s.own_loss(), a.gamma);
+            loss *= f.value;
+            own_weight *= f.slope;
+        }
         if (!a.grad.data && !a.grad_target.data) return loss;
 
         const double g = r.incoming(n, d);

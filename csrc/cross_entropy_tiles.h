@@ -1,183 +1,9 @@
 // Cross entropy, vectorised across the rows.
 #pragma once
-#include "labels.h"
-#include "softmax.h"
+#include "positions.h"
 #include "transpose.h"
 
 namespace fusedloss {
-
-// The loops of TileKernel: one class, `n` positions.
-template <class T>
-FUSEDLOSS_LOOP void raise(T* __restrict max, const T* __restrict x, int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) max[i] = x[i] > max[i] ? x[i] : max[i];
-}
-
-template <class T, class Index>
-FUSEDLOSS_LOOP void raise(T* __restrict max, Index* __restrict largest, const T* __restrict x, Index c,
-                          int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-        largest[i] = x[i] > max[i] ? c : largest[i];
-        max[i] = x[i] > max[i] ? x[i] : max[i];
-    }
-}
-
-template <class T>
-FUSEDLOSS_LOOP void exp_in_place(T* __restrict x, const T* __restrict max, int64_t n) {
-    math::map(x, n, [](auto v, auto top) { return math::exp_raised(v - top); }, x, max);
-}
-
-template <class T>
-FUSEDLOSS_LOOP void add(double* __restrict sums, const T* __restrict e, int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) sums[i] += double(e[i]);
-}
-
-// Of four classes, `width` apart: see quick_sum.
-template <class T>
-FUSEDLOSS_LOOP void add_four(double* __restrict sums, const T* __restrict e, int64_t width, int64_t n) {
-    const T* __restrict e1 = e + width, * __restrict e2 = e1 + width, * __restrict e3 = e2 + width;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) sums[i] += double((e[i] + e1[i]) + (e2[i] + e3[i]));
-}
-
-template <class T, class Index>
-FUSEDLOSS_LOOP void add_but_largest(double* __restrict sums, const T* __restrict part,
-                                    const Index* __restrict largest, Index c, int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) sums[i] += double(largest[i] == c ? T(0) : part[i]);
-}
-
-template <class T>
-FUSEDLOSS_LOOP void add_products(double* __restrict dots, const T* __restrict part, const T* __restrict x,
-                                 const T* __restrict max, int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-        const double term = double(part[i]) * (double(x[i]) - double(max[i]));
-        dots[i] += part[i] == T(0) && x[i] == x[i] ? 0.0 : term;
-    }
-}
-
-// What TileKernel knows of the positions of a tile. The own class is as in RowSums.
-template <class T>
-struct Positions {
-    static constexpr int64_t most = 256, ignored = -2;
-    alignas(64) int64_t y[most];
-    alignas(64) T max[most], own_x[most], own[most], factor[most], lowering[most], g[most];
-    alignas(64) double weight[most], others[most], dots[most], masses[most], rest[most];
-    alignas(64) double log_sum[most], incoming[most];
-};
-
-// The labels to ignore become `mark`; whether there are any.
-FUSEDLOSS_LOOP inline bool mark_ignored(int64_t* __restrict y, int64_t n, int64_t ignore_index,
-                                        int64_t mark) {
-    int64_t any = 0;
-#pragma omp simd reduction(| : any)
-    for (int64_t i = 0; i < n; ++i) {
-        any |= y[i] == ignore_index;
-        y[i] = y[i] == ignore_index ? mark : y[i];
-    }
-    return any != 0;
-}
-
-// tile[y_i][i]
-template <class T>
-FUSEDLOSS_LOOP void own_logits(Positions<T>& p, const T* __restrict tile, int64_t width, int64_t n) {
-    for (int64_t i = 0; i < n; ++i)
-        p.own_x[i] = p.y[i] >= 0 ? tile[p.y[i] * width + i] : -std::numeric_limits<T>::infinity();
-}
-
-// tile[y_i][i] = value(i)
-template <class T, class Value>
-FUSEDLOSS_LOOP void set_own(const int64_t* __restrict y, int64_t n, const Value& value, T* __restrict tile,
-                            int64_t width) {
-    for (int64_t i = 0; i < n; ++i)
-        if (y[i] >= 0) tile[y[i] * width + i] = value(i);
-}
-
-template <class T>
-FUSEDLOSS_LOOP void own_exps(Positions<T>& p, int64_t n) {
-    math::map(p.own, n, [](auto v, auto top) { return math::exp_raised(v - top); }, p.own_x, p.max);
-}
-
-// log1p keeps the digits near certainty, where the own class is the largest.
-template <class T, bool indices, bool soft>
-FUSEDLOSS_LOOP void position_losses(Positions<T>& p, int64_t n, double hard, double* __restrict losses) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-        constexpr double lowered = math::lowered<T>;
-        const double log_sum = math::log1p(p.others[i] * lowered + (double(p.own[i]) * lowered - 1.0));
-        p.log_sum[i] = log_sum;
-        double loss = 0;
-        if constexpr (indices) {
-            const double behind = p.own[i] == math::raised<T> ? 0.0 : double(p.max[i]) - double(p.own_x[i]);
-            loss = hard * p.weight[i] * (log_sum + behind);
-        }
-        if constexpr (soft) loss += p.masses[i] * log_sum - p.dots[i];
-        losses[i] = p.y[i] == p.ignored ? 0.0 : loss;
-    }
-}
-
-// From what arrives: the factor of the raised exps, and the own class's gradient, p - 1 as minus the others'
-// share. Whether the exps must be lowered, by `lowering`, since a factor would be too small.
-template <class T, bool indices, bool soft>
-FUSEDLOSS_LOOP bool position_slopes(Positions<T>& p, int64_t n, double hard, double smooth) {
-    constexpr double lowered = math::lowered<T>, least = std::numeric_limits<T>::min();
-    int64_t any = 0;
-#pragma omp simd reduction(| : any)
-    for (int64_t i = 0; i < n; ++i) {
-        const double in = p.y[i] == p.ignored ? 0.0 : p.incoming[i];
-        const double mass = soft ? p.masses[i] : 0.0, own_weight = indices ? hard * p.weight[i] : 0.0;
-        const double others = p.others[i] * lowered, own = double(p.own[i]) * lowered;
-        const double scale = in / (others + own);
-        const double factor = scale * (own_weight + mass);
-        const bool small = math::abs(factor * lowered) < least;
-        p.g[i] = T(in);
-        p.factor[i] = T(small ? factor : factor * lowered);
-        p.lowering[i] = small ? math::lowered<T> : T(1);
-        any |= small && factor != 0;
-        p.own[i] = indices ? T(scale * (mass * own - own_weight * others) - in * smooth * p.weight[i])
-                           : T(in * p.rest[i] - scale * mass * others);
-    }
-    return any != 0;
-}
-
-// f(i) for all i < n, vector by vector, while the line of `next` that lies as far on is asked for, to read or
-// to write.
-template <class T, bool to_write, class F>
-inline void each_ahead(int64_t n, const T* next, F f) {
-    constexpr int64_t line = 64 / sizeof(T);
-    const int64_t whole = n - n % line;
-    for (int64_t i = 0; i < whole; i += line) {
-        __builtin_prefetch(next + i, to_write);
-#pragma omp simd
-        for (int64_t j = i; j < i + line; ++j) f(j);
-    }
-#pragma omp simd
-    for (int64_t i = whole; i < n; ++i) f(i);
-}
-
-template <class T>
-FUSEDLOSS_LOOP void copy_and_raise(const T* __restrict from, int64_t n, T* __restrict to, T* __restrict max,
-                                   const T* next) {
-    each_ahead<T, false>(n, next, [=](int64_t i) {
-        to[i] = from[i];
-        max[i] = from[i] > max[i] ? from[i] : max[i];
-    });
-}
-
-// e * factor - g * part, or e * factor; `out` may be `e`.
-template <class T>
-FUSEDLOSS_LOOP void slope(const T* e, const T* factor, const T* g, const T* part, int64_t n, T* out,
-                          const T* next) {
-    each_ahead<T, true>(n, next, [=](int64_t i) { out[i] = e[i] * factor[i] - g[i] * part[i]; });
-}
-
-template <class T>
-FUSEDLOSS_LOOP void multiply_each(const T* e, const T* factor, int64_t n, T* out, const T* next) {
-    each_ahead<T, true>(n, next, [=](int64_t i) { out[i] = e[i] * factor[i]; });
-}
 
 // Strided classes: vectorised across positions, on a copy of the tile, since strides that are powers of two
 // would have its classes evict each other from the caches. The passes are those of RowKernel.
@@ -189,6 +15,7 @@ public:
           a(rows.a),
           width(lanes),
           soft(a.probabilities || r.soft != T(0)),
+          focal_parts(a.gamma != 0 && soft),
           tile(size_t(a.c * lanes)) {
         if (soft) parts.resize(tile.size());
     }
@@ -205,7 +32,10 @@ public:
         const int64_t padded = (count + 15) / 16 * 16;
         read(n, d0, count, padded);
         settle(n, d0, count, padded);
-        if (soft) gather_soft(n, d0, count, padded);
+        if (focal_parts)
+            keep_gaps(padded);
+        else if (soft)
+            gather_soft(n, d0, count, padded);
         // The own class leaves the sums.
         set_own(p.y, count, [](int64_t) { return -infinity; }, tile.data(), width);
         for (int64_t c = 0; c < a.c; ++c) exp_in_place(at(c), p.max, padded);
@@ -215,18 +45,22 @@ public:
         for (int64_t c = fours; c < a.c; ++c) add(p.others, at(c), padded);
 
         const double hard = double(r.hard);
-        if (a.probabilities)
+        if (focal_parts)
+            gather_focal(padded, losses);
+        else if (a.probabilities)
             position_losses<T, false, true>(p, padded, hard, losses);
         else if (soft)
             position_losses<T, true, true>(p, padded, hard, losses);
         else
             position_losses<T, true, false>(p, padded, hard, losses);
+        if (a.gamma != 0 && !soft) focus(p, padded, a.gamma, losses);
         if (!a.grad.data && !a.grad_target.data) return;
 
         incoming(n, d0, count, padded);
-        const bool small = a.probabilities ? position_slopes<T, false, true>(p, padded, hard, 0)
-                           : soft          ? position_slopes<T, true, true>(p, padded, hard, double(r.soft))
-                                           : position_slopes<T, true, false>(p, padded, hard, 0);
+        const bool small = a.probabilities || focal_parts
+                               ? position_slopes<T, false, true>(p, padded, hard, 0)
+                           : soft ? position_slopes<T, true, true>(p, padded, hard, double(r.soft))
+                                  : position_slopes<T, true, false>(p, padded, hard, 0);
         for (int64_t c = 0; c < a.c && small; ++c) multiply_each(at(c), p.lowering, padded, at(c), at(c));
         if (a.grad.data) write(n, d0, count, padded);
         if (a.grad_target.data) target_gradient(n, d0, count);
@@ -240,7 +74,7 @@ private:
     const Rows<T>& r;
     const RowsArgs& a;
     const int64_t width;
-    const bool soft;
+    const bool soft, focal_parts;
     bool any_ignored = false;
     std::vector<T> tile, parts, converted;
     Positions<T> p;
@@ -253,14 +87,14 @@ private:
         std::fill_n(p.max, padded, -infinity);
         std::fill_n(p.others, padded, 0.0);
         std::fill_n(largest, padded, Index(0));
-        const bool direct = dense(a.input) && !a.probabilities;
+        const bool direct = dense(a.input) && !a.probabilities && !focal_parts;
         if (!direct) load_tile(a.input, n, d0, count, tile.data());
         for (int64_t c = 0; c < a.c; ++c) {
             std::fill(at(c) + count, at(c) + padded, T(0));
             if (direct)
                 copy_and_raise(stretch(a.input, n, d0, c), count, at(c), p.max,
                                after(a.input, n, d0, c, count));
-            else if (a.probabilities)
+            else if (a.probabilities || focal_parts)
                 raise(p.max, largest, at(c), Index(c), padded);
             else
                 raise(p.max, at(c), padded);
@@ -381,6 +215,26 @@ private:
         }
         for (int64_t i = 0; i < count && a.probabilities; ++i)
             p.masses[i] = p.rest[i] + double(part(p.y[i])[i]);
+    }
+
+    // x - max, which the exps take the place of.
+    void keep_gaps(int64_t padded) {
+        for (int64_t c = 0; c < a.c; ++c)
+            for (int64_t i = 0; i < padded; ++i) part(c)[i] = at(c)[i] - p.max[i];
+    }
+
+    // The losses, and what the gradient takes of each class.
+    void gather_focal(int64_t padded, double* losses) {
+        std::fill_n(p.rest, padded, 0.0);
+        std::fill_n(p.masses, padded, 0.0);
+        std::fill_n(losses, padded, 0.0);
+        for (int64_t c = 0; c < a.c; ++c) add_but_largest(p.rest, at(c), largest, Index(c), padded);
+        rest_of_largest(p, largest, padded);
+        for (int64_t c = 0; c < a.c; ++c) {
+            const T w = r.weight ? r.weight[c] : T(1);
+            focus_part(p, at(c), largest, Index(c), double(r.hard * w), double(r.soft * w), a.gamma, padded,
+                       part(c), losses);
+        }
     }
 
     void target_gradient(int64_t n, int64_t d0, int64_t count) {

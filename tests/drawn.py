@@ -23,8 +23,9 @@ MOST = 3000  # elements of a tensor
 
 
 def drawn(kind: str) -> dict[str, list[Loss]]:
-    """The rows of each loss of a kind, by its name."""
-    rows = [row for row in REGISTRY.values() if row.kind == kind]
+    """The rows of each loss of a kind that PyTorch has, by its name."""
+    known = dir(torch.nn.functional)
+    rows = [row for row in REGISTRY.values() if row.kind == kind and row.name in known]
     return {
         name: [r for r in rows if r.name == name] for name in dict.fromkeys(r.name for r in rows)
     }

@@ -131,8 +131,11 @@ MUTANTS = [
     kernel("cross_entropy_rows.h", "s.dot += s.mass * (s.max - double(origin));", "s.dot -= s.mass * (s.max - double(origin));", KERNELS + f" and {CE}"),
     kernel("softmax.h", "return mass * log_sum() - dot;", "return mass * log_sum() + dot;", KERNELS + f" and {CE}"),
     kernel("cross_entropy_rows.h", "scale * std::exp(origin - s.max);", "scale;", KERNELS + f" and {CE}"),
-    kernel("cross_entropy_tiles.h", "p.masses[i] * log_sum - p.dots[i]", "p.masses[i] * log_sum", KERNELS + f" and {CE}"),
-    kernel("cross_entropy_tiles.h", "scale * (mass * own - own_weight * others)", "scale * (mass * own + own_weight * others)", KERNELS + f" and {CE}"),
+    kernel("positions.h", "p.weight[i] *= f.slope;", "p.weight[i] *= f.value;", KERNELS + " and softmax_focal"),
+    kernel("positions.h", "largest[i] == c ? p.dots[i]", "is_own ? p.dots[i]", "digits and softmax_focal"),
+    kernel("focal.h", "rest == 0 ? 1.0", "rest == 0 ? 0.0", KERNELS + " and softmax_focal"),
+    kernel("positions.h", "p.masses[i] * log_sum - p.dots[i]", "p.masses[i] * log_sum", KERNELS + f" and {CE}"),
+    kernel("positions.h", "scale * (mass * own - own_weight * others)", "scale * (mass * own + own_weight * others)", KERNELS + f" and {CE}"),
     # the negative log likelihood
     kernel("nll.h", "-rows.class_weight(y) * convert", "rows.class_weight(y) * convert", KERNELS + f" and {NLL}"),
     kernel("nll.h", "(-rows.class_weight(y) * g)", "(-rows.class_weight(y))", KERNELS + f" and {NLL}"),

@@ -249,6 +249,7 @@ def flat(sizes: int | tuple[int, ...]) -> tuple[int, ...]:
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 LOGITS = "binary_cross_entropy_with_logits"
 CE, SOFT = "cross_entropy", "cross_entropy[probabilities]"
+FOCAL = "softmax_focal_loss"
 WIDE, VOCABULARY, LARGEST = (4096, 1024), (4096, 32768), (1024, 128256)
 PIXELS, MANY = (4, 21, 256, 256), (4, 1000, 32, 32)
 
@@ -260,6 +261,7 @@ CALLS: list[Call | Step] = [
     *(Call(CE, shape, F32, hot=True) for shape in (WIDE, (4096, 5))),
     Call(CE, VOCABULARY, BF16, "label_smoothing", hot=True),
     Call(SOFT, VOCABULARY, F32, hot=True),
+    Call(FOCAL, PIXELS, F32, hot=True),
     Call("nll_loss", VOCABULARY, F32, hot=True),
     Call("triplet_margin_loss", (65536, 512), F32, hot=True),
     *(Step((512, classes), BF16, hot=True) for classes in (32000, 128256)),
@@ -280,7 +282,7 @@ CALLS: list[Call | Step] = [
     ),
     *(
         Call(key, shape, dtype, option, reduction)
-        for key in (CE, SOFT, "nll_loss")
+        for key in (CE, SOFT, FOCAL, "nll_loss")
         for option in REGISTRY[key].options
         for shape in (WIDE, VOCABULARY, LARGEST, PIXELS, MANY)
         for dtype in (F32, F64, BF16, F16)

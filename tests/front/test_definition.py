@@ -64,7 +64,7 @@ def named(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
         (
             named("no_such_loss", of_no_name),
             {"delta": positive},
-            "torch.nn.functional has no no_such_loss: name it as PyTorch does",
+            "torch.nn.functional has no no_such_loss: name it as PyTorch does, or write its whole signature",
         ),
     ],
 )
@@ -100,7 +100,30 @@ def test_docstring_tells_of_every_argument_and_error(name: str) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_module_is_public(name: str) -> None:
     assert MODULES[name] is getattr(nn, name) is getattr(fusedloss, name)
-    assert issubclass(MODULES[name], getattr(torch.nn, name))
+    assert issubclass(MODULES[name], getattr(torch.nn, name, torch.nn.Module))
+
+
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - set(dir(torch.nn))))
+def test_module_without_a_namesake(name: str) -> None:
+    """It takes the settings of its function, passes them all, and keeps tensors as buffers."""
+    module = MODULES[name]()
+    (function,) = [f for f in FUNCTIONS.values() if f.__name__ in (MODULES[name].__doc__ or "")]
+    settings = inspect.signature(MODULES[name]).parameters
+    operands = inspect.signature(module.forward).parameters
+    assert [*operands, *settings] == list(inspect.signature(function).parameters)
+    row = next(row for row in REGISTRY.values() if row.function is function)
+    generator = torch.Generator().manual_seed(0)
+    for make in row.options.values():
+        tensors = row.example((4, 3), torch.float64, generator)
+        options = make(tensors, generator)
+        options["reduction"] = "sum"
+        module = MODULES[name](**options)
+        held = {n for n, v in options.items() if isinstance(v, torch.Tensor)}
+        assert held == {n for n, b in module.named_buffers() if b is not None}
+        twin = pickle.loads(pickle.dumps(module))
+        assert torch.equal(twin(*tensors), function(*tensors, **options))
+        shown = repr(module)
+        assert all(f"{n}={v!r}" in shown for n, v in options.items() if n not in held)
 
 
 def test_every_loss_is_in_the_registry() -> None:

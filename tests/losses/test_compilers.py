@@ -202,12 +202,14 @@ def operator_calls() -> list[Any]:
     probabilities = torch.rand(4, 5).requires_grad_()
     found = []
     for reduction in ("none", "mean", "sum"):
-        rest = (reduction, 2, 0.1, torch.float32)
+        rest = (reduction, 2, 0.1, torch.float32, 0.0)
+        focal = (False, reduction, 2, 0.1, torch.float32, 1.5)
         soft = (x, probabilities, weight, "cross_entropy", True, reduction, -100, 0.1)
         found += [
             ("rows", x, index, weight, "cross_entropy", False, *rest),
             ("rows", x, index, None, "nll_loss", False, *rest),
-            ("rows", *soft, torch.float32),
+            ("rows", *soft, torch.float32, 0.0),
+            ("rows", x, index, weight, "softmax_focal_loss", *focal),
             ("reduction", x, y, z, "triplet_swap", (2.0, 1e-6, 1.0), reduction, torch.float32),
         ]
     return found

@@ -168,6 +168,7 @@ ROWS = Struct(
     "int64_t mean  // divide by the weights of the counted rows (indices) or by their number",
     "int64_t ignore_index",
     "double smoothing",
+    "double gamma  // of the focal loss; 0 is cross entropy",
     "Grid input, target",
     "Grid weight  // of the type that the kernel computes in, dense",
     "Grid incoming  // a gradient for each row",

@@ -35,6 +35,7 @@ class Counted(NamedTuple):
 
     ignore_index: int
     smoothing: float = 0.0
+    gamma: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Classes:
     computes: ClassVar[bool] = False
 
     kernel: str  # PyTorch's word for what a type is lacking
-    softmax: bool = False  # the input holds logits; the target may hold probabilities
+    softmax: bool = False  # the input holds logits
+    soft: bool = False  # the target may hold probabilities
 
     def memo(self, loss: Definition) -> Memo:
         return loss.memo(weighted=True)
@@ -55,11 +57,11 @@ class Classes:
         operands, more = loss.tensors(given, TypeError), loss.more_tensors(given, TypeError)
         input, target = operands.values()
         weight = more.get("weight")
-        ignore_index, smoothing = loss.body(**loss.checked(given))
+        ignore_index, smoothing, gamma = loss.chosen(given)
         reduction = loss.reduction(given)
         if more or target.device != input.device:
             errors.same_device(name, **operands, **more)
-        probabilities = self.softmax and target.shape == input.shape
+        probabilities = self.soft and target.shape == input.shape
         if probabilities:
             dtype = self._check_probabilities(name, input, target, weight, ignore_index)
         else:
@@ -71,7 +73,7 @@ class Classes:
             check_indices(name, input, target, weight, dtype)
             if not self.softmax:
                 self._check_input(name, input, target)
-        call = RowsCall(name, probabilities, reduction, ignore_index, smoothing, dtype)
+        call = RowsCall(name, probabilities, reduction, ignore_index, smoothing, dtype, gamma)
         loss.refuse_what_users_rue(operands, reduction=reduction, ignore_index=ignore_index)
         why = None
         if probabilities and input.numel() == 0 and input.shape[min(input.dim() - 1, 1)] == 0:
@@ -120,14 +122,14 @@ class Classes:
         promoted = " (for probabilities, in the type that both promote to)"
         returns = (
             "A scalar, or the losses of all rows with 'none', in the input's type"
-            f"{promoted if self.softmax else ''}; float32 under autocast. 'mean' over no row is NaN."
+            f"{promoted if self.soft else ''}; float32 under autocast. 'mean' over no row is NaN."
         )
         raises = (
             "IndexError: a class index out of range; its position is named",
             "ValueError: unknown `reduction`; batch sizes that differ; a 0-dim input",
             "RuntimeError: other shapes that do not fit; a weight not of shape (C) or of another type",
             "RuntimeError: devices that differ; a target that is not integer"
-            + (", nor floating" if self.softmax else ""),
+            + (", nor floating" if self.soft else ""),
             "NotImplementedError: integer or complex input",
             "TypeError: an argument that is no tensor",
         )

@@ -36,6 +36,7 @@ class Definition:
     further: tuple[str, ...]  # of these, the operands of a formula that the body chooses by them
     settings: dict[str, Setting]
     extensions: tuple[str, ...]  # settings that PyTorch lacks
+    alone: bool  # PyTorch has no function of the name: the body has the whole signature
 
     def tensors(self, given: dict[str, Any], kind: type[Exception]) -> dict[str, Tensor]:
         """The operands.
@@ -64,6 +65,11 @@ class Definition:
             TypeError, ValueError: what a setting's word says.
         """
         return {n: s.check(self.name, n, given[n]) for n, s in self.settings.items()}
+
+    def chosen(self, given: dict[str, Any]) -> Any:
+        """What the body makes of the settings; raises as `checked`."""
+        settings = self.checked(given)
+        return self.body(**{**given, **settings}) if self.alone else self.body(**settings)
 
     def reduction(self, given: dict[str, Any], allowed: tuple[str, ...] = reduce.REDUCTIONS) -> str:
         return reduce.resolve(
@@ -150,8 +156,11 @@ def loss(
             strict.RULES[found.name] = rules
         for row in rows:
             kind = row.kind or ladder.kind
-            register(dataclasses.replace(row, function=made, module=module or "", kind=kind))
-        if module is not None:
+            namesake = "" if found.alone else module or ""
+            register(dataclasses.replace(row, function=made, module=namesake, kind=kind))
+        if module is not None and found.alone:
+            modules.make_alone(module, made, found.operands, found.optional)
+        elif module is not None:
             modules.make(module, made, found.operands, found.extensions)
         return made
 
@@ -167,14 +176,15 @@ def _definition(
     if theirs is not None:
         added = [p for p in own.parameters.values() if p.default is not p.empty]
         whole = signature.extended(theirs, added)
-    elif module is not None:
-        raise malformed(body, f"torch.nn.functional has no {name}", "name it as PyTorch does")
+    elif "reduction" not in whole.parameters and not computes:
+        remedy = "name it as PyTorch does, or write its whole signature"
+        raise malformed(body, f"torch.nn.functional has no {name}", remedy)
     tensors = {n: p for n, p in whole.parameters.items() if signature.takes_tensor(p)}
     for n in own.parameters:
         if n not in whole.parameters:
             fault = f"{n} is no parameter of PyTorch's {name}"
             raise malformed(body, fault, "give it a default, as an extension")
-        if n in settings or n in tensors or computes:
+        if n in settings or n in tensors or n == "reduction" or computes:
             continue
         if (word := BY_DEFAULT.get(type(whole.parameters[n].default))) is None:
             remedy = f"pass @loss a word of front/settings.py, such as {n}=positive"
@@ -192,9 +202,12 @@ def _definition(
         signature=whole,
         operands=tuple(n for n, p in tensors.items() if p.default is p.empty),
         optional=tuple(n for n, p in tensors.items() if p.default is None),
-        further=tuple(n for n in own.parameters if n in tensors and tensors[n].default is None),
+        further=tuple(
+            n for n in own.parameters if theirs and n in tensors and tensors[n].default is None
+        ),
         settings={n: settings[n] for n in own.parameters if n in settings},
         extensions=tuple(n for n in whole.parameters if theirs and n not in theirs.parameters),
+        alone=theirs is None,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.nn
 
-from .signature import LEGACY, bare, compiled, extended
+from .signature import LEGACY, Parameter, bare, compiled, extended
 
 MODULES: dict[str, type[torch.nn.Module]] = {}  # of the face fusedloss.nn, by their names
 FACE = "fusedloss.nn"
@@ -40,6 +40,42 @@ def make(
         added = [parameters[n] for n in extensions]
         body |= _extension(theirs, extended(constructor, added), {p.name: p.default for p in added})
     MODULES[name] = type(name, (theirs,), body)
+
+
+def make_alone(
+    name: str, function: Callable[..., Any], operands: tuple[str, ...], optional: tuple[str, ...]
+) -> None:
+    """One that PyTorch has no namesake of, constructed with the settings; tensors among them are buffers."""
+    parameters = inspect.signature(function).parameters
+    settings = [p for n, p in parameters.items() if n not in operands]
+    taken = inspect.Signature([Parameter("self", Parameter.POSITIONAL_ONLY), *settings])
+    lines = [f"def __init__{bare(taken)}:", "    _super.__init__(self)"]
+    for p in settings:
+        buffer = f"    self.register_buffer({p.name!r}, {p.name})"
+        lines.append(buffer if p.name in optional else f"    self.{p.name} = {p.name}")
+    passed = ", ".join([*operands, *(f"{p.name}=self.{p.name}" for p in settings)])
+    forward = [
+        f"def forward(self, {', '.join(operands)}):",
+        f"    return _function({passed})",
+    ]
+
+    def extra_repr(self: Any) -> str:
+        shown = {p.name: getattr(self, p.name) for p in settings if p.name not in optional}
+        return ", ".join(f"{n}={v!r}" for n, v in shown.items())
+
+    constructor = compiled(lines, "__init__", {"_super": torch.nn.Module}, globals(), f"{name}.")
+    MODULES[name] = type(
+        name,
+        (torch.nn.Module,),
+        {
+            "__init__": constructor,
+            "forward": compiled(forward, "forward", {"_function": function}, globals(), f"{name}."),
+            "extra_repr": extra_repr,
+            "__constants__": [p.name for p in settings if p.name not in optional],
+            "__module__": FACE,
+            "__doc__": f"See :func:`fusedloss.functional.{function.__name__}`, whose settings it takes.",
+        },
+    )
 
 
 def _extension(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,11 @@ def _ranged(
 def above(low: float, kind: type[Exception] = ValueError, theirs: str = "") -> Setting:
     """A number above `low`; `theirs` are PyTorch's own words for one that is not."""
     return _ranged(lambda v: v > low, f"greater than {low:g}", kind, theirs)
+
+
+def at_least(low: float, kind: type[Exception] = ValueError, theirs: str = "") -> Setting:
+    """A finite number, `low` or more."""
+    return _ranged(lambda v: low <= v < math.inf, f"finite and at least {low:g}", kind, theirs)
 
 
 def within(

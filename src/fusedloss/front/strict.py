@@ -41,7 +41,7 @@ class Seen(NamedTuple):
     @property
     def by_class(self) -> bool:
         """Whether one dimension is known to be that of the classes."""
-        return self.loss in ("cross_entropy", "nll_loss")
+        return self.loss in ("cross_entropy", "nll_loss", "softmax_focal_loss")
 
     @property
     def class_dim(self) -> int:

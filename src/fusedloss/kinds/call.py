@@ -15,6 +15,11 @@ class Kind:
     everywhere: ClassVar[bool] = False  # torch operations serve as well on devices without kernels
 
     @property
+    def gpu_gap(self) -> str | None:
+        """What of this call the kernels of a GPU do not know, or None."""
+        return None
+
+    @property
     def outputs(self) -> int:
         """How many results there are."""
         return 1

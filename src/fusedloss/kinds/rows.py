@@ -1,4 +1,4 @@
-"""A loss of rows of classes with all its settings, and its formula: cross entropy, and the likelihood."""
+"""A loss of rows of classes with all its settings, and its formula: cross entropy, focal, likelihood."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class RowsCall(Kind):
     ignore_index: int
     smoothing: float
     dtype: torch.dtype
+    gamma: float = 0.0  # of the focal loss; 0 is cross entropy
 
     family: ClassVar[str] = "rows"
     gradients: ClassVar[int] = 2
@@ -39,12 +40,22 @@ class RowsCall(Kind):
         return f"rows/{self.loss}"
 
     @property
+    def softmax(self) -> bool:
+        """Whether the input holds logits."""
+        return self.loss != "nll_loss"
+
+    @property
+    def gpu_gap(self) -> str | None:
+        focal_parts = self.gamma != 0 and self.smoothing > 0
+        return "the GPU kernel of the focal loss knows no label smoothing" if focal_parts else None
+
+    @property
     def stores_gradients(self) -> bool:
-        return self.loss == "cross_entropy" and self.reduction != "none"
+        return self.softmax and self.reduction != "none"
 
     def reads(self, k: int, needed: Sequence[bool]) -> bool:
         """Whether the gradients that are needed depend on what tensor k holds."""
-        return not (k == 0 and self.loss == "nll_loss")
+        return self.softmax or k != 0
 
     def shape(self, input: Tensor, target: Tensor, weight: Tensor | None = None) -> torch.Size:
         """Of the unreduced losses."""
@@ -86,12 +97,12 @@ class RowsCall(Kind):
         index = index.where(counted & ~outside, 0).unsqueeze(1)
         # What an ignored row holds reaches neither the loss nor, as 0 * inf, a gradient.
         log_p = torch.where(counted.unsqueeze(1), x, 0)
-        if self.loss == "cross_entropy":
-            log_p = torch_m.log_softmax(log_p, 1)
+        if self.softmax:
+            log_p = self._focused(torch_m.log_softmax(log_p, 1))
         own = torch_m.gather(log_p, index).squeeze(1)
         own_weight = torch.ones_like(own) if weight is None else weight[index.squeeze(1)]
         slope = own_weight
-        if self.loss == "nll_loss":  # its derivative is 0, and has a graph as PyTorch's has
+        if not self.softmax:  # its derivative is 0, and has a graph as PyTorch's has
             slope = torch.where(torch.zeros_like(counted), own, own_weight)
         losses = -slope * own
         if self.smoothing > 0:
@@ -106,6 +117,15 @@ class RowsCall(Kind):
         if self.reduction == "mean":
             denominator = reduce.sum_of(torch.where(counted, own_weight, 0))
         return reduce.total(losses, self.reduction, denominator)
+
+    def _focused(self, log_p: Tensor) -> Tensor:
+        """(1 - p)^gamma log p; the power is 1 where p is 0, and 0 with derivatives of 0 where p is 1."""
+        if self.gamma == 0:
+            return log_p
+        inside = (log_p < 0) & (log_p > -torch_m.inf)
+        rest = -torch.expm1(torch.where(inside, log_p, -1.0))
+        power = torch.where(inside, rest.pow(self.gamma), (log_p < 0).to(log_p.dtype))
+        return torch.where(log_p == 0, 0.0, power * log_p)
 
     def check(self, tensors: Sequence[Any]) -> None:
         if not self.probabilities:

@@ -17,18 +17,18 @@ from ..front.strict import (
 )
 
 
-def _index_example(shape, dtype, generator):
+def index_example(shape, dtype, generator):
     classes = shape[0] if len(shape) == 1 else shape[1]
     target = torch.randint(classes, shape[:1][: len(shape) - 1] + shape[2:], generator=generator)
     return 3 * normal(shape, dtype, generator), target
 
 
 def _log_p_example(shape, dtype, generator):
-    logits, target = _index_example(shape, torch.float64, generator)
+    logits, target = index_example(shape, torch.float64, generator)
     return logits.log_softmax(0 if len(shape) == 1 else 1).to(dtype), target
 
 
-def _weight(tensors, generator):
+def class_weight(tensors, generator):
     classes = tensors[0].shape[0] if tensors[0].dim() == 1 else tensors[0].shape[1]
     return uniform((classes,), tensors[0].dtype, generator, 0.1, 2)
 
@@ -39,7 +39,7 @@ def _soft_example(shape, dtype, generator):
     return (3 * x).to(dtype), q.to(dtype)
 
 
-def _ignored(tensors, generator):
+def an_ignored(tensors, generator):
     """An ignore_index that hits some rows."""
     return int(tensors[1].flatten()[0]) if tensors[1].numel() else 0
 
@@ -102,17 +102,17 @@ CASES_OF_PROBABILITIES = (
 
 @loss(
     "CrossEntropyLoss",
-    Classes("log_softmax_lastdim_kernel_impl", softmax=True),
+    Classes("log_softmax_lastdim_kernel_impl", softmax=True, soft=True),
     row(
-        _index_example,
+        index_example,
         {
             "plain": plain,
-            "weight": lambda t, g: {"weight": _weight(t, g)},
-            "ignore_index": lambda t, g: {"ignore_index": _ignored(t, g)},
+            "weight": lambda t, g: {"weight": class_weight(t, g)},
+            "ignore_index": lambda t, g: {"ignore_index": an_ignored(t, g)},
             "label_smoothing": lambda t, g: {"label_smoothing": 0.1},
             "all": lambda t, g: {
-                "weight": _weight(t, g),
-                "ignore_index": _ignored(t, g),
+                "weight": class_weight(t, g),
+                "ignore_index": an_ignored(t, g),
                 "label_smoothing": 0.2,
             },
         },
@@ -126,9 +126,9 @@ CASES_OF_PROBABILITIES = (
         _soft_example,
         {
             "plain": plain,
-            "weight": lambda t, g: {"weight": _weight(t, g)},
+            "weight": lambda t, g: {"weight": class_weight(t, g)},
             "label_smoothing": lambda t, g: {"label_smoothing": 0.1},
-            "both": lambda t, g: {"weight": _weight(t, g), "label_smoothing": 0.2},
+            "both": lambda t, g: {"weight": class_weight(t, g), "label_smoothing": 0.2},
         },
         variant="probabilities",
         bench=CASES_OF_PROBABILITIES,
@@ -172,9 +172,9 @@ def cross_entropy(ignore_index, label_smoothing):
         _log_p_example,
         {
             "plain": plain,
-            "weight": lambda t, g: {"weight": _weight(t, g)},
-            "ignore_index": lambda t, g: {"ignore_index": _ignored(t, g)},
-            "both": lambda t, g: {"weight": _weight(t, g), "ignore_index": _ignored(t, g)},
+            "weight": lambda t, g: {"weight": class_weight(t, g)},
+            "ignore_index": lambda t, g: {"ignore_index": an_ignored(t, g)},
+            "both": lambda t, g: {"weight": class_weight(t, g), "ignore_index": an_ignored(t, g)},
         },
         differentiable=(0,),
         indices=1,

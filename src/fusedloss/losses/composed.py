@@ -1,4 +1,7 @@
-"""The losses of heads as PyTorch's users write them, with the logits in full: what ours are compared with."""
+"""What PyTorch's users write of losses that it lacks: what ours are compared with.
+
+Those of heads have the logits in full.
+"""
 
 from __future__ import annotations
 
@@ -115,6 +118,34 @@ def linear_kl_div(
         hard = F.cross_entropy(x, y, reduction="none", ignore_index=ignore_index)
         losses = torch.where(y == ignore_index, 0, losses) + hard_weight * hard
     return reduced(losses, kept, input, sample_weight, reduction)
+
+
+def softmax_focal_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    gamma: float = 2.0,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    dim = min(input.dim() - 1, 1)
+    log_p = input.log_softmax(dim)
+    rest = (-log_p.expm1()).clamp_min(torch.finfo(input.dtype).tiny)
+    log_p = rest**gamma * log_p
+    kept = target != ignore_index
+    hard = F.nll_loss(log_p, target, weight, ignore_index=ignore_index, reduction=reduction)
+    if not label_smoothing:
+        return hard
+    each = 1.0 if weight is None else weight.reshape(-1, *(1,) * max(input.dim() - 2, 0))
+    flat = torch.where(kept.reshape(log_p.select(dim, 0).shape), -(log_p * each).mean(dim), 0)
+    if reduction != "none":
+        flat = flat.sum()
+    if reduction == "mean":
+        counts = kept if weight is None else weight[target[kept].long()]
+        flat = flat / counts.sum()
+    return (1 - label_smoothing) * hard + label_smoothing * flat.reshape(hard.shape)
 
 
 def reduced(

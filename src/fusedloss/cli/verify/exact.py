@@ -195,6 +195,8 @@ def _softmax_row(
 ) -> tuple[tuple[Number, Number], tuple[Results, Results], tuple[Results, Results]]:
     """Cross entropy of one row: value, gradient by x, gradient by q; each with its unit."""
     h, classes = mp.mpf(call.smoothing), range(len(x))
+    if call.gamma:
+        return _focal_row(x, q, w, call, info)
     shares = [(1 - h) * wc for wc in w]  # what a probability weighs
     b = [s * qc + h / len(x) * wc for s, qc, wc in zip(shares, q, w, strict=True)]
     top = max(x)
@@ -223,6 +225,49 @@ def _softmax_row(
     ]
     q_unit = [s * (spread + (1 - 2 * pc) * d) for s, pc, d in zip(shares, p, dx, strict=True)]
     return (value, value_unit), (slope, slope_unit), (by_q, q_unit)
+
+
+def _others(terms: Results) -> Results:
+    """The sum of all but each: of all but the largest as it stands, or its digits would be lost."""
+    total = mp.fsum(terms)
+    top = max(range(len(terms)), key=terms.__getitem__)
+    rest = mp.fsum(t for k, t in enumerate(terms) if k != top)
+    return [rest if k == top else total - t for k, t in enumerate(terms)]
+
+
+def _focal_row(
+    x: Results, q: Results, w: Results, call: RowsCall, info: torch.finfo
+) -> tuple[tuple[Number, Number], tuple[Results, Results], tuple[Results, Results]]:
+    """The same of the focal loss, of class indices: no gradient by q."""
+    h, g = mp.mpf(call.smoothing), mp.mpf(call.gamma)
+    b = [((1 - h) * qc + h / len(x)) * wc for qc, wc in zip(q, w, strict=True)]
+
+    def results(x: Results) -> Results:
+        finite = [a for a in x if a != -mp.inf]
+        top = max(finite, default=mp.mpf(0))
+        e = [mp.exp(a - top) for a in x]
+        total = mp.fsum(e)
+        p = [a / total for a in e]
+        rest = [a / total for a in _others(e)]
+        surprise = [top + log(total) - a for a in x]
+        # b_c (1 - p_c)^g (1 + g p_c surprise_c / (1 - p_c)), which takes the place of b_c in the gradient
+        power = [r**g if r else mp.mpf(0) for r in rest]
+        ratio = [
+            pc * s / r if pc and r else mp.mpf(0)
+            for pc, s, r in zip(p, surprise, rest, strict=True)
+        ]
+        part = [bc * f * (1 + g * k) for bc, f, k in zip(b, power, ratio, strict=True)]
+        value = mp.fsum(bc * f * s for bc, f, s in zip(b, power, surprise, strict=True) if bc and f)
+        slopes = [pc * o - r * k for pc, o, r, k in zip(p, _others(part), rest, part, strict=True)]
+        return [value, *slopes]
+
+    here = results(x)
+    units = [mp.mpf(0)] * len(here)
+    for k, a in enumerate(x):
+        if step := rounding(a, info):
+            moved = results([*x[:k], a - mp.sign(a) * step, *x[k + 1 :]])
+            units = [u + abs(b - h) for u, b, h in zip(units, moved, here, strict=True)]
+    return (here[0], units[0]), (here[1:], units[1:]), ([], [])
 
 
 class _Distance(NamedTuple):

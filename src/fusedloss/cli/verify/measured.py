@@ -136,7 +136,8 @@ Answer = list[tuple[str, list[Tensor | None]]]
 
 def answer(probe: Probe, path: Path) -> Answer:
     found: Answer = []
-    if path.name == TRITON and not probe.registered.triton:
+    loss = probe.registered
+    if path.name == TRITON and (not loss.triton or probe.option in loss.off_gpu):
         return found
     function, classes = path.function(probe.registered), len(probe.layouts) > 1
     options = {name: path.placed(value) for name, value in probe.options.items()}

@@ -252,6 +252,7 @@ HARD: dict[str, Draw] = {
     "kl_div[log_target]": _kl_log,
     "cross_entropy": _cross_entropy,
     "cross_entropy[probabilities]": _soft_rows,
+    "softmax_focal_loss": _cross_entropy,
     "nll_loss": _nll,
     "triplet_margin_loss": _triplet,
     "linear_cross_entropy": _head,

@@ -33,6 +33,7 @@ class RowsEngine(CpuEngine[RowsPlan]):
             mean=call.reduction == "mean",
             ignore_index=call.ignore_index,
             smoothing=call.smoothing,
+            gamma=call.gamma,
             input=_classes(loss, "input", plan.x),
             target=(_classes if call.probabilities else _values)(loss, "target", target),
             weight=ABSENT if plan.weight is None else _values(loss, "weight", plan.weight),
@@ -44,7 +45,8 @@ class RowsEngine(CpuEngine[RowsPlan]):
             if of_target is None
             else _classes(loss, "gradient", flat(of_target, 2)),
         )
-        return loss, loss, arguments, plan.x.numel()
+        kernel = "cross_entropy" if call.softmax else loss
+        return kernel, loss, arguments, plan.x.numel()
 
     def refuse(self, plan: RowsPlan, position: int) -> NoReturn:
         target, call = plan.tensors[1], plan.call

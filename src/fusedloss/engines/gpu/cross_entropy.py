@@ -7,15 +7,15 @@ import triton.language as tl
 
 from ..plan import Slot, flat
 from . import m
+from .focal import focused
+from .gradients_of_rows import at_classes, slopes_of, soft_part, write, write_blocks
 from .grid import Grid
 from .labels import labels
 from .launch import ceil_div, finish, launch, reporting, scratch
 from .nll import divisor_of
 from .pointwise import TRITON
 from .softmax import (
-    exp_each_to,
     exp_to,
-    factor_of_raised,
     gather,
     gather_greatest,
     grouped,
@@ -72,10 +72,12 @@ def run(grid: Grid) -> Slot:
         ignore_index=call.ignore_index,
         hard=1.0 - call.smoothing,
         soft=soft,
+        gamma=call.gamma,
         denominator=denominator,
         **reporting(device, None if grid.stored else grid.record()),
         PROBABILITIES=call.probabilities,
         SMOOTH=soft > 0,
+        FOCAL=call.gamma != 0,
         WEIGHTS_MEAN=mean and weighted,
         SINGLE=each.single,
         STORED=grid.stored,
@@ -98,32 +100,6 @@ def _index_type(grid: Grid, each: Tile, *grads: Slot) -> tl.dtype:
         if (grid.c + each.block) * abs(c) + each.rows * abs(d) >= 2**31:
             return tl.int64
     return tl.int32
-
-
-@triton.jit
-def _at(tensor, strides, n, first, lane, c, INDEX: tl.constexpr):
-    """Pointers to the classes `c` of the positions first + lane."""
-    base = tensor + n * strides[0] + first * strides[2]
-    return base + (lane.to(INDEX) * strides[2])[:, None] + (c.to(INDEX) * strides[1])[None, :]
-
-
-@triton.jit
-def _soft_part(
-    soft, c, classes, where, PROBABILITIES: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr
-):  # fmt: skip
-    """(hard * q + soft) * w: b without its one-hot part; 0 beyond the classes."""
-    target, weight, strides, hard, flat = soft
-    n, first, lane, inside = where
-    known = (c < classes)[None, :]
-    if PROBABILITIES:
-        at = _at(target, strides, n, first, lane, c, INDEX)
-        q = tl.load(at, mask=inside[:, None] & known, other=0.0).to(COMPUTE)
-        part = tl.where(known, hard * q + flat, 0.0)
-    else:
-        part = tl.where(known, flat, 0.0)
-    if weight is not None:
-        part = part * tl.load(weight + c, mask=c < classes, other=0.0)[None, :]
-    return part
 
 
 @triton.jit
@@ -161,17 +137,17 @@ def _gather_blocks(
         top = tl.broadcast_to(own_x[:, None], top.shape)
         origin = tl.where(top == -float("inf"), 0.0, top)
     known = counted[:, None] & (step < classes)[None, :]
-    at = _at(x, x_strides, n, first, lane, step, INDEX)
+    at = at_classes(x, x_strides, n, first, lane, step, INDEX)
     coming = tl.load(at, mask=known, other=-float("inf"), eviction_policy="evict_last")
     for start in range(0, classes, BLOCK):
         c = start + step
         t = coming
         known = counted[:, None] & (c + BLOCK < classes)[None, :]
-        at = _at(x, x_strides, n, first, lane, c + BLOCK, INDEX)
+        at = at_classes(x, x_strides, n, first, lane, c + BLOCK, INDEX)
         coming = tl.load(at, mask=known, other=-float("inf"), eviction_policy="evict_last")
         part = 0.0
         if SOFT:
-            part = _soft_part(soft, c, classes, where, PROBABILITIES, COMPUTE, INDEX)
+            part = soft_part(soft, c, classes, where, PROBABILITIES, COMPUTE, INDEX)
         t = grouped(t.to(COMPUTE), ROWS, GROUPS)
         if SOFT:
             part = grouped(tl.broadcast_to(part, (ROWS, BLOCK)), ROWS, GROUPS)
@@ -219,104 +195,6 @@ def _value(
 
 
 @triton.jit
-def _slope(
-    t, is_own, part, slopes, counted, SOFT: tl.constexpr, EXACT: tl.constexpr
-):  # fmt: skip
-    origin, _, first, factor, g, own_slope = slopes
-    slope = exp_each_to(t, origin[:, None], EXACT) * first[:, None] * factor[:, None]
-    if SOFT:
-        slope -= g[:, None] * part
-        slope = tl.where(counted[:, None], slope, 0.0)  # a weight may be NaN
-    return tl.where(is_own, own_slope[:, None], slope)
-
-
-@triton.jit
-def _target_slope(t, part, c, weight, classes, origin, log_total, scale):
-    """scale * -log p, times the weight; 0 for a masked class without probability."""
-    slope = scale[:, None] * ((origin[:, None] - t) + log_total[:, None])
-    slope = tl.where((part == 0.0) & (t == -float("inf")), 0.0, slope)
-    if weight is not None:
-        slope = slope * tl.load(weight + c, mask=c < classes, other=0.0)[None, :]
-    return slope
-
-
-@triton.jit
-def _write(
-    grad, grad_target, strides, target_strides, t, is_own, part, c, known, weight, classes, where, slopes,
-    log_total, hard, counted, CACHE: tl.constexpr, PROBABILITIES: tl.constexpr, SOFT: tl.constexpr,
-    EXACT: tl.constexpr, INDEX: tl.constexpr,
-):  # fmt: skip
-    """The gradients by some classes."""
-    n, first, lane, _ = where
-    origin, greatest, _, _, g, _ = slopes
-    if grad is not None:
-        if PROBABILITIES:
-            is_own = t == greatest[:, None]
-        slope = _slope(t, is_own, part, slopes, counted, SOFT, EXACT)
-        at = _at(grad, strides, n, first, lane, c, INDEX)
-        tl.store(at, slope.to(grad.dtype.element_ty), mask=known, cache_modifier=CACHE)
-    if grad_target is not None:
-        slope = _target_slope(t, part, c, weight, classes, origin, log_total, g * hard)
-        at = _at(grad_target, target_strides, n, first, lane, c, INDEX)
-        tl.store(at, slope.to(grad_target.dtype.element_ty), mask=known, cache_modifier=CACHE)
-
-
-@triton.jit
-def _write_blocks(
-    x, grad, grad_target, x_strides, strides, target_strides, soft, classes, where, y, counted, slopes,
-    log_total, PROBABILITIES: tl.constexpr, SOFT: tl.constexpr, EXACT: tl.constexpr,
-    APART: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Backwards: what was read last is still in the cache."""
-    n, first, lane, inside = where
-    _, weight, _, hard, _ = soft
-    _, _, _, _, _, own_slope = slopes
-    step = tl.arange(0, BLOCK)
-    label = y.to(tl.int32)[:, None]
-    blocks = tl.cdiv(classes, BLOCK)
-    for back in range(blocks):
-        c = (blocks - 1 - back) * BLOCK + step
-        known = inside[:, None] & (c < classes)[None, :]
-        at = _at(x, x_strides, n, first, lane, c, INDEX)
-        read = known & counted[:, None]
-        t = tl.load(at, mask=read, other=-float("inf"), eviction_policy="evict_first").to(COMPUTE)
-        is_own = c[None, :] == label
-        if APART:
-            is_own = False
-        part = 0.0
-        if SOFT:
-            part = _soft_part(soft, c, classes, where, PROBABILITIES, COMPUTE, INDEX)
-        _write(
-            grad, grad_target, strides, target_strides, t, is_own, part, c, known, weight, classes, where,
-            slopes, log_total, hard, counted, ".cs", PROBABILITIES, SOFT, EXACT, INDEX,
-        )  # fmt: skip
-    if APART:
-        tl.debug_barrier()
-        at = grad + n * strides[0] + y * strides[1] + (first + lane) * strides[2]
-        tl.store(at, own_slope.to(grad.dtype.element_ty), mask=counted)
-
-
-@triton.jit
-def _slopes(
-    g, sums, own, total, certain, down, own_weight, hard, soft, counted, PROBABILITIES: tl.constexpr
-):  # fmt: skip
-    """What the gradient of a row is made of."""
-    _, origin, others, mass, _, _, rest = sums
-    hard_weight = own_weight * hard
-    first, factor = factor_of_raised(g * (hard_weight + mass) / (total * down))
-    # p - 1 as minus the others' share: exact where p is near 1.
-    own_slope = g * ((mass * own - hard_weight * others) / total - soft * own_weight)
-    greatest = origin
-    if PROBABILITIES:
-        # B p - b of the largest class as (B - b) - B (1 - p), for the same reason.
-        own_slope = g * (rest - mass * others / total)
-        greatest = tl.where(certain, origin, float("nan"))
-    factor = tl.where(counted, factor, 0.0)
-    own_slope = tl.where(counted, own_slope, 0.0)
-    return origin, greatest, first, factor, g, own_slope
-
-
-@triton.jit
 def _own_class(
     x, x_strides, weight, target, target_strides, rows, classes, ignore_index, told,
     COMPUTE: tl.constexpr,
@@ -334,6 +212,16 @@ def _own_class(
     place = n * x_strides[0] + d * x_strides[2] + y * x_strides[1]
     own_x = tl.load(x + place, mask=counted, other=0.0).to(COMPUTE)
     return y, bad, counted, own_weight, own_x
+
+
+@triton.jit
+def _arrived(incoming, strides, n, d, inside, COMPUTE: tl.constexpr):
+    """Loaded early, and not at its use, where Triton 3.6 cannot compile the conversion of a half type."""
+    arrived = tl.full(d.shape, 1.0, COMPUTE)
+    if incoming is not None:
+        place = incoming + n * strides[0] + d * strides[1]
+        arrived = tl.load(place, mask=inside, other=0.0).to(COMPUTE)
+    return arrived
 
 
 @triton.jit
@@ -369,8 +257,9 @@ def _softmax_rows(
     x, target, weight, incoming, loss, grad, grad_target, partial, result, divisor,
     classes, across, positions,
     x_strides, target_strides, incoming_strides, loss_strides, grad_strides, grad_target_strides,
-    ignore_index, hard: tl.float64, soft: tl.float64, denominator: tl.float64, claim, words, record,
-    PROBABILITIES: tl.constexpr, SMOOTH: tl.constexpr, WEIGHTS_MEAN: tl.constexpr,
+    ignore_index, hard: tl.float64, soft: tl.float64, gamma: tl.float64, denominator: tl.float64,
+    claim, words, record,
+    PROBABILITIES: tl.constexpr, SMOOTH: tl.constexpr, FOCAL: tl.constexpr, WEIGHTS_MEAN: tl.constexpr,
     SINGLE: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -388,10 +277,7 @@ def _softmax_rows(
     soft_terms = (
         target, weight, target_strides, tl.full((), hard, COMPUTE), tl.full((), soft, COMPUTE)
     )  # fmt: skip
-    if incoming is not None:
-        # Here and not at its use, where Triton 3.6 cannot compile the conversion of a half type.
-        place = n * incoming_strides[0] + d * incoming_strides[1]
-        arrived = tl.load(incoming + place, mask=inside, other=0.0).to(COMPUTE)
+    arrived = _arrived(incoming, incoming_strides, n, d, inside, COMPUTE)
     y, bad, counted = tl.full((ROWS,), -1, tl.int64), inside & False, inside
     own_weight, own_x = tl.zeros((ROWS,), COMPUTE), tl.zeros((ROWS,), COMPUTE)
     if not PROBABILITIES:
@@ -406,12 +292,12 @@ def _softmax_rows(
     if SINGLE:
         c = tl.arange(0, BLOCK)
         known = inside[:, None] & (c < classes)[None, :]
-        at = _at(x, x_strides, n, first, lane, c, INDEX)
+        at = at_classes(x, x_strides, n, first, lane, c, INDEX)
         t = tl.load(at, mask=known & counted[:, None], other=-float("inf")).to(COMPUTE)
         is_own = c[None, :] == y.to(tl.int32)[:, None]
         part = 0.0
         if SOFT:
-            part = _soft_part(soft_terms, c, classes, where, PROBABILITIES, COMPUTE, INDEX)
+            part = soft_part(soft_terms, c, classes, where, PROBABILITIES, COMPUTE, INDEX)
         sums = _add(t, is_own, part, sums, SOFT, PROBABILITIES, EXACT)
     else:
         sums = _gather_blocks(
@@ -421,25 +307,28 @@ def _softmax_rows(
     value, own, total, certain, down, log_total = _value(
         sums, y, own_x, own_weight * soft_terms[3], counted, bad, PROBABILITIES, SOFT, EXACT
     )
+    seen = own_weight
+    if FOCAL:
+        value, seen = focused(
+            value, sums, own, total, certain, own_x, log_total, gamma, own_weight, counted
+        )
     place = n * loss_strides[0] + d * loss_strides[1]
     by = _reduce(
         value, loss, partial, result, divisor, own_weight, denominator, place, inside, WEIGHTS_MEAN
     )
     if (grad is not None) | (grad_target is not None):
-        g = tl.where(counted, (1.0 / by).to(COMPUTE), 0.0)
-        if incoming is not None:
-            g *= arrived
-        slopes = _slopes(
-            g, sums, own, total, certain, down, own_weight, soft_terms[3], soft_terms[4], counted, PROBABILITIES
+        g = tl.where(counted, (1.0 / by).to(COMPUTE), 0.0) * arrived
+        slopes = slopes_of(
+            g, sums, own, total, certain, down, seen, soft_terms[3], soft_terms[4], counted, PROBABILITIES
         )  # fmt: skip
         if SINGLE:
-            _write(
+            write(
                 grad, grad_target, grad_strides, grad_target_strides, t, is_own, part, c, known, weight,
                 classes, where, slopes, log_total, soft_terms[3], counted, "", PROBABILITIES, SOFT, EXACT,
                 INDEX,
             )  # fmt: skip
         else:
-            _write_blocks(
+            write_blocks(
                 x, grad, grad_target, x_strides, grad_strides, grad_target_strides, soft_terms, classes,
                 where, y, counted, slopes, log_total, PROBABILITIES, SOFT, EXACT, APART, COMPUTE, INDEX,
                 BLOCK,
