@@ -189,6 +189,7 @@ private:
                 s.own = brought(s.own, gap);
             }
             if (s.mass != 0) s.dot += s.mass * (s.max - double(origin));
+            const bool raised = top > max;
             max = top;
             s.max = double(origin);
             const void* next = memory(a.logits, n, c + count);
@@ -198,6 +199,12 @@ private:
                 s.own = double(e_buffer[y - c]);
                 s.own_x = double(x[y - c]);
                 e_buffer[y - c] = T(0);
+            }
+            if (!a.label && raised) {
+                s.others += s.own;  // the class that was the largest is one of the others now
+                const int64_t at = first_one(e_buffer, count);
+                s.own = at < count ? double(math::raised<T>) : 0;
+                if (at < count) e_buffer[at] = T(0);
             }
             s.others += quick_sum(e_buffer, count);
             if (!mixed) continue;
@@ -213,7 +220,7 @@ private:
     }
 
     void finish(int64_t n, const LinearSums<T>& s) {
-        const double log_sum = std::log(s.sum()), lse = s.max + log_sum;
+        const double log_sum = s.log_sum(), lse = s.max + log_sum;
         const double mean_x = s.products / s.raised_sum();  // of x - max
         const double own_weight = a.label ? double(hard) * (weight ? double(weight[a.label[n]]) : 1.0) : 0.0;
         double loss = mixed ? s.soft_loss() : 0.0;

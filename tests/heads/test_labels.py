@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -145,3 +146,19 @@ def test_half_types_under_a_float64_default(
             found = backward(case, function, settings)
         for a, b in zip(found, expected, strict=True):
             assert a.dtype is b.dtype and same_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+def test_the_gradient_by_probabilities_of_a_certain_class_keeps_its_digits(
+    dtype: torch.dtype,
+) -> None:
+    """It is -log p, where p rounds to 1."""
+    hidden = torch.tensor([[1.0, 0.0]], dtype=dtype)
+    weight = torch.tensor([[25.0, 0.0], [0.0, 0.0], [1.0, 2.0]], dtype=dtype)
+    target = torch.tensor([[0.9, 0.1, 0.0]], dtype=dtype, requires_grad=True)
+    linear_cross_entropy(hidden, weight, target).backward()
+    rest = math.log1p(math.exp(-25) + math.exp(-24))
+    want = torch.tensor([[rest, 25 + rest, 24 + rest]], dtype=torch.float64)
+    torch.testing.assert_close(
+        target.grad.double(), want, rtol=4 * torch.finfo(dtype).eps, atol=0.0
+    )
