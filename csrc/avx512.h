@@ -266,6 +266,17 @@ FUSEDLOSS_INLINE Floats log1p_unit(Floats e) {
            detail::short_log1p(e * c + (c - Floats(1.0)));
 }
 
+// In double: the compiler makes vectors of these.
+FUSEDLOSS_INLINE Floats pow(Floats x, Floats p) {
+    constexpr int count = sizeof(Register) / sizeof(float);
+    float values[count], powers[count];
+    x.store(values);
+    p.store(powers);
+#pragma omp simd
+    for (int i = 0; i < count; ++i) values[i] = pow(values[i], powers[i]);
+    return Floats::load(values);
+}
+
 #undef MM
 
 }  // namespace fusedloss::math

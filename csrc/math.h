@@ -363,6 +363,12 @@ FUSEDLOSS_INLINE T log_sigmoid(T x) {
     return log_sigmoid(x, log1p_unit(exp_minus_abs(x)));
 }
 
+// In the formulas' derivatives it is more than a maximum.
+template <class T>
+FUSEDLOSS_INLINE T at_least(T x, T least) {
+    return maximum(x, least);
+}
+
 // exp(p log x) for x >= 0 (NaN below), the logarithm in two parts: 0.95 ULP for |p| <= 16, 3 for |p| <= 100.
 FUSEDLOSS_INLINE double pow(double x, double p) { return detail::pow(x, p); }
 FUSEDLOSS_INLINE float pow(float x, float p) { return float(detail::pow(double(x), double(p))); }

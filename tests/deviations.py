@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -311,6 +313,81 @@ def _() -> None:
     options = {"full": True, "reduction": "sum"}
     assert gradient(theirs.poisson_nll_loss, x, t, by=1, **options).isnan().all()
     assert gradient(ours.poisson_nll_loss, x, t, by=1, **options).tolist() == [-0.5] * 3 + [INF]
+
+
+@deviation
+def _() -> None:
+    """`soft_margin_loss`: value and gradient are finite for any finite score"""
+    x, t = tensor([-1000.0, -100.0]), torch.ones(2)
+    assert theirs.soft_margin_loss(x, t, reduction="none").tolist() == [INF, INF]
+    assert gradient(theirs.soft_margin_loss, x, t, reduction="sum").isnan().all()
+    assert ours.soft_margin_loss(x, t, reduction="none").tolist() == [1000, 100]
+    assert gradient(ours.soft_margin_loss, x, t, reduction="sum").tolist() == [-1, -1]
+
+
+@deviation
+def _() -> None:
+    """`soft_margin_loss` has a gradient by the target, and forward mode over its backward"""
+    x, t = tensor([0.5, -1.0]), tensor([1.0, -1.0])
+    refuses(RuntimeError, lambda: gradient(theirs.soft_margin_loss, x, t, by=1))
+    found = gradient(ours.soft_margin_loss, x, t, by=1, reduction="sum")
+    torch.testing.assert_close(found, -x * torch.sigmoid(-x * t))
+    with warnings.catch_warnings(action="ignore"):
+        refuses(NotImplementedError, torch.func.hessian(theirs.soft_margin_loss), x, t)
+    assert torch.func.hessian(ours.soft_margin_loss)(x, t).isfinite().all()
+
+
+@deviation
+def _() -> None:
+    """`soft_margin_loss` and `gaussian_nll_loss` refuse complex tensors"""
+    x, y = torch.randn(2, dtype=torch.complex64), torch.rand(2)
+    assert theirs.soft_margin_loss(x, y).is_complex()
+    assert theirs.gaussian_nll_loss(x, y, y).is_complex()
+    refuses(RuntimeError, ours.soft_margin_loss, x, y)
+    refuses(NotImplementedError, ours.gaussian_nll_loss, x, y, y)
+
+
+@deviation
+def _() -> None:
+    """`hinge_embedding_loss`, `margin_ranking_loss`, `soft_margin_loss` of integers: nothing wraps
+    around, and the margin keeps its fraction"""
+    x, t = tensor([3], dtype=torch.uint8), tensor([2], dtype=torch.uint8)
+    assert theirs.margin_ranking_loss(x, t, t) == 254
+    assert ours.margin_ranking_loss(x, t, t) == 0
+    assert gradient(theirs.soft_margin_loss, x.float() / 30, t) == -2
+    assert gradient(ours.soft_margin_loss, x.float() / 30, t) > -1
+    below, options = tensor([-3]), {"margin": -1.5, "reduction": "sum"}
+    assert theirs.hinge_embedding_loss(below, tensor([-1]), **options) == 2
+    assert ours.hinge_embedding_loss(below, tensor([-1]), **options) == 1
+
+
+@deviation
+def _() -> None:
+    """`gaussian_nll_loss`: no square overflows that the variance makes small again"""
+    x, t, v = tensor([1e25]), tensor([0.0]), tensor([1e30])
+    assert theirs.gaussian_nll_loss(x, t, v) == INF
+    assert ours.gaussian_nll_loss(x, t, v).item() == pytest.approx(5e19, rel=1e-6)
+
+
+@deviation
+def _() -> None:
+    """`gaussian_nll_loss` of no elements: the gradient by a variance that broadcasts is 0"""
+    x, v, options = torch.zeros(0), tensor(0.0), {"eps": 0.0, "reduction": "sum"}
+    assert gradient(theirs.gaussian_nll_loss, x, x, v, by=2, **options).isnan()
+    assert gradient(ours.gaussian_nll_loss, x, x, v, by=2, **options) == 0
+
+
+@deviation
+def _() -> None:
+    """`gaussian_nll_loss`: a variance may be any real number, and its gradient passes the clamp in forward
+    mode too"""
+    x, t, v = tensor([0.5]), tensor([1.0]), tensor([1e-9])
+    refuses(TypeError, theirs.gaussian_nll_loss, x, t, 2)
+    assert ours.gaussian_nll_loss(x, t, 2) == ours.gaussian_nll_loss(x, t, 2.0)
+    for loss, forward in ((theirs.gaussian_nll_loss, 0.0), (ours.gaussian_nll_loss, -1.25e11)):
+        assert gradient(loss, x, t, v, by=2).item() == pytest.approx(-1.25e11, rel=1e-4)
+        along = torch.func.jvp(functools.partial(loss, x, t), (v,), (tensor([1.0]),))[1]
+        assert along.item() == pytest.approx(forward, rel=1e-4)
 
 
 @deviation

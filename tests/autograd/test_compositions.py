@@ -7,6 +7,7 @@ and makes tangents of float64.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -151,7 +152,31 @@ def huber(
     return losses if reduction == "none" else losses.mean()
 
 
-WRITTEN_OUT = {"huber_loss": huber}
+def gaussian(
+    input: Tensor,
+    target: Tensor,
+    var: Tensor,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> Tensor:
+    """PyTorch's own looks at the values of `var`, which are above eps here."""
+    constant = 0.5 * math.log(2 * math.pi) if full else 0.0
+    losses = 0.5 * (var.log() + (input - target).square() / var) + constant
+    return losses if reduction == "none" else losses.mean()
+
+
+def soft_margin(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    """PyTorch's own has no forward mode over its backward."""
+    losses = F.softplus(-target * input)
+    return losses if reduction == "none" else losses.mean()
+
+
+WRITTEN_OUT = {
+    "huber_loss": huber,
+    "gaussian_nll_loss": gaussian,
+    "soft_margin_loss": soft_margin,
+}
 
 
 @pytest.mark.parametrize(

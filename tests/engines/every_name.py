@@ -18,7 +18,8 @@ def everything(x, t, w, v, *, a, b, c, d):
     sign = m.where(far, m.where((x < t) & (x >= -c), 0.9, 0.1), m.where(b > 0.0, 0.3, m.inf))
     size = m.maximum(m.abs(x - t), 0.05) + m.maximum(0.05, t) + m.maximum(x, m.sqrt(m.abs(w)))
     logs = m.log(size) - m.log1p(size * size) + m.log_or_zero(t)
-    return sign * (logs + m.exp(-(size / a))) * w + b * v - m.where(t == 0.0, -1, d)
+    power = m.pow(m.at_least(v, c), a)
+    return sign * (logs + m.exp(-(size / a))) * power * w + b * v - m.where(t == 0.0, -1, d)
 
 
 def everything_grad(x, t, w, v, *, a, b, c, d):
@@ -28,7 +29,7 @@ def everything_grad(x, t, w, v, *, a, b, c, d):
         head * m.sigmoid(product) * m.exp(-m.abs(v)),
         m.where((t <= 0.0) | (w > a), -m.inf, m.where(t != v, a - b, c * 0.7)),
         m.log_sigmoid(x * w) - 2.0 * v,
-        m.where(x == t, 0.1, -0.2),
+        m.where(x == t, 0.1, -0.2) * m.pow(m.abs(w), b),
     )
 
 

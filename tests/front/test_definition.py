@@ -16,7 +16,8 @@ from fusedloss import nn
 from fusedloss.front.definition import REGISTRY
 from fusedloss.front.loss import FUNCTIONS, Malformed, loss
 from fusedloss.front.modules import MODULES
-from fusedloss.front.pointwise import Elements, of_input
+from fusedloss.front.operands import of_input
+from fusedloss.front.pointwise import Elements
 from fusedloss.front.settings import positive
 
 LADDER = Elements(of_input("huber_cpu"))

@@ -52,6 +52,10 @@ def magnitude(tensor: Tensor) -> Tensor:
     return tensor.abs() if tensor.is_complex() else tensor.double().abs()
 
 
+def most(tensor: Tensor) -> Tensor:
+    return magnitude(tensor).nan_to_num(math.inf).max()
+
+
 def weight(call: Call, name: str = "weight") -> list[Tensor]:
     return [call.options[name]] if name in call.options else []
 
@@ -102,6 +106,26 @@ MET: dict[str, Callable[[Call], bool]] = {
     "`mse_loss` refuses complex tensors, with a weight too": lambda c: (
         c.name == "mse_loss"
         and any(isinstance(t, Tensor) and t.is_complex() for t in (*c.tensors, *c.options.values()))
+    ),
+    "`soft_margin_loss`: value and gradient are finite for any finite score": lambda c: (
+        c.name == "soft_margin_loss"
+        and all(t.numel() for t in c.tensors)
+        and bool((most(c.tensors[0]) * most(c.tensors[1]) > 10).any())
+    ),
+    "`soft_margin_loss` and `gaussian_nll_loss` refuse complex tensors": lambda c: (
+        c.name in ("soft_margin_loss", "gaussian_nll_loss")
+        and any(t.is_complex() for t in c.tensors)
+    ),
+    "`hinge_embedding_loss`, `margin_ranking_loss`, `soft_margin_loss` of integers: nothing wraps around, "
+    "and the margin keeps its fraction": lambda c: (
+        c.name in ("hinge_embedding_loss", "margin_ranking_loss", "soft_margin_loss")
+        and any(t.dtype in INTEGERS for t in c.tensors)
+    ),
+    "`gaussian_nll_loss`: no square overflows that the variance makes small again": lambda c: (
+        c.name == "gaussian_nll_loss" and any((magnitude(t) > 1e15).any() for t in c.tensors)
+    ),
+    "`gaussian_nll_loss` of no elements: the gradient by a variance that broadcasts is 0": lambda c: (
+        c.name == "gaussian_nll_loss" and not all(t.numel() for t in c.tensors)
     ),
     "`l1_loss` and `huber_loss` refuse a complex `weight`": lambda c: (
         c.name in ("l1_loss", "huber_loss") and any(w.is_complex() for w in weight(c))

@@ -47,6 +47,9 @@ EXCEPTIONS: dict[str, Callable[[Call], bool]] = {
         and "weight" in call[2]
         and call[2]["weight"].is_complex()
     ),
+    "complex tensors in `gaussian_nll_loss`": lambda call: (
+        call[0] == "gaussian_nll_loss" and any(t.is_complex() for t in call[1])
+    ),
     "an empty `input` of integers in `cross_entropy`": lambda call: (
         call[0] == "cross_entropy" and call[1][0].dtype in INTEGERS and not call[1][0].numel()
     ),
@@ -139,6 +142,19 @@ class Draw:
             options["pos_weight"] = self.tensor(self.like(shape))
         return self.binary_cross_entropy(shape, options)
 
+    def gaussian_nll_loss(self, shape: tuple[int, ...], options: dict[str, Any]) -> list[Tensor]:
+        options["full"] = self.chance(0.4)
+        var = shape[:-1] if self.chance(0.3) else self.like(shape)
+        types = self.types(0.6)
+        return [self.tensor(s, types) for s in (shape, self.like(shape), var)]
+
+    def margin_ranking_loss(self, shape: tuple[int, ...], options: dict[str, Any]) -> list[Tensor]:
+        options["margin"] = self.random.choice([0, 0.3, 2, True])
+        return [self.tensor(shape), *(self.tensor(self.like(shape)) for _ in range(2))]
+
+    def soft_margin_loss(self, shape: tuple[int, ...], options: dict[str, Any]) -> list[Tensor]:
+        return [self.tensor(shape, self.types(0.8)), self.tensor(self.like(shape), INTEGERS)]
+
     def kl_div(self, shape: tuple[int, ...], options: dict[str, Any]) -> list[Tensor]:
         options["log_target"] = self.chance(0.4)
         if self.chance(0.2):
@@ -202,7 +218,9 @@ def outcome(face: Any, call: Call) -> tuple[Tensor, list[Tensor | None]] | Excep
 
 
 def wraps_around(call: Call) -> bool:
-    """PyTorch subtracts 1 from it in uint8."""
+    """PyTorch subtracts 1 from it in uint8, or takes its negative."""
+    if call[0] in ("soft_margin_loss", "hinge_embedding_loss", "margin_ranking_loss"):
+        return any(t.dtype is torch.uint8 for t in call[1])
     pos_weight = call[2].get("pos_weight")
     return pos_weight is not None and pos_weight.dtype is torch.uint8
 
@@ -257,6 +275,7 @@ def test_every_exception_is_one() -> None:
         ("mse_loss", [ones, ones], {"weight": ones}),
         ("cross_entropy", [x, x], {"weight": x[0].to(torch.complex64)}),
         ("huber_loss", [x, x + 1], {"weight": x.to(torch.complex64)}),
+        ("gaussian_nll_loss", [x.to(torch.complex64), x, x + 1], {"reduction": "none"}),
         ("cross_entropy", [empty, x[:0]], {"reduction": "sum"}),
     ]
     for call, excepted in zip(calls, EXCEPTIONS.values(), strict=True):

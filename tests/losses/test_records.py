@@ -42,6 +42,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 # The gradient by a target of 0 with `full` (docs/compatibility.md).
 DEFINED_WHERE_TORCH_IS_NAN = {"poisson_nll_loss"}
 
+WITHOUT_DERIVATIVE = {"hinge_embedding_loss": (1,)}
+
 each_loss = pytest.mark.parametrize("loss", LOSSES)
 
 
@@ -217,6 +219,8 @@ def check_gradients(
 def check_sample(loss: str, sample: SampleInput, dtype: torch.dtype, **flags: Any) -> None:
     ours, theirs = getattr(fusedloss, loss), getattr(torch.nn.functional, loss)
     call = Invocation((sample.input, *sample.args), sample.kwargs)
+    # Of a target that has no derivative, PyTorch's records ask for one.
+    call.wanted = [k for k in call.wanted if k not in WITHOUT_DERIVATIVE.get(loss, ())]
     if dtype is torch.uint8:
         # PyTorch's differences of such integers wrap around.
         found = call.outcome(ours, ())
@@ -231,7 +235,8 @@ def check_sample(loss: str, sample: SampleInput, dtype: torch.dtype, **flags: An
         check_layouts(ours, call)
     else:
         check_against_torch(ours, theirs, call)
-    if dtype is torch.float64 and sample.name != SINGULAR:
+    finite = all(t.isfinite().all() for t in call.tensors)  # else there are no differences
+    if dtype is torch.float64 and sample.name != SINGULAR and finite:
         check_gradients(ours, call, fast=sum(t.numel() for t in call.tensors) > 20, **flags)
 
 

@@ -72,14 +72,22 @@ def exact(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
-def promoted(a: Tensor, b: Tensor) -> torch.dtype:
+def promoted(*tensors: Tensor) -> torch.dtype:
     """`torch.result_type` (torch.compile cannot trace it): a 0-dim tensor yields to its kind."""
-    if a.dtype == b.dtype or (a.dim() > 0) == (b.dim() > 0):
-        return torch.promote_types(a.dtype, b.dtype)
-    array, scalar = (a, b) if a.dim() else (b, a)
-    if _kind(scalar.dtype) > _kind(array.dtype):
-        return torch.promote_types(a.dtype, b.dtype)
-    return array.dtype
+    first, *others = tensors
+    dtype, array = first.dtype, first.dim() > 0
+    for t in others:
+        other, own = t.dtype, t.dim() > 0
+        if (
+            dtype == other
+            or array == own
+            or _kind(other if array else dtype) > _kind(dtype if array else other)
+        ):
+            dtype = torch.promote_types(dtype, other)
+        elif own:
+            dtype = other
+        array = array or own
+    return dtype
 
 
 def _kind(dtype: torch.dtype) -> int:

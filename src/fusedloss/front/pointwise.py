@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..core import advice, errors, sharded, trace
+from ..core import errors, sharded, trace
 from ..core.plain import check as check_memory
-from ..core.reduce import promoted, result_dtype, sum_of, total
+from ..core.reduce import result_dtype, sum_of, total
 from ..kinds.formula import Pointwise
 from ..kinds.pointwise import PointwiseCall
 from ..kinds.torch_m import OutsideDomain
 from ..route.dispatch import dispatch
 from . import docs
 from .loss import Definition
+from .operands import Shapes, Tensors, Types, warn
 from .signature import Memo
-
-Tensors = dict[str, Tensor]
 
 
 class Reduction(NamedTuple):
@@ -32,149 +30,6 @@ class Reduction(NamedTuple):
 
 def plain_reduction(loss: Definition, given: dict[str, Any]) -> Reduction:
     return Reduction(loss.reduction(given))
-
-
-# What the types of operands may be
-
-
-@dataclass(frozen=True)
-class Types:
-    """`check` raises, or gives the type of the losses."""
-
-    check: Callable[[str, Tensors, Tensor | None, Shapes], torch.dtype]
-    returns: str
-    raises: tuple[str, ...]
-    kernel: str = ""  # PyTorch's word for what a type is lacking
-    integers: bool = False  # whether some operands may be of integers
-    anything: bool = (
-        False  # whether torch's operations serve where none is floating point, or one complex
-    )
-
-
-def promote(kernel: str, anything: bool = False) -> Types:
-    """Operands of any types, and the result of the type that all promote to: floating point, or also others."""
-
-    def check(name: str, operands: Tensors, weight: Tensor | None, shapes: Shapes) -> torch.dtype:
-        more = {} if weight is None else {"weight": weight}
-        errors.not_narrow(name, kernel, **operands, **more)
-        first, *others = operands.values()
-        dtype = first.dtype
-        for other in others:
-            if (
-                other.dtype != dtype
-            ):  # what PyTorch expands first yields no more to others for having no dimension
-                dtype = (
-                    torch.promote_types(dtype, other.dtype)
-                    if shapes.warns
-                    else promoted(first, other)
-                )
-        if dtype.is_complex and not anything:
-            errors.not_floating(name, NotImplementedError, kernel, **operands)
-        return dtype
-
-    raises = (
-        () if anything else ("NotImplementedError: no floating point tensor, or a complex one",)
-    )
-    return Types(check, "in the type that the operands promote to", raises, kernel, True, anything)
-
-
-def promote_of_function(kernel: str) -> Types:
-    """The same of anything, where PyTorch takes a function of the input, which makes floats of integers."""
-    promoting = promote(kernel, anything=True)
-
-    def check(name: str, operands: Tensors, weight: Tensor | None, shapes: Shapes) -> torch.dtype:
-        dtype = promoting.check(name, operands, weight, shapes)
-        input, target = operands.values()
-        if input.is_floating_point() or not dtype.is_floating_point:
-            return dtype
-        made = torch.get_default_dtype()
-        yields = target.dim() and not input.dim()
-        return dtype if yields else torch.promote_types(dtype, made)
-
-    return dataclasses.replace(promoting, check=check)
-
-
-def of_input(kernel: str) -> Types:
-    """A real floating input, whose type is that of the result; a target of any real type, without gradients."""
-
-    def check(name: str, operands: Tensors, _weight: Tensor | None, _shapes: Shapes) -> torch.dtype:
-        errors.not_narrow(name, kernel, **operands)
-        input, target = operands.values()
-        if not input.is_floating_point():
-            kind = RuntimeError if target.is_floating_point() else NotImplementedError
-            errors.not_floating(name, kind, kernel, advice.swapped(input, target), input=input)
-        if target.is_complex():
-            errors.not_floating(name, RuntimeError, kernel, target=target)
-        learns = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
-        if learns and result_dtype(target.dtype, target) != result_dtype(input.dtype, input):
-            hint = f": pass {advice.cast('target', input.dtype)}"  # in PyTorch, backward refuses it
-            words = f"Found dtype {target.dtype} but expected {input.dtype} for target{hint}"
-            errors.fail(RuntimeError, name, words)
-        return input.dtype
-
-    raises = (
-        "NotImplementedError: integer or complex input",
-        "RuntimeError: a complex target, or where a gradient is wanted one of another type",
-    )
-    return Types(check, "in the input's type", raises, kernel, integers=True)
-
-
-def _same(name: str, operands: Tensors, _weight: Tensor | None, _shapes: Shapes) -> torch.dtype:
-    errors.not_narrow(name, name, **operands)
-    (_, first), *others = operands.items()
-    dtype = result_dtype(first.dtype, first)
-    for other_name, other in others:
-        if other.dtype != first.dtype and result_dtype(other.dtype, other) is not dtype:
-            hint = advice.swapped(first, other) or f": pass {advice.cast(other_name, first.dtype)}"
-            words = f"Found dtype {other.dtype} but expected {first.dtype} for {other_name}{hint}"
-            errors.fail(RuntimeError, name, words)
-    if not all(t.is_floating_point() for t in operands.values()):
-        errors.not_floating(name, NotImplementedError, name, **operands)
-    return first.dtype
-
-
-same = Types(
-    _same,
-    "in the input's type",
-    ("RuntimeError: types that differ", "NotImplementedError: integer or complex tensors"),
-)
-
-
-# What the shapes of operands may be
-
-
-@dataclass(frozen=True)
-class Shapes:
-    refused: str = ""  # words for shapes that differ; they broadcast where there are none
-    warns: bool = False
-    late: bool = False  # whether PyTorch looks at types first
-    by_target: bool = False  # whether PyTorch's error tells of the target's shape first
-
-    def check(self, name: str, operands: Tensors) -> None:
-        """Of shapes that differ."""
-        if not self.refused:
-            named = reversed(operands.items()) if self.by_target else operands.items()
-            errors.broadcast(name, **dict(named))
-            return
-        input, target = operands.values()
-        words = self.refused.format(target=target.size(), input=input.size())
-        errors.fail(ValueError, name, words + advice.like_input(input, target))
-
-    @property
-    def raises(self) -> str:
-        if self.refused:
-            return "ValueError: a target of another shape"
-        return "RuntimeError: shapes that do not broadcast"
-
-
-broadcast = Shapes(late=True)
-broadcast_target = Shapes(late=True, by_target=True)
-warn = Shapes(warns=True)
-
-
-def refuse(words: str) -> Shapes:
-    """Shapes that differ are an error, in PyTorch's words."""
-    return Shapes(refused=words)
 
 
 # What a weight may be
@@ -265,6 +120,8 @@ class Elements:
     weight: Weight | None = None
     no_tensor: type[Exception] = AttributeError
     reduction: Callable[[Definition, dict[str, Any]], Reduction] = plain_reduction
+    arranged: Callable[[str, dict[str, Any]], dict[str, Any]] | None = None  # of the arguments
+    instead: Callable[..., Elements | None] | None = None  # what checks it with some settings
 
     def memo(self, loss: Definition) -> Memo:
         defaults = {n: p.default for n, p in loss.signature.parameters.items()}
@@ -280,9 +137,14 @@ class Elements:
 
     def run(self, loss: Definition, memo: tuple[Any, ...] | None, given: dict[str, Any]) -> Tensor:
         name = loss.name
+        given_tensors = tuple(given[n] for n in (*loss.operands, *loss.further))
+        if self.arranged:
+            given = self.arranged(name, given)
         operands = loss.tensors(given, self.no_tensor)
         more = loss.more_tensors(given, self.weight.no_tensor if self.weight else self.no_tensor)
         settings = loss.checked(given)
+        if self.instead and (other := self.instead(**settings)):
+            return other.run(loss, memo, given)
         reduction, remembered, by_batch = self.reduction(loss, given)
         first, *others = operands.values()
         differ = any(t.shape != first.shape for t in others)
@@ -301,14 +163,14 @@ class Elements:
             memo = None  # to warn again
         if self.types.anything and not dtype.is_floating_point:
             return self.by_torch(loss, operands, weight, settings, reduction, dtype)
-        given_tensors = (*operands.values(), *more.values(), weight)
+        given_tensors = (*(t for t in given_tensors if t is not None), weight)
         call, tensors = self.call(loss, operands, more, weight, settings, reduction, dtype)
         if any(t is not u for t, u in zip(tensors, given_tensors, strict=True)):
             memo = None  # what is repeated gets the tensors as they are given
         try:
             result = dispatch(name, call, tensors, settings=memo)
         except OutsideDomain:
-            refuse_first(call, *tensors[:2])
+            refuse_first(call, tensors[:-1])
         return result / first.shape[0] if by_batch and first.dim() else result
 
     def call(
@@ -360,6 +222,8 @@ class Elements:
         formula, numbers = self.chosen(loss, settings, {})
         named = dict(zip(formula.params, numbers, strict=True))
         losses = formula.value(*operands.values(), **named)
+        if not dtype.is_complex:
+            losses = losses.to(dtype)
         denominator = None
         if weight is not None and self.weight is not None:
             kernel = self.types.kernel
@@ -403,11 +267,12 @@ def _make_floating(name: str, kernel: str, operands: Tensors, dtype: torch.dtype
             operands[argument] = t if t.is_floating_point() else t.to(kind)
 
 
-def refuse_first(call: PointwiseCall, *tensors: Tensor | None) -> NoReturn:
+def refuse_first(call: PointwiseCall, operands: Sequence[Tensor | None]) -> NoReturn:
     """Tells of the first element outside of the formula's domain."""
-    first, second = map(sharded.whole, tensors)
     formula = call.formula
     assert formula.domain is not None and formula.refuse is not None
-    at = int((~formula.domain(first, second)).flatten().nonzero()[0])
-    x, t = (tensor.flatten()[at].item() for tensor in (first, second))
-    formula.refuse(errors.position(at, first.shape), x, t)
+    spread = torch.broadcast_tensors(*map(sharded.whole, operands))
+    named = dict(zip(formula.params, call.params, strict=True))
+    at = int((~formula.domain(*spread, **named)).flatten().nonzero()[0])
+    told = (spread[k].flatten()[at].item() for k in formula.told)
+    formula.refuse(errors.position(at, spread[0].shape), *told)

@@ -101,6 +101,13 @@ def target_is_probability(seen: Seen) -> str | None:
     return _first(t, ~((t >= 0) & (t <= 1)), "target", fix)
 
 
+def target_is_sign(seen: Seen) -> str | None:
+    """a target other than -1 and 1 of `soft_margin_loss` and `hinge_embedding_loss`"""
+    t = seen.target
+    fix = "labels are -1 and 1 (for 0 and 1: 2 * target - 1)"
+    return _first(t, (t != 1) & (t != -1), "target", fix)
+
+
 def target_is_distribution(seen: Seen) -> str | None:
     """probabilities as the target that are negative or do not sum to 1: over the classes in
     `cross_entropy`, over no dimension at all in `kl_div`"""

@@ -31,8 +31,8 @@ class Pointwise:
     The positional parameters of `value` are the operands, its keyword-only ones are numbers.
     `grad` takes the same and gives a tuple: the derivatives by the first operands. Those after have none.
     `domain`, where there is one, says whether operands lie where the loss is defined; `refuse` raises
-    for a position and its first two operands that do not. With `linear`, the derivative by the first
-    operand does not depend on it.
+    for a position and what the two operands hold there that `told` numbers. With `linear`, the derivative
+    by the first operand does not depend on it.
     `engines/cpu/printer.py` finds the calls of this class by name and prints the functions as C++.
 
     Raises:
@@ -44,6 +44,7 @@ class Pointwise:
     domain: Callable[..., Any] | None = None
     refuse: Callable[[str, float, float], NoReturn] | None = None
     linear: bool = False
+    told: tuple[int, int] = (0, 1)
     name: str = field(init=False)
     operands: tuple[str, ...] = field(init=False)
     params: tuple[str, ...] = field(init=False)

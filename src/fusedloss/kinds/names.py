@@ -28,6 +28,7 @@ class Name(NamedTuple):
 
 FUNCTIONS = {
     "abs": Name(1, "|a|"),
+    "at_least": Name(2, "the greater of the two, whose derivative by a is 1 where that is b too"),
     "exp": Name(1, "e to the power of a", True, (0.91, 0.91)),
     "log": Name(1, "natural logarithm: -inf of 0, NaN below", True, (0.97, 0.98)),
     "log1p": Name(1, "log(1 + a), with all digits of a small a", True, (0.98, 0.98)),
@@ -35,6 +36,7 @@ FUNCTIONS = {
     # These share the stages exp(-|a|) and log(1 + exp(-|a|)), whatever the signs in the product a.
     "log_sigmoid": Name(1, "log(sigmoid(a)), with all digits in both tails", True, (1.66, 1.63)),
     "maximum": Name(2, "the greater of the two, NaN where one is; one may be a number"),
+    "pow": Name(2, "a to the power of a number b, of a from 0 on: 1 where b is 0", True),
     "sigmoid": Name(1, "1 / (1 + exp(-a)), with all digits in both tails", True, (1.81, 1.81)),
     "sqrt": Name(1, "square root, rounded once: NaN below 0"),
     "where": Name(3, "of a condition: b where it holds, else c; both may be numbers"),

@@ -23,6 +23,7 @@ log = torch.log
 log1p = torch.log1p
 abs = torch.abs
 log_sigmoid = torch.nn.functional.logsigmoid
+pow = torch.pow
 sigmoid = torch.sigmoid
 sqrt = torch.sqrt
 where = torch.where
@@ -38,6 +39,10 @@ def maximum(a: Tensor | float, b: Tensor | float) -> Tensor:
         assert isinstance(a, Tensor)
         return torch.clamp_min(a, b)
     return torch.maximum(a, b) if isinstance(a, Tensor) else torch.clamp_min(b, a)
+
+
+def at_least(a: Tensor, b: float) -> Tensor:
+    return torch.where(a < b, b + (a - a.detach()), a)
 
 
 def _where(

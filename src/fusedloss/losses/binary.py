@@ -10,7 +10,8 @@ from torch import Tensor
 from ..core import advice, errors
 from ..front.definition import elements, normal, plain, row, uniform
 from ..front.loss import loss
-from ..front.pointwise import Elements, Shapes, Types, broadcasting, refuse, same
+from ..front.operands import Shapes, Types, refuse, same
+from ..front.pointwise import Elements, broadcasting
 from ..front.strict import input_is_no_sigmoid, target_is_number, target_is_probability
 from ..kinds import torch_m as m
 from ..kinds.formula import Pointwise

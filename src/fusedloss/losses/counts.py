@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ..front.definition import Bounds, elements, options, rates, row
 from ..front.loss import loss
-from ..front.pointwise import Elements, broadcast_target, promote_of_function
+from ..front.operands import broadcast_target, promote_of_function
+from ..front.pointwise import Elements
 from ..kinds import torch_m as m
 from ..kinds.formula import Pointwise
 

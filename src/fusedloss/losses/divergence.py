@@ -12,7 +12,8 @@ from ..core.reduce import REDUCTIONS, promoted
 from ..front import strict
 from ..front.definition import BenchCase, elements, normal, row
 from ..front.loss import Definition, loss
-from ..front.pointwise import Elements, Reduction, Shapes, Types, broadcast
+from ..front.operands import Shapes, Types, broadcast
+from ..front.pointwise import Elements, Reduction
 from ..kinds import torch_m as m
 from ..kinds.formula import Pointwise
 

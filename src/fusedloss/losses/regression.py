@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from ..front.definition import elements, normals, options, row, weights
 from ..front.loss import loss
-from ..front.pointwise import Elements, like_input, of_input, promote, warn
-from ..front.settings import above
+from ..front.operands import of_input, promote, warn
+from ..front.pointwise import Elements, like_input
+from ..front.settings import above, within
 from ..front.strict import same_shape, target_is_number
 from ..kinds import torch_m as m
 from ..kinds.formula import Pointwise
+
+INF = float("inf")
 
 
 def mse(x, t):
@@ -60,10 +63,15 @@ def l1_grad(x, t):
 L1 = Pointwise(l1, l1_grad)
 
 
+ABSOLUTE = Elements(
+    promote("abs_cpu", anything=True), shapes=warn, weight=like_input(mean_by="sum")
+)
+
+
 @loss(
     "L1Loss",
-    Elements(promote("abs_cpu", anything=True), shapes=warn, weight=like_input(mean_by="sum")),
-    row(normals, options(weight=weights), bench=elements("L1")),
+    ABSOLUTE,
+    row(normals, options(weight=weights), bench=elements("L1", near=1.15, beyond=0.6)),
     rules=(same_shape, target_is_number),
 )
 def l1_loss():
@@ -94,7 +102,9 @@ HUBER = Pointwise(huber, huber_grad)
 @loss(
     "HuberLoss",
     Elements(of_input("huber_cpu"), shapes=warn, weight=like_input(mean_by="count")),
-    row(normals, options(weight=weights, delta=0.3), bench=elements("Huber")),
+    row(
+        normals, options(weight=weights, delta=0.3), bench=elements("Huber", near=1.15, beyond=0.6)
+    ),
     rules=(same_shape, target_is_number),
     delta=above(0, RuntimeError, "huber_loss does not support non-positive values for delta."),
 )
@@ -109,3 +119,40 @@ def huber_loss(delta):
         weight: of the input's shape; 'mean' divides by the number of elements all the same.
     """
     return HUBER, (delta,)
+
+
+def smooth_l1(x, t, *, beta):
+    d = m.abs(x - t)
+    return m.where(d < beta, 0.5 * d * (d / beta), d - 0.5 * beta)
+
+
+def smooth_l1_grad(x, t, *, beta):
+    d = x - t
+    slope = m.where(d >= beta, 1.0, m.where(-d >= beta, -1.0, d / beta))
+    return slope, -slope
+
+
+SMOOTH_L1 = Pointwise(smooth_l1, smooth_l1_grad)
+
+
+@loss(
+    "SmoothL1Loss",
+    Elements(
+        promote("smooth_l1_cpu"),
+        shapes=warn,
+        instead=lambda beta: None if beta else ABSOLUTE,
+    ),
+    row(normals, options(beta=0.3), bench=elements("Smooth L1", near=1.15, beyond=0.6)),
+    rules=(same_shape, target_is_number),
+    beta=within(0, INF, RuntimeError, "smooth_l1_loss does not support negative values for beta."),
+)
+def smooth_l1_loss(beta):
+    r"""Squared up to `beta`, then linear with the slope 1: :math:`\ell = |x - t| - \beta / 2` beyond it, else
+    :math:`(x - t)^2 / 2 \beta`.
+
+    Args:
+        input: predictions, of any shape.
+        target: of the same shape. Other shapes broadcast, with a warning.
+        beta: 0 or above, in units of the input; 0 gives :func:`l1_loss`, of tensors of any type.
+    """
+    return (SMOOTH_L1, (beta,)) if beta else L1

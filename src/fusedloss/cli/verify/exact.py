@@ -75,6 +75,14 @@ def maximum(a: Number, b: Number) -> Number:
     return mp.nan if mp.isnan(a) or mp.isnan(b) else mp.mpf(max(a, b))
 
 
+def at_least(a: Number, b: Number) -> Number:
+    return maximum(a, b)
+
+
+def pow(a: Number, b: Number) -> Number:
+    return mp.power(a, b) if a >= 0 else mp.nan
+
+
 def where(condition: bool, a: Number, b: Number) -> Number:
     return mp.mpf(a if condition else b)
 

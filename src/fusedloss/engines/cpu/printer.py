@@ -177,8 +177,8 @@ class Formula:
                 e = self.stages.call("exp_minus_abs", staged(arg, magnitude))
                 rest = e if name == "sigmoid" else self.stages.call("log1p_unit", e)
                 return f"math::{name}({text(arg)}, {rest})"
-            case ast.Call(ast.Attribute(attr=name), [arg]) if NAMES.FUNCTIONS[name].staged:
-                return self.stages.call(name, staged(arg))
+            case ast.Call(ast.Attribute(attr=name), args) if NAMES.FUNCTIONS[name].staged:
+                return self.stages.call(name, ", ".join(map(staged, args)))
             case ast.Call(ast.Attribute(attr=name), args):
                 return f"math::{name}({', '.join(map(text, args))})"
         self.refuse(node)

@@ -19,6 +19,7 @@ _INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 _LN2_HI = tl.constexpr(float.fromhex("0x1.62e4p-1"))  # 16 bits, so that k * _LN2_HI is exact
 _LN2_LO = tl.constexpr(float.fromhex("0x1.7f7d1cp-20"))
 _LEAST_NORMAL = tl.constexpr(float.fromhex("0x1p-126"))
+_LEAST_NORMAL_DOUBLE = tl.constexpr(float.fromhex("0x1p-1022"))
 _ONE = tl.constexpr(0x3F800000)  # the bits of 1, of 3/4, and of infinity
 _THREE_QUARTERS = tl.constexpr(0x3F400000)
 _INFINITE = tl.constexpr(0x7F800000)
@@ -83,6 +84,54 @@ def number(value: tl.constexpr, like):
 @triton.jit
 def maximum(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def at_least(a, b):
+    return maximum(a, b)
+
+
+@triton.jit
+def pow(a, b):
+    b = tl.zeros_like(a) + b
+    return _pow(a, b) if a.dtype == tl.float64 else _pow_of_float(a, b)
+
+
+@triton.jit
+def _pow_of_float(a, b):
+    positive = tl.where(a > 0.0, a, 1.0).to(tl.float64)
+    out = tl.exp(b.to(tl.float64) * tl.log(positive)).to(tl.float32)
+    return _at_ends(a, b, out)
+
+
+@triton.jit
+def _pow(a, b):
+    """a = 2^k f, so that of b log a only b log f, which is small, and the fraction of b k are rounded."""
+    subnormal = a < _LEAST_NORMAL_DOUBLE
+    usable = (a > 0.0) & (a < inf)
+    scaled = tl.where(usable, tl.where(subnormal, a * 18014398509481984.0, a), 1.0)
+    bits = scaled.to(tl.int64, bitcast=True)
+    shift = (bits >> 52) - tl.where(subnormal & usable, 1023 + 54, 1023)
+    f = ((bits & 0xFFFFFFFFFFFFF) | 0x3FF0000000000000).to(tl.float64, bitcast=True)
+    upper = f > 1.4142135623730951
+    f = tl.where(upper, 0.5 * f, f)
+    k = (shift + upper.to(tl.int64)).to(tl.float64)
+    high = b.to(tl.float32).to(tl.float64)  # times k exact
+    whole = tl.floor(k * high + 0.5)
+    rest = ((k * high - whole) + k * (b - high)) * 0.6931471805599453 + b * tl.log(f)
+    both = tl.minimum(tl.maximum(whole, -2044.0), 2046.0).to(tl.int64)
+    half = both >> 1
+    out = tl.exp(rest) * ((half + 1023) << 52).to(tl.float64, bitcast=True)
+    out = out * ((both - half + 1023) << 52).to(tl.float64, bitcast=True)
+    return _at_ends(a, b, out)
+
+
+@triton.jit
+def _at_ends(a, b, out):
+    out = tl.where(a == 0.0, tl.where(b > 0.0, 0.0, inf), out)
+    out = tl.where(a == inf, tl.where(b > 0.0, inf, 0.0), out)
+    out = tl.where((a >= 0.0) & (b == b), out, float("nan"))
+    return tl.where((b == 0.0) | (a == 1.0), 1.0, out)
 
 
 @triton.jit

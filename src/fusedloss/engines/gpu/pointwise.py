@@ -98,6 +98,7 @@ class PointwiseEngine(GpuEngine[PointwisePlan]):
             VALUE=formula.value,
             GRAD=formula.grad,
             DOMAIN=formula.domain,
+            TOLD=call.formula.told,
             COMPUTE=TRITON[reduce.wide(*present)],
             INDEX=_index_type(sizes, strides),
             STORED=stored,
@@ -178,8 +179,7 @@ def _store(tensor, value, start, lane, sizes, strides, inside, INDEX: tl.constex
 
 @triton.jit
 def _tell_outside(
-    x,
-    t,
+    operands,
     outside,
     lane,
     sizes,
@@ -187,6 +187,7 @@ def _tell_outside(
     claim,
     words,
     record,
+    TOLD: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -195,8 +196,9 @@ def _tell_outside(
     where = tl.min(tl.where(outside < 0, far, outside.to(tl.int64) * BLOCK + lane))
     if where != 0x7FFFFFFFFFFFFFFF:
         none = tl.zeros_like(where)
-        first = tl.load(_pointer(x, where, none, sizes, strides[0], INDEX)).to(tl.float64)
-        second = tl.load(_pointer(t, where, none, sizes, strides[1], INDEX)).to(tl.float64)
+        x = _pointer(operands[TOLD[0]], where, none, sizes, strides[TOLD[0]], INDEX)
+        t = _pointer(operands[TOLD[1]], where, none, sizes, strides[TOLD[1]], INDEX)
+        first, second = tl.load(x).to(tl.float64), tl.load(t).to(tl.float64)
         bits = first.to(tl.int64, bitcast=True), second.to(tl.int64, bitcast=True)
         flags.report(claim, words, record, where, bits[0], bits[1])
 
@@ -208,8 +210,8 @@ def _kernel(
     partial, result, count, blocks, divisor, denominator: tl.float64,
     number0: tl.float64, number1: tl.float64, number2: tl.float64, number3: tl.float64,
     claim, words, record, sizes, strides,
-    VALUE: tl.constexpr, GRAD: tl.constexpr, DOMAIN: tl.constexpr, COMPUTE: tl.constexpr,
-    INDEX: tl.constexpr, STORED: tl.constexpr, BLOCK: tl.constexpr,
+    VALUE: tl.constexpr, GRAD: tl.constexpr, DOMAIN: tl.constexpr, TOLD: tl.constexpr,
+    COMPUTE: tl.constexpr, INDEX: tl.constexpr, STORED: tl.constexpr, BLOCK: tl.constexpr,
 ):
     # fmt: on
     lane = tl.arange(0, BLOCK)
@@ -269,5 +271,6 @@ def _kernel(
         tl.store(result, (tl.sum(total) / by).to(result.dtype.element_ty))
     if DOMAIN is not None:
         _tell_outside(
-            operand0, operand1, outside, lane, sizes, strides, claim, words, record, INDEX, BLOCK
+            (operand0, operand1, operand2, operand3), outside, lane, sizes, strides,
+            claim, words, record, TOLD, INDEX, BLOCK
         )
