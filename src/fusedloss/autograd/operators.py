@@ -20,6 +20,7 @@ from ..core import caches, trace
 from ..core.torch_state import differentiating
 from ..engines import engine_of, gpu
 from ..engines.chunks.loop import run as run_chunks
+from ..kinds.ctc import CtcCall
 from ..kinds.distill import DistillCall
 from ..kinds.heads import LinearCall
 from ..kinds.reduction import ReductionCall
@@ -53,6 +54,12 @@ TEACHER = (
 TENSORS: dict[type[Any], tuple[str, ...]] = {
     RowsCall: ("Tensor input", "Tensor target", "Tensor? weight"),
     ReductionCall: ("Tensor first", "Tensor second", "Tensor? third"),
+    CtcCall: (
+        "Tensor log_probs",
+        "Tensor targets",
+        "Tensor input_lengths",
+        "Tensor target_lengths",
+    ),
     LinearCall: HEAD,
     DistillCall: (*HEAD, *TEACHER),
 }

@@ -186,6 +186,22 @@ REDUCTION = Struct(
     "Matrix total",
     "Matrix grad[3]",
 )
+CTC = Struct(
+    "CtcArgs",
+    "int64_t t, n, c  // frames, sequences, classes",
+    "int64_t most  // labels of a sequence",
+    "int64_t blank, zero_infinity",
+    "int64_t mean  // divide by the labels of each sequence and by the number of sequences",
+    "const int64_t* lengths  // of the sequences, of their labels, and where in `target` these begin",
+    "Array target",
+    "int64_t label_stride",
+    "Grid input  // (t, n, c)",
+    "Array incoming  // a gradient for each sequence",
+    "int64_t incoming_stride",
+    "Array loss  // unreduced",
+    "Array total",
+    "Grid grad",
+)
 LINEAR = Struct(
     "LinearArgs",
     "int64_t n, c  // rows, classes in all",
@@ -233,6 +249,7 @@ KERNELS = {
     "cross_entropy": ROWS,
     "nll_loss": ROWS,
     "reduction": REDUCTION,
+    "ctc_loss": CTC,
     "linear": LINEAR,
     "distill": DISTILL,
     "accumulate": ACCUMULATE,

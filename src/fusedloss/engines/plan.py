@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core import reduce
 from ..core.layout import empty_of_rows
-from ..kinds import PointwiseCall, ReductionCall, RowsCall
+from ..kinds import CtcCall, PointwiseCall, ReductionCall, RowsCall
 
 Slot = Tensor | None
 Slots = Sequence[Slot]
@@ -156,6 +156,43 @@ class ReductionPlan(Plan):
 
     def arrives(self, incoming: Tensor) -> None:
         self.incoming = incoming.expand(self.shape[:-1]).reshape(self.rows)
+
+
+class CtcPlan(Plan):
+    """The input is (t, n, c); the lengths are on the host."""
+
+    call: CtcCall
+    x: Tensor
+    targets: Tensor
+    lengths: Tensor  # of sequences, of their labels, and where in memory these begin
+    label_stride: int
+    most: int  # labels of a sequence
+
+    def spread(self) -> None:
+        log_probs, targets, *_ = self.tensors
+        assert log_probs is not None and targets is not None
+        self.x, self.targets = self.batch(log_probs), targets
+        inputs, counts, starts = self.call.lengths(self.tensors)
+        *across, self.label_stride = targets.stride()
+        if across:
+            starts = [n * across[0] for n in range(len(counts))]
+        else:
+            starts = [start * self.label_stride for start in starts]
+        self.lengths = torch.tensor([inputs, counts, starts])
+        self.most = max(counts)
+
+    @staticmethod
+    def batch(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dim() == 3 else tensor.unsqueeze(1)
+
+    def gradient(self, tensor: Tensor) -> Tensor:
+        return self.call.empty_gradient(tensor)
+
+    def unreduced(self) -> Tensor:
+        return self.x.new_empty(self.call.shape(*self.tensors), dtype=self.call.dtype)  # type: ignore[arg-type]
+
+    def arrives(self, incoming: Tensor) -> None:
+        self.incoming = incoming
 
 
 def common_shape(tensors: Slots) -> torch.Size:

@@ -5,10 +5,11 @@ them. A call is made anew each time and never changed; to freeze the classes wou
 that it takes.
 """
 
+from .ctc import CtcCall
 from .pointwise import PointwiseCall
 from .reduction import ReductionCall
 from .rows import RowsCall
 
-Call = PointwiseCall | RowsCall | ReductionCall
+Call = PointwiseCall | RowsCall | ReductionCall | CtcCall
 
-__all__ = ["Call", "PointwiseCall", "ReductionCall", "RowsCall"]
+__all__ = ["Call", "CtcCall", "PointwiseCall", "ReductionCall", "RowsCall"]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 class Kind:
     __slots__ = ()
 
-    indices: ClassVar[int | None] = None  # the tensor that may hold class indices
+    indices: ClassVar[tuple[int, ...]] = ()  # the tensors that may hold class indices, or counts
     operator: ClassVar[bool] = True  # a compiled graph holds the call as one operator of torch
     hides: ClassVar[bool] = False  # and so does every dispatch mode: the formula takes much memory
     everywhere: ClassVar[bool] = False  # torch operations serve as well on devices without kernels

@@ -54,7 +54,7 @@ class LinearCall(Kind):
     dtype: torch.dtype  # of the result
 
     family: ClassVar[str] = "linear"
-    indices: ClassVar[int | None] = 3
+    indices: ClassVar[tuple[int, ...]] = (3,)
     hides: ClassVar[bool] = True
     everywhere: ClassVar[bool] = True
     logits: ClassVar[int] = 1  # of each row and class, in a chunk

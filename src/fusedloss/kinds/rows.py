@@ -32,7 +32,7 @@ class RowsCall(Kind):
 
     family: ClassVar[str] = "rows"
     gradients: ClassVar[int] = 2
-    indices: ClassVar[int | None] = 1
+    indices: ClassVar[tuple[int, ...]] = (1,)
     arguments: ClassVar[tuple[str, ...]] = ("input", "target", "weight")
 
     @property

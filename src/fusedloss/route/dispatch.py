@@ -76,7 +76,7 @@ def _kernel_gap(call: Any, tensors: tuple[Tensor | None, ...]) -> str | None:
             return "a weight requires a gradient"
         if call.everywhere and not (tensor.is_cpu and tensor.is_floating_point()):
             continue
-        if tensor.dtype not in FLOATS and k != call.indices:
+        if tensor.dtype not in FLOATS and k not in call.indices:
             return f"there are no kernels for {tensor.dtype}"
         if tensor.dim() > abi.MAX_DIMS:
             return f"there are no kernels for more than {abi.MAX_DIMS} dimensions"

@@ -1,0 +1,56 @@
+"""Connectionist temporal classification on the CPU: packs the arguments of its kernel."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from torch import Tensor
+
+from .. import abi
+from ..plan import CtcPlan, Slot
+from .engine import CpuEngine
+from .load import DTYPES, address
+
+PACK = abi.CTC.packer()
+
+
+class CtcEngine(CpuEngine[CtcPlan]):
+    plan = CtcPlan
+
+    def pack(self, plan: CtcPlan) -> tuple[str, str, bytes, int]:
+        call, x, incoming = plan.call, plan.x, plan.incoming
+        (grad,) = plan.grads
+        frames, n, classes = x.shape
+        arguments = PACK(
+            t=frames,
+            n=n,
+            c=classes,
+            most=plan.most,
+            blank=call.blank,
+            zero_infinity=call.zero_infinity,
+            mean=call.reduction == "mean",
+            lengths=plan.lengths.data_ptr(),
+            target=_array("targets", plan.targets),
+            label_stride=plan.label_stride,
+            input=_grid("log_probs", x),
+            incoming=_array("incoming", incoming),
+            incoming_stride=0 if incoming is None else sum(incoming.stride()),
+            loss=_array("losses", plan.losses),
+            total=_array("loss", plan.total),
+            grad=abi.GRID.absent if grad is None else _grid("gradient", plan.batch(grad)),
+        )
+        return call.name, call.loss, arguments, x.numel()
+
+    def refuse(self, plan: CtcPlan, position: int) -> NoReturn:
+        n, place = divmod(position, plan.most)
+        plan.call.refuse_label(plan.tensors, n, place)
+
+
+def _array(name: str, tensor: Slot) -> tuple[int, ...]:
+    if tensor is None:
+        return abi.ARRAY.absent
+    return address("ctc_loss", name, tensor), DTYPES[tensor.dtype]
+
+
+def _grid(name: str, tensor: Tensor) -> tuple[int, ...]:
+    return (*_array(name, tensor), *tensor.stride())
