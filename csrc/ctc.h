@@ -63,15 +63,13 @@ FUSEDLOSS_LOOP inline void split(const double* __restrict x, int64_t n, double* 
     for (int64_t i = 0; i < n; ++i) {
         constexpr double log2e = 0x1.71547652b82fep0, round = 0x1.8p52;
         const double v = x[i];
-        const double near = v * log2e + round - round;
-        const bool far = math::abs(v) > 1e15;  // where a double has no fraction
-        const double k = far ? v * log2e : near;
-        const double high = v - k * ln2_hi, low = k * ln2_lo, r = far ? 0.0 : high - low, rr = r * r;
-        const double y =
-            1.0 + ((far ? 0.0 : high) + (rr * math::detail::exp_tail(r, rr) - (far ? 0.0 : low)));
+        const bool far = math::abs(v) > 1e15, finite = v < 1e300;  // from 1e15 on a double has no fraction
+        const double near = far ? 0.0 : v, k = near * log2e + round - round;
+        const double high = near - k * ln2_hi, low = k * ln2_lo, r = high - low, rr = r * r;
+        const double y = 1.0 + (high + (rr * math::detail::exp_tail(r, rr) - low));
         const bool zero = v < -7e299;
-        mantissa[i] = zero ? 0.0 : v < 1e300 ? y : std::numeric_limits<double>::quiet_NaN();
-        exponent[i] = zero ? zero_exponent : k;
+        mantissa[i] = zero ? 0.0 : finite ? y : std::numeric_limits<double>::quiet_NaN();
+        exponent[i] = zero ? zero_exponent : !finite ? 0.0 : far ? v * log2e : k;
     }
 }
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
+import sequences
 import torch
 from torch import Generator, Tensor
 
@@ -113,6 +114,15 @@ class Case:
     @property
     def function(self) -> Callable[..., Tensor]:
         return self.loss.reduced
+
+    @property
+    def theirs(self) -> Callable[..., Tensor]:
+        """PyTorch's function, or one that has the derivatives which it lacks."""
+        return sequences.ctc_loss if self.kind == "sequences" else self.loss.torch_function
+
+    def rows_at(self, k: int, rows: Any) -> tuple[Any, ...]:
+        """The place of these rows of the result in argument k."""
+        return (slice(None), rows) if self.kind == "sequences" and k == 0 else (rows,)
 
     @property
     def reductions(self) -> Sequence[str]:

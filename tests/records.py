@@ -111,6 +111,10 @@ def nn_samples(name: str) -> list[dict[str, Any]]:
 
 def own_samples(name: str, dtype: torch.dtype) -> list[SampleInput]:
     """What PyTorch's records leave out; of a loss without a list here, every row, option and reduction."""
+    if (
+        name == "ctc_loss" and dtype.itemsize == 2
+    ):  # PyTorch has none, and log_softmax rounds before it
+        return []
     torch.manual_seed(0)
     return list(OWN[name](Draw(dtype)) if name in OWN else _of_registry(name, dtype))
 

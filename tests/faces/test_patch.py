@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:Dep
 def test_functions_and_modules_run_our_kernels(case: Case, generator: Generator) -> None:
     tensors, options = case.example((4, 5), torch.float32, generator)
     wanted = case.loss.differentiable
-    expected = run(case.loss.torch_function, tensors, options, wanted)
+    expected = run(case.theirs, tensors, options, wanted)
     with fusedloss.patched():
         found, calls = counted(lambda: run(case.loss.torch_function, tensors, options, wanted))
     assert calls == {(case.loss.name, "kernel"): 1}
@@ -183,7 +183,7 @@ def test_error_inputs_through_the_patched_doors(name: str) -> None:
 def test_compile(case: Case, generator: Generator) -> None:
     tensors, options = case.example((4, 5), torch.float32, generator)
     wanted = case.loss.differentiable
-    expected = run(case.loss.torch_function, tensors, options, wanted)
+    expected = run(case.theirs, tensors, options, wanted)
     torch._dynamo.reset()
     fast = torch.compile(case.loss.torch_function, fullgraph=True, backend="aot_eager")
     with fusedloss.patched():

@@ -43,9 +43,9 @@ def test_equals_torch_in_float64(
     for shape in shapes_of(case):
         tensors, options = case.example(shape, torch.float64, generator)
         options["reduction"] = reduction
-        theirs = run(case.loss.torch_function, tensors, options, wanted)
+        theirs = run(case.theirs, tensors, options, wanted)
         incoming = draw_incoming(theirs.value, generator)
-        theirs = run(case.loss.torch_function, tensors, options, wanted, incoming)
+        theirs = run(case.theirs, tensors, options, wanted, incoming)
         with path():
             ours = run(case.function, tensors, options, wanted, incoming)
         for (name, a), (_, e) in zip(ours.named(), theirs.named(), strict=True):
@@ -97,7 +97,7 @@ def test_result_type_is_that_of_torch(
     tensors, options = case.example((3, 4), dtype, generator)
     options["reduction"] = reduction
     ours = run(case.function, tensors, options, wanted)
-    theirs = run(case.loss.torch_function, tensors, options, wanted)
+    theirs = run(case.theirs, tensors, options, wanted)
     for (name, a), (_, e) in zip(ours.named(), theirs.named(), strict=True):
         assert (a.dtype, a.shape) == (e.dtype, e.shape), name
 
@@ -112,7 +112,7 @@ def test_mixed_types_are_those_of_torch(
     tensors = (tensors[0], *(t.to(dtypes[1]) for t in tensors[1:]))
     wanted = case.loss.differentiable
     try:
-        theirs = run(case.loss.torch_function, tensors, options, wanted)
+        theirs = run(case.theirs, tensors, options, wanted)
     except RuntimeError as error:
         if OLDER and case.loss.name == "mse_loss":
             pytest.skip(str(error))
@@ -135,7 +135,7 @@ def test_scalar_target_is_typed_as_in_torch(
     tensors = x, t[0, 0].to(dtypes[1])
     ours = run(case.function, tensors, options, (0, 1))
     try:
-        theirs = run(case.loss.torch_function, tensors, options, (0, 1))
+        theirs = run(case.theirs, tensors, options, (0, 1))
     except RuntimeError as error:
         assert OLDER
         pytest.skip(str(error))
@@ -153,7 +153,7 @@ def test_one_row_with_its_index_in_a_vector(
     ours = run(case.function, (x, y.reshape(1)), options, (0,))
     # PyTorch takes the vector as the scalar, and fails in its backward. Its mean of no row is 0 on a GPU.
     there = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in options.items()}
-    theirs = run(case.loss.torch_function, (x.cpu(), y.cpu()), there, (0,))
+    theirs = run(case.theirs, (x.cpu(), y.cpu()), there, (0,))
     for (_, a), (_, e) in zip(ours.named(), theirs.named(), strict=True):
         torch.testing.assert_close(a.cpu(), e, rtol=1e-11, atol=1e-12, equal_nan=True)
 
@@ -165,7 +165,7 @@ def test_autocast_gives_float32(case: Case, dtype: torch.dtype, generator: Gener
     with torch.autocast("cpu", torch.bfloat16):
         ours = run(case.function, tensors, options, case.loss.differentiable)
         try:
-            theirs = run(case.loss.torch_function, tensors, options, case.loss.differentiable)
+            theirs = run(case.theirs, tensors, options, case.loss.differentiable)
         except RuntimeError as error:
             assert "autocast" in str(error)  # PyTorch refuses BCE there
             return

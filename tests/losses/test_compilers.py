@@ -184,9 +184,12 @@ def test_export(case: Case, generator: Generator) -> None:
     rows = torch.export.Dim("rows", min=2)
     fixed = [t for t in options.values() if isinstance(t, Tensor) and t.shape[:1] == SHAPE[:1]]
     whole = case.loss.whole
-    shapes = {
-        "tensors": tuple(None if fixed or k in whole else {0: rows} for k in range(len(tensors)))
-    }
+    fixed = fixed or case.loss.indices in whole  # how many there are depends on the rows
+    dims = (
+        None if fixed or k in whole else {len(case.rows_at(k, 0)) - 1: rows}
+        for k in range(len(tensors))
+    )
+    shapes = {"tensors": tuple(dims)}
     program = torch.export.export(Wrapped(function), tensors, dynamic_shapes=shapes)
     for node in program.graph.nodes:
         if node.op == "call_function":

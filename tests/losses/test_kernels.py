@@ -52,6 +52,11 @@ def sizes_of(case: Case) -> Iterator[tuple[int, ...]]:
             yield (n,)
         yield (3, 700)
         return
+    if case.kind == "sequences":
+        yield from ((2,), (5,), (1, 1), (1, 5), (13, 70), (700, 5), (3, 2500))
+        for frames in (1, 6, 31, 32, 33, 200):  # mantissas are scaled in frame 32
+            yield (3, 5, frames)
+        return
     if case.kind == "heads":
         yield from ((5,), (0, 5), (1, 5), (13, 1), (13, 70), (2, 3, 5))
         return
@@ -144,7 +149,10 @@ LAID_OUT: dict[str, list[tuple[int, ...]]] = {
     "rows": [(9, 70), (2, 5, 6, 12)],
     "triplet": [(9, 70), (2, 5, 6, 12)],
     "heads": [(9, 70)],
+    "sequences": [(9, 70), (2, 5, 13)],
 }
+# Not of lengths and the labels that they count.
+OTHER_VALUES = (expanded, expanded_last, overlapping)
 
 
 @each_dtype
@@ -157,6 +165,8 @@ def test_kernel_at_each_layout(
         example, settings = case.example(shape, dtype, generator)
         options = {k: layout(v) if isinstance(v, Tensor) else v for k, v in settings.items()}
         every = tuple(map(layout, example))
+        if case.kind == "sequences" and layout in OTHER_VALUES:
+            every = (every[0], *example[1:])
         options["reduction"] = "mean"
         assert_kernel(case, every, options)
         check(case, every, options, generator)

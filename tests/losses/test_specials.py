@@ -62,6 +62,9 @@ def compare_paths(case: Case, tensors: Tensors, options: Options, where: str) ->
         if case.kind == "triplet" and name != "value":
             # Where a branch is not taken the kernel has 0, the formula 0 * inf.
             a = torch.where(e.isfinite() & kernel.value.isfinite().all(), a, e)
+        if case.kind == "sequences" and name != "value":
+            # Where no alignment comes by, the kernel has 0, the formula 0 * NaN, and before it too.
+            a = torch.where(e.isnan() & ((a == 0) | kernel.value.isfinite().all()), e, a)
         close = torch.isclose(a, e, rtol=1e-4, atol=1e-4, equal_nan=True)
         assert close.all(), f"{where}: {name} is {a[~close]}, not {e[~close]}"
 
@@ -103,8 +106,10 @@ def test_specials_stay_in_their_row(case: Case, special: float, generator: Gener
     for k in wanted:
         for row in (0, 33, 69):
             planted = tuple(t.clone() for t in tensors)
-            planted[k][row] = special
+            planted[k][case.rows_at(k, row)] = special
             dirty = run(case.function, planted, options, wanted)
-            for (name, a), (_, e) in zip(dirty.named(), clean.named(), strict=True):
-                others = torch.arange(70, device=a.device) != row
-                assert same_bits(a[others], e[others]), f"{name}: row {row} reached another"
+            places = ((row,), *(case.rows_at(k, row) for k in wanted))
+            for (name, a), (_, e), place in zip(dirty.named(), clean.named(), places, strict=True):
+                a, e = a.clone(), e.clone()
+                a[place] = e[place] = 0
+                assert same_bits(a, e), f"{name}: row {row} reached another"

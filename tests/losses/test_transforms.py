@@ -86,7 +86,7 @@ def test_hessian_is_that_of_torch(case: Case, generator: Generator) -> None:
     wanted = case.loss.differentiable
     positions = tuple(range(len(wanted)))
     given = [tensors[k] for k in wanted]
-    theirs = functools.partial(case.loss.torch_function, **options, reduction="mean")
+    theirs = functools.partial(case.theirs, **options, reduction="mean")
     ours = hessian(of_wanted(bound(case, options), tensors, wanted), positions)(*given)
     of_theirs = of_wanted(theirs, tensors, wanted)
     if case.loss.name in NO_FORWARD_OVER_REVERSE:
@@ -138,7 +138,7 @@ def test_second_derivatives_are_those_of_torch(
     tensors, options = float64(case, generator)
     incoming = draw_incoming(bound(case, options, reduction)(*tensors), generator)
     found = []
-    for function in (case.function, case.loss.torch_function):
+    for function in (case.function, case.theirs):
         inputs = leaves(tensors, case.loss.differentiable)
         wanted = [inputs[k] for k in case.loss.differentiable]
         value = function(*inputs, **options, reduction=reduction)
@@ -159,7 +159,7 @@ def test_gradients_have_a_graph_where_those_of_torch_have(case: Case, generator:
             continue
         found = []
         for function, path in (
-            (case.loss.torch_function, contextlib.nullcontext),
+            (case.theirs, contextlib.nullcontext),
             (case.function, contextlib.nullcontext),
             (case.function, formula_path),
         ):

@@ -21,7 +21,7 @@ LENGTHS = ("input_lengths", "target_lengths")
 
 @dataclass(frozen=True)
 class Sequences:
-    """The input is (T, N, C) or (T, C), labels are (N, S) or all of them in one row; lengths, one a sequence."""
+    """The input is (T, N, C) or (T, C); labels are (N, S), or all of them in one row."""
 
     kind: ClassVar[str] = "sequences"
     computes: ClassVar[bool] = False
@@ -105,7 +105,7 @@ def _lengths(name: str, given: dict[str, Any], n: int) -> list[Tensor]:
         if value.numel() != n:
             words = f"{argument} must be of size batch_size, {n}, got {list(value.shape)}"
             errors.fail(RuntimeError, name, words)
-        found.append(value.to(device="cpu", dtype=torch.int64))
+        found.append(value.to(device="cpu" if value.is_cuda else value.device, dtype=torch.int64))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..front.definition import BenchCase, normal, row
+from ..front.definition import normal, row
 from ..front.loss import loss
 from ..front.sequences import Sequences
 
@@ -17,11 +17,11 @@ def _example(shape, dtype, generator):
     n, classes, frames = (*((1, *shape) if alone else shape), FRAMES)[:3]
     x = normal((frames, n, classes), torch.float64, generator).log_softmax(2).to(dtype)
     most = frames // 3 if classes > 1 else 0
-    targets = torch.randint(1, max(classes, 2), (n, most), generator=generator)
-    counts = torch.randint(most + 1, (n,), generator=generator)
-    inputs = torch.randint(2 * most, frames + 1, (n,), generator=generator)
+    targets = torch.randint(1, max(classes - 1, 2), (n, most), generator=generator)
+    counts = (torch.randperm(n, generator=generator) + most) % (most + 1)
+    inputs = torch.randint(max(2 * most, 1), frames + 1, (n,), generator=generator)
     if alone:
-        return x[:, 0], targets[0, : counts[0]], inputs, counts
+        return x[:, 0], targets[0], inputs, counts
     return x, targets, inputs, counts
 
 
@@ -32,9 +32,10 @@ def _in_one_row(shape, dtype, generator):
     return x, targets, inputs, counts
 
 
-def _last(tensors, generator):
-    """A blank that is no label of the examples, or stands for one of them."""
-    return tensors[0].shape[-1] - 1
+def _blank(tensors, generator):
+    """The last class, which is no label of the examples."""
+    classes = tensors[0].shape[-1]
+    return classes - 1 if classes > 2 else 0
 
 
 @loss(
@@ -44,12 +45,13 @@ def _last(tensors, generator):
         _example,
         {
             "plain": lambda t, g: {},
-            "blank": lambda t, g: {"blank": _last(t, g)},
+            "blank": lambda t, g: {"blank": _blank(t, g)},
             "zero_infinity": lambda t, g: {"zero_infinity": True},
         },
         differentiable=(0,),
+        indices=1,
     ),
-    row(_in_one_row, differentiable=(0,), variant="in one row"),
+    row(_in_one_row, differentiable=(0,), indices=1, whole=(1,), variant="in one row"),
 )
 def ctc_loss(blank, zero_infinity):
     r"""Connectionist temporal classification: minus the logarithm of the probability of the labels.
