@@ -31,7 +31,8 @@ def drawn(kind: str) -> dict[str, list[Loss]]:
     }
 
 
-POINTWISE, ROWS, TRIPLETS = map(drawn, ("pointwise", "rows", "triplet"))
+KINDS_DRAWN = ("pointwise", "rows", "triplet", "sequences")
+POINTWISE, ROWS, TRIPLETS, SEQUENCES = map(drawn, KINDS_DRAWN)
 
 
 @dataclass
@@ -251,6 +252,30 @@ def rows(source: Source, name: str) -> tuple[list[Tensor], dict[str, Any]]:
     return [x, target], options
 
 
+def sequences(source: Source, name: str) -> tuple[list[Tensor], dict[str, Any]]:
+    """But with no label out of range, at which PyTorch reads, and writes, what memory is there."""
+    frames, n, most = source.one_of(1, 2, 7, 40), source.one_of(1, 2, 5), source.one_of(0, 1, 3)
+    classes = source.one_of(1, 2, 5, 33)
+    counts = torch.randint(most + 1, (n,), generator=source.generator)
+    lengths = torch.randint(frames + 1, (n,), generator=source.generator)
+    x = source.tensor((frames, n, classes), "logs")
+    of = (n, most) if source.draw(st.booleans()) else (int(counts.sum()),)
+    labels = torch.randint(classes, of, generator=source.generator)
+    given: list[Any] = [
+        laid_out(t.to(source.one_of(*INTEGERS[:4])), source.one_of("contiguous", "every second"))
+        for t in (labels, lengths, counts)
+    ]
+    if source.rarely(7):
+        place = source.one_of(1, 2)
+        given[place] = given[place] + source.one_of(-1, 1)  # beyond what there is, or negative
+    if source.rarely(8):
+        given[1:] = [t.tolist() for t in given[1:]]
+    if n == 1 and source.draw(st.booleans()):
+        x = x[:, 0]
+    blank = source.one_of(0, 0, 0, classes - 1, 1, -1)
+    return [x, *given], {"blank": blank, "zero_infinity": source.draw(st.booleans())}
+
+
 def indices(source: Source, rows: tuple[int, ...], classes: int) -> Tensor:
     low, high = (-2, classes + 2) if source.rarely(8) else (0, max(classes, 1))
     index = torch.randint(low, high, source.near(rows), generator=source.generator)
@@ -261,7 +286,12 @@ def indices(source: Source, rows: tuple[int, ...], classes: int) -> Tensor:
     return laid_out(index.to(source.one_of(*kinds)), source.one_of(*LAYOUTS))
 
 
-KINDS = ((POINTWISE, pointwise), (ROWS, rows), (TRIPLETS, triplets))
+KINDS = (
+    (POINTWISE, pointwise),
+    (ROWS, rows),
+    (TRIPLETS, triplets),
+    (SEQUENCES, sequences),
+)
 DRAWN = {name: (rows, make) for losses, make in KINDS for name, rows in losses.items()}
 
 

@@ -5,8 +5,24 @@ PyTorch's own has none of the second order, and in its first adds exp(x) (docs/c
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def projected(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss as the gradients of PyTorch are right: that of CTC after log_softmax alone."""
+
+    def after(x: Tensor, *rest: Any, **settings: Any) -> Tensor:
+        return function(x.log_softmax(-1), *rest, **settings)
+
+    return after if name == "ctc_loss" else function
+
+
+def function_of(face: Any, name: str) -> Callable[..., Tensor]:
+    return projected(name, getattr(face, name))
 
 
 def ctc_loss(

@@ -59,7 +59,7 @@ def _nothing_left() -> Iterator[None]:
 
 # Every option, reduction and type
 
-SHAPES = {"pointwise": (3, 7, 5), "rows": (3, 7, 5), "triplet": (6, 11)}
+SHAPES = {"pointwise": (3, 7, 5), "rows": (3, 7, 5), "triplet": (6, 11), "sequences": (3, 7, 5)}
 TABLE = [
     (case, reduction, FLOATS[k % 4])
     for k, (case, reduction) in enumerate(

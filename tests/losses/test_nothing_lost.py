@@ -11,6 +11,7 @@ from random import Random
 from typing import Any
 
 import pytest
+import sequences
 import torch
 from conftest import FLOATS
 from torch import Tensor
@@ -181,6 +182,21 @@ class Draw:
             options["label_smoothing"] = self.random.choice([0, 0.1, 1.0, 1, True, -0.2, 1.2])
         return self.nll_loss(shape, options)
 
+    def ctc_loss(self, shape: tuple[int, ...], options: dict[str, Any]) -> list[Tensor]:
+        """Labels that are out of range end the process under PyTorch."""
+        frames, n, classes = (self.random.choice(sizes) for sizes in ((1, 3, 6), (1, 2), (3, 4)))
+        x = self.tensor((frames, n, classes), FLOATS[:2], -2)
+        counts = torch.randint(3, (n,), generator=self.generator)
+        most = int(counts.sum()) if self.chance(0.3) else 2
+        targets = self.tensor((most,) if most < 2 or self.chance(0.3) else (n, most), self.types(0))
+        if targets.dim() == 1:
+            counts = torch.tensor([most, *[0] * (n - 1)])
+        inputs = torch.randint(frames + 1, (n,), generator=self.generator)
+        options["blank"] = self.random.choice([2, classes - 1, classes])  # no label
+        options["zero_infinity"] = self.chance(0.5)
+        lengths = [t.to(self.random.choice(INTEGERS[:-1])) for t in (inputs, counts)]
+        return [x[:, 0] if n == 1 and self.chance(0.5) else x, targets, *lengths]
+
     def triplet_margin_loss(self, shape: tuple[int, ...], options: dict[str, Any]) -> list[Tensor]:
         options["p"] = self.random.choice([1, 2, 2.0, 3, 0.5, float("inf"), 0, -1])
         options["eps"] = self.random.choice([1e-6, 0, 0.1, -1e-6])
@@ -209,7 +225,7 @@ def outcome(face: Any, call: Call) -> tuple[Tensor, list[Tensor | None]] | Excep
         t.detach().clone().requires_grad_(t.is_floating_point() or t.is_complex()) for t in tensors
     ]
     try:
-        value = getattr(face, name)(*inputs, **options)
+        value = sequences.function_of(face, name)(*inputs, **options)
         if value.requires_grad:
             (value.abs() if value.is_complex() else value).sum().backward()
         return value.detach(), [t.grad for t in inputs]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
 import pickle
@@ -12,6 +11,7 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
+import sequences
 import torch
 from records import (
     DTYPES,
@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 from torch.testing._internal.common_modules import ModuleErrorEnum
-from torch.testing._internal.opinfo.core import SampleInput, gradcheck_wrapper_ctc_loss
+from torch.testing._internal.opinfo.core import SampleInput
 
 import fusedloss
 from fusedloss.engines.chunks.products import multiplies_bfloat16
@@ -218,7 +218,7 @@ def check_gradients(
 
 
 def check_sample(loss: str, sample: SampleInput, dtype: torch.dtype, **flags: Any) -> None:
-    ours, theirs = (projected(loss, getattr(f, loss)) for f in (fusedloss, torch.nn.functional))
+    ours, theirs = (sequences.function_of(f, loss) for f in (fusedloss, torch.nn.functional))
     call = Invocation((sample.input, *sample.args), sample.kwargs)
     # Of a target that has no derivative, PyTorch's records ask for one.
     call.wanted = [k for k in call.wanted if k not in WITHOUT_DERIVATIVE.get(loss, ())]
@@ -239,13 +239,6 @@ def check_sample(loss: str, sample: SampleInput, dtype: torch.dtype, **flags: An
     finite = all(t.isfinite().all() for t in call.tensors)  # else there are no differences
     if dtype is torch.float64 and sample.name != SINGULAR and finite:
         check_gradients(ours, call, fast=sum(t.numel() for t in call.tensors) > 20, **flags)
-
-
-def projected(loss: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The gradient of PyTorch's CTC is right after log_softmax alone, as its own record says."""
-    return (
-        functools.partial(gradcheck_wrapper_ctc_loss, function) if loss == "ctc_loss" else function
-    )
 
 
 def has_own_distance(sample: SampleInput) -> bool:
@@ -310,8 +303,8 @@ def test_module_db(loss: str, dtype: torch.dtype, tally: Any) -> None:
             for each in (ours, theirs):
                 each.requires_grad_(False)  # of a head; tests/heads differentiate it
             itself = ours
-            theirs_in_float64 = projected(loss, deepcopy(theirs).double())
-            ours, theirs = projected(loss, ours), projected(loss, theirs)
+            theirs_in_float64 = sequences.projected(loss, deepcopy(theirs).double())
+            ours, theirs = sequences.projected(loss, ours), sequences.projected(loss, theirs)
             call = Invocation(sample.forward_input.args, sample.forward_input.kwargs)
             if dtype is torch.float64:
                 check_against_torch(ours, theirs, call)
@@ -423,6 +416,6 @@ def test_own(loss: str, dtype: torch.dtype, tally: Any) -> None:
                 theirs = getattr(torch.nn, LOSSES[loss])(**sample.kwargs)
                 check_module(ours, theirs)
                 call = Invocation((sample.input, *sample.args), {})
-                ours, theirs = projected(loss, ours), projected(loss, theirs)
+                ours, theirs = sequences.projected(loss, ours), sequences.projected(loss, theirs)
                 if sample.name != SINGULAR:
                     check_against_torch(ours, theirs, call)

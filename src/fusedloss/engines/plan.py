@@ -164,7 +164,8 @@ class CtcPlan(Plan):
     call: CtcCall
     x: Tensor
     targets: Tensor
-    lengths: Tensor  # of sequences, of their labels, and where in memory these begin
+    # Of sequences and of their labels; where these begin, in memory and by position.
+    lengths: Tensor
     label_stride: int
     most: int  # labels of a sequence
 
@@ -174,11 +175,10 @@ class CtcPlan(Plan):
         self.x, self.targets = self.batch(log_probs), targets
         inputs, counts, starts = self.call.lengths(self.tensors)
         *across, self.label_stride = targets.stride()
+        begins = [start * self.label_stride for start in starts]
         if across:
-            starts = [n * across[0] for n in range(len(counts))]
-        else:
-            starts = [start * self.label_stride for start in starts]
-        self.lengths = torch.tensor([inputs, counts, starts])
+            begins = [n * across[0] for n in range(len(counts))]
+        self.lengths = torch.tensor([inputs, counts, begins, starts], device="cpu")
         self.most = max(counts)
 
     @staticmethod

@@ -76,9 +76,10 @@ class CtcCall(Kind):
         labels = targets.to(torch.int64).flatten()
         outside = (labels < 0) | (labels >= tensors[0].shape[-1])
         if outside.any():
-            for n, (start, count) in enumerate(zip(lengths.starts, lengths.targets, strict=True)):
+            for start, count in zip(lengths.starts, lengths.targets, strict=True):
                 if (bad := outside[start : start + count]).any():
-                    self.refuse_label(tensors, n, int(bad.nonzero()[0]))
+                    at = start + int(bad.nonzero()[0])
+                    refuse_label(targets.shape, at, int(labels[at]), tensors[0].shape[-1])
 
     def lengths(self, tensors: Sequence[Any]) -> Lengths:
         """Those of a call whose tensors can be read.
@@ -112,20 +113,6 @@ class CtcCall(Kind):
             )
         return Lengths(inputs, counts, starts)
 
-    def refuse_label(self, tensors: Sequence[Any], n: int, place: int) -> NoReturn:
-        """IndexError for the label at this place of sequence n."""
-        log_probs, targets, *_ = tensors
-        lengths, classes = self.lengths(tensors), log_probs.shape[-1]
-        at = lengths.starts[n] + place
-        value = int(targets.to(torch.int64).flatten()[at])
-        errors.fail(
-            IndexError,
-            self.loss,
-            f"targets{errors.position(at, targets.shape)} = {value} is out of range for {classes} classes: "
-            f"each of the target_lengths[{n}] = {lengths.targets[n]} labels of a sequence is from 0 to "
-            f"{classes - 1}",
-        )
-
     def by_formula(
         self, log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor
     ) -> Tensor:
@@ -146,6 +133,16 @@ class CtcCall(Kind):
             losses = losses / counts.clamp(min=1)
         result = reduce.total(losses, self.reduction)
         return lowered(result, alone).to(self.dtype)
+
+
+def refuse_label(shape: torch.Size, position: int, value: int, classes: int) -> NoReturn:
+    """IndexError for the label at a linear position of the targets."""
+    errors.fail(
+        IndexError,
+        CtcCall.loss,
+        f"targets{errors.position(position, shape)} = {value} is out of range for {classes} classes: a label "
+        f"that counts, among the first target_lengths of its sequence, is from 0 to {classes - 1}",
+    )
 
 
 def _refuse_length(

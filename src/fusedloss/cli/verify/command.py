@@ -24,6 +24,7 @@ from ... import __version__
 from ...core import reduce
 from ...engines.cpu.load import FLOATS
 from ...front.definition import REGISTRY, Loss
+from ...kinds.ctc import CtcCall
 from ...kinds.heads import LinearCall
 from ..arguments import UsageError, among, check_writable, chosen_losses
 from ..bench.tables import new_table, short
@@ -31,6 +32,7 @@ from . import exact, measured
 from .heads import heads
 from .measured import PYTORCH, SUM_BOUND, TRITON, Errors, Path, Sum
 from .probes import Probe, probes
+from .sequences import sequences
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 QUICK = ("float32", "bfloat16")
@@ -177,6 +179,9 @@ def reference(call: Any, tensors: Sequence[Any]) -> list[exact.Exact]:
         # 1 - p has digits down to the smallest number.
         with exact.mp.workdps(350 if tensors[0].dtype is torch.float64 else exact.mp.dps):
             return heads(call, tensors)
+    if isinstance(call, CtcCall):
+        with exact.mp.workdps(exact.mp.dps):
+            return sequences(call, tensors)
     return exact.reference(call, tensors)
 
 
@@ -326,7 +331,11 @@ def markdown(rows: Sequence[Row], sums: Sequence[Sum]) -> str:
     for loss, dtype, quantity, found in cells(rows, paths):
         by = {r.path: r for r in found if r is not None}
         ours = [by[p] for p in kernels if p in by]
-        texts = [worst(ours), worst([by["formula"]]), worst([by[PYTORCH.name]])]
+        texts = [
+            worst(ours),
+            worst([by["formula"]]),
+            worst([by[PYTORCH.name]] if PYTORCH.name in by else []),
+        ]
         bounds = [bound_text(ours[:1]), bound_text([by["formula"]])]
         half = dtype in ("bfloat16", "float16")
         bounds = [f"½ + {b}*" if half else b for b in bounds]

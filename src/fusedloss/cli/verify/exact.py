@@ -103,6 +103,7 @@ def reference(call: Call, tensors: Sequence[Tensor | None]) -> list[Exact]:
             return _pointwise(call, tensors, info)
         if isinstance(call, RowsCall):
             return _rows(call, tensors, info)
+        assert isinstance(call, ReductionCall)  # CTC is in sequences.py
         return _reductions(call, tensors, info)
 
 

@@ -90,6 +90,8 @@ def _shapes(loss: Loss, classes: bool, count: int) -> Sequence[tuple[int, ...]]:
     if classes:
         long = max(count, 100)  # past one block of the kernels, where many are wanted
         return (2 * math.ceil(count / 20), 10), (2, long)
+    if loss.kind == "sequences":
+        return (math.ceil(count / 60), 5, 4), (math.ceil(count / 60), 8), (2, 7, 100)
     if loss.kind == "heads":
         return ((math.ceil(count / 48), 8), (3, 200))
     return ((math.ceil(count / 24), 8),) if loss.rows else ((count,),)
@@ -233,6 +235,28 @@ def _nll(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tenso
         yield x.log_softmax(1), y
 
 
+def _ctc(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
+    """Of labels 1, 2, 2: certain, and nearly; large, masked, not normalised; without an alignment."""
+    frames, n, classes = 12, 2 * math.ceil(count / 300), 4
+    x = normal((frames, n, classes), torch.float64, generator)
+    targets = torch.tensor([1, 2, 2]).expand(n, 3)
+    lengths = torch.full((n,), frames), torch.full((n,), 3)
+    path = torch.tensor([0, 1, 1, 0, 0, 2, 2, 2, 0, 2, 0, 0])
+    own = torch.nn.functional.one_hot(path, classes).unsqueeze(1).double()
+    gaps = uniform((1, n, 1), torch.float64, generator, 5, 60)
+    for scores in (x + gaps * own, x - gaps * own, 300 * x):
+        yield scores.log_softmax(2), targets, *lengths
+    yield _edge((frames, n, 1), dtype, generator).neg() * own, targets, *lengths
+    yield x.log_softmax(2).masked_fill((x > 1) & (own == 0), -INF), targets, *lengths
+    yield x + 3, targets, *lengths
+    yield (
+        x.log_softmax(2),
+        targets,
+        torch.arange(n) % 7,
+        lengths[1],
+    )  # 4 frames at least have an alignment
+
+
 def _triplet(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
     n = max(2, count // 100)
     a, b, c = (normal((n, 8), dtype, generator).double() for _ in range(3))
@@ -254,6 +278,7 @@ HARD: dict[str, Draw] = {
     "cross_entropy[probabilities]": _soft_rows,
     "softmax_focal_loss": _cross_entropy,
     "nll_loss": _nll,
+    "ctc_loss": _ctc,
     "triplet_margin_loss": _triplet,
     "linear_cross_entropy": _head,
     "linear_cross_entropy[probabilities]": _soft_head,

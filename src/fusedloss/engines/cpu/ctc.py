@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import NoReturn
 
+import torch
 from torch import Tensor
 
+from ...kinds.ctc import refuse_label
 from .. import abi
 from ..plan import CtcPlan, Slot
 from .engine import CpuEngine
@@ -43,7 +45,9 @@ class CtcEngine(CpuEngine[CtcPlan]):
 
     def refuse(self, plan: CtcPlan, position: int) -> NoReturn:
         n, place = divmod(position, plan.most)
-        plan.call.refuse_label(plan.tensors, n, place)
+        at = int(plan.lengths[3, n]) + place
+        value = int(plan.targets.to(torch.int64).flatten()[at])
+        refuse_label(plan.targets.shape, at, value, plan.x.shape[2])
 
 
 def _array(name: str, tensor: Slot) -> tuple[int, ...]:

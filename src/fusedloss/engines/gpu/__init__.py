@@ -35,12 +35,18 @@ def family(name: str) -> ModuleType:
 @functools.cache
 def engine_of(kind: str) -> Engine[Any]:
     """Of calls of a kind."""
+    from .ctc import CtcEngine
     from .pointwise import PointwiseEngine
     from .reduction import ReductionEngine
     from .rows import RowsEngine
 
     kinds: dict[str, type[Engine[Any]]]
-    kinds = {"pointwise": PointwiseEngine, "rows": RowsEngine, "reduction": ReductionEngine}
+    kinds = {
+        "ctc": CtcEngine,
+        "pointwise": PointwiseEngine,
+        "rows": RowsEngine,
+        "reduction": ReductionEngine,
+    }
     return kinds[kind]()
 
 
