@@ -24,7 +24,7 @@ LOSSES = tuple(
     for subject in ("against_torch", "kernels", "means", "derivatives", "specials", "bits")
 )
 
-UNITS = re.findall(r"csrc/\w+\.cpp", CMAKE)
+UNITS = sorted(set(re.findall(r"csrc/\w+\.cpp", CMAKE)))
 
 # An editable install finds the package before sys.path does.
 BOOT = """

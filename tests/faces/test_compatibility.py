@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import deviations_of_sequences  # noqa: F401
 import deviations_of_use  # noqa: F401
 import pytest
 import torch

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import deviations_of_sequences  # noqa: F401
 import pytest
 import sequences
 import torch
