@@ -111,6 +111,9 @@ class Case:
     def kind(self) -> str:
         return self.loss.kind
 
+    def takes(self, shape: Sequence[int]) -> bool:
+        return self.loss.dims is None or len(shape) <= self.loss.dims
+
     @property
     def function(self) -> Callable[..., Tensor]:
         return self.loss.reduced
@@ -118,7 +121,7 @@ class Case:
     @property
     def theirs(self) -> Callable[..., Tensor]:
         """PyTorch's function, or one that has the derivatives which it lacks."""
-        return sequences.ctc_loss if self.kind == "sequences" else self.loss.torch_function
+        return sequences.ctc_loss if self.kind == "sequences" else self.loss.reference
 
     def rows_at(self, k: int, rows: Any) -> tuple[Any, ...]:
         """The place of these rows of the result in argument k."""

@@ -100,6 +100,12 @@ MUTANTS = [
     formula(DIVERGENCE, "raised = p * (finite - x + 1.0)", "raised = p * (finite - x)", "kl_div"),
     formula(METRIC, "return m.maximum(margin + near - far, 0.0)", "return m.maximum(margin - near + far, 0.0)", "distance_loss"),
     formula(METRIC, "slope = m.where(margin + near - far < 0.0, 0.0, 1.0)", "slope = m.where(margin + near - far < 0.0, 1.0, 0.0)", "distance_loss"),
+    formula(METRIC, "by_dot * input2 + 2.0 * by_first * input1", "by_dot * input2 + by_first * input1", "cosine"),
+    formula(METRIC, "m.maximum(cosine - margin, 0.0), 0.0)", "m.maximum(cosine, 0.0), 0.0)", "cosine"),
+    formula("losses/multilabel.py", "return weight * head, -weight * m.log_sigmoid(m.abs(input))", "return weight * head, -m.log_sigmoid(m.abs(input))", "soft_margin"),
+    formula("losses/multilabel.py", "by_target = m.where(by_head == 0.0, 0.0, -by_head * input)\n    return", "by_target = m.where(by_head == 0.0, 0.0, by_head * input)\n    return", "soft_margin"),
+    formula("kinds/margins.py", "+ passing * (self.margin - own)", "+ passing * (self.margin + own)", "multilabel_margin"),
+    formula("kinds/margins.py", "(gaps <= 0) | own, 0)", "(gaps <= 0), 0)", "multi_margin"),
     formula("kinds/rows.py", "(1 - self.smoothing) * target +", "(1 + self.smoothing) * target +", CE),
     formula("kinds/rows.py", "losses = -slope * own", "losses = slope * own", CE),
     formula("kinds/rows.py", "reduce.sum_of(torch.where(counted, own_weight, 0))", "reduce.sum_of(own_weight)", CE),
@@ -145,6 +151,10 @@ MUTANTS = [
     kernel("reduction.h", "scale /= double(ties);", "", "share_the"),
     Mutant(f"src/fusedloss/{METRIC}", "m.where(other < far, 0.0, 0.5)", "m.where(other < far, 0.0, 0.0)", "share_the", build=True),
     kernel("reduction.h", "by[k] == 0 ? 0 : g * by[k]", "by[k]", KERNELS + f" and {TRIPLET}"),
+    # margins
+    kernel("margins.h", "if (g) g[y] -= T(found.slope);", ";", KERNELS + " and multi_margin"),
+    kernel("margins.h", "live_[size_t(y_[size_t(k)])] = T(1);", ";", KERNELS + " and multi_margin"),
+    kernel("margins.h", "while (count < a_.labels && y_[size_t(count)] >= 0) ++count;", "count = 1;", KERNELS + " and multilabel_margin"),
     # heads without logits
     kernel("linear.h", "loss += a.z_loss * lse * lse;", "loss += a.z_loss * lse;", HEADS, **LINEAR),
     kernel("linear.h", "g[i] *= (T(1) - t) * (T(1) + t);", "g[i] *= T(1) - t;", HEADS, **LINEAR),

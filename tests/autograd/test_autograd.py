@@ -74,7 +74,7 @@ def test_inputs_changed_before_backward(
         value, held, *_ = taken(case.loss.function, tensors, options, wanted)
         right = gradients(value, held)
         for at in [*range(len(tensors)), *(k for k, v in options.items() if isinstance(v, Tensor))]:
-            functions = case.loss.function, case.loss.function, case.loss.torch_function
+            functions = case.loss.function, case.loss.function, case.loss.reference
             outcomes = []
             for function in functions:  # the first, one like it, and PyTorch's
                 value, held, given, settings = taken(function, tensors, options, wanted)
@@ -305,7 +305,7 @@ def test_gradients_enabled_within_inference_mode(
     for _ in range(3):
         case.loss.function(leaf, *tensors[1:], **options)
         with torch.inference_mode(), torch.enable_grad():
-            theirs = case.loss.torch_function(leaf, *tensors[1:], **options)
+            theirs = case.loss.reference(leaf, *tensors[1:], **options)
             ours = case.loss.function(leaf, *tensors[1:], **options)
         assert same_bits(ours, want)
         assert ours.is_inference()

@@ -36,8 +36,8 @@ class Losses(torch.nn.Module):
             case.loss.key: case for case in CASES if no_head(case)
         }.values():  # the last option of each
             tensors, options = case.example((4, 5), torch.float32, generator)
-            self.add(case.loss.torch_function, tensors, options)
-            self.add(case.loss.torch_function, tensors, {**options, "reduction": "none"})
+            self.add(case.loss.reference, tensors, options)
+            self.add(case.loss.reference, tensors, {**options, "reduction": "none"})
         index = torch.tensor([0, 4, 2])
         far = torch.tensor([[90.0, 0, -90, 20, -20], [-20, -20, 30, 0, 0], [0, 60, 1, 2, 3]])
         sure = (far > 0).float()

@@ -59,7 +59,15 @@ def _nothing_left() -> Iterator[None]:
 
 # Every option, reduction and type
 
-SHAPES = {"pointwise": (3, 7, 5), "rows": (3, 7, 5), "triplet": (6, 11), "sequences": (3, 7, 5)}
+SHAPES = {
+    "pointwise": (3, 7, 5),
+    "rows": (3, 7, 5),
+    "triplet": (6, 11),
+    "sequences": (3, 7, 5),
+    "pair": (6, 11),
+    "multilabel": (6, 11),
+    "margins": (6, 11),
+}
 TABLE = [
     (case, reduction, FLOATS[k % 4])
     for k, (case, reduction) in enumerate(
@@ -149,7 +157,9 @@ def test_infinite_and_nan_logits_of_long_rows(
     )
 
 
-@parameters(lambda case: case.kind == "triplet" and "lambda" not in case.option)
+@parameters(
+    lambda case: case.kind in ("triplet", "pair", "multilabel") and "lambda" not in case.option
+)
 def test_features_more_than_a_block(
     case: Case, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

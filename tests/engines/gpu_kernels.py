@@ -264,6 +264,12 @@ CALLS: list[Call | Step] = [
     Call(FOCAL, PIXELS, F32, hot=True),
     Call("nll_loss", VOCABULARY, F32, hot=True),
     Call("triplet_margin_loss", (65536, 512), F32, hot=True),
+    Call("cosine_embedding_loss", (65536, 512), F32, hot=True),
+    *(
+        Call(key, shape, F32, hot=True)
+        for key in ("multi_margin_loss", "multilabel_margin_loss")
+        for shape in (WIDE, (1024, 10000))
+    ),
     *(Step((512, classes), BF16, hot=True) for classes in (32000, 128256)),
     Step((256, 32000), F32, hot=True),
     *(
@@ -289,8 +295,17 @@ CALLS: list[Call | Step] = [
         for reduction in ("mean", "none")
     ),
     *(
-        Call("triplet_margin_loss", shape, dtype, option, reduction)
-        for option in REGISTRY["triplet_margin_loss"].options
+        Call(key, shape, dtype, option, reduction)
+        for key in ("multi_margin_loss", "multilabel_margin_loss")
+        for option in REGISTRY[key].options
+        for shape in (WIDE, (1024, 10000), (4096, 5))
+        for dtype in (F32, F64, BF16, F16)
+        for reduction in ("mean", "none")
+    ),
+    *(
+        Call(key, shape, dtype, option, reduction)
+        for key in ("triplet_margin_loss", "cosine_embedding_loss", "multilabel_soft_margin_loss")
+        for option in REGISTRY[key].options
         for shape in ((1024, 128), (1024, 512), (64, 10000))
         for dtype in (F32, F64, BF16)
         for reduction in ("mean", "none")

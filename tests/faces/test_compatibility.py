@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
+import deviations_of_rows  # noqa: F401
 import deviations_of_sequences  # noqa: F401
 import deviations_of_use  # noqa: F401
 import pytest
@@ -14,6 +16,8 @@ from records import LOSSES, counts
 from records_summary import page_table
 
 import fusedloss as ours
+from fusedloss.front.loss import FUNCTIONS
+from fusedloss.front.modules import MODULES
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "compatibility.md"
 
@@ -42,3 +46,18 @@ def test_modules_and_functions_are_all_there() -> None:
     for function, module in LOSSES.items():
         assert issubclass(getattr(ours.nn, module), getattr(torch.nn, module))
         assert callable(getattr(ours.functional, function))
+
+
+def test_every_loss_of_torch_is_there() -> None:
+    """But for a name of NLLLoss that has been deprecated since torch 0.2."""
+    modules = {*torch.nn.modules.loss.__all__, "AdaptiveLogSoftmaxWithLoss"} - {"NLLLoss2d"}
+    assert modules <= MODULES.keys()
+    home = torch.nn.functional
+    functions = {
+        name
+        for name, found in vars(home).items()
+        if inspect.isfunction(found)
+        and found.__module__ == home.__name__
+        and "reduction" in inspect.signature(found).parameters
+    }
+    assert len(functions) > 20 and functions <= FUNCTIONS.keys()

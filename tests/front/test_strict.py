@@ -155,7 +155,7 @@ def test_accepts(row: Row) -> None:
 @parameters()
 def test_examples_pass(case: Case, dtype: torch.dtype, generator: Generator) -> None:
     """In half types too, whose rounded probabilities sum to 1 but roughly."""
-    for shape in ((7,), (64, 33), (16, 5, 3), (0, 5)):
+    for shape in filter(case.takes, ((7,), (64, 33), (16, 5, 3), (0, 5))):
         tensors, options = case.example(shape, dtype, generator)
         options["reduction"] = "sum"
         with fusedloss.checks("strict"):

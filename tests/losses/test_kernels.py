@@ -150,6 +150,9 @@ LAID_OUT: dict[str, list[tuple[int, ...]]] = {
     "triplet": [(9, 70), (2, 5, 6, 12)],
     "heads": [(9, 70)],
     "sequences": [(9, 70), (2, 5, 13)],
+    "pair": [(9, 70)],
+    "margins": [(9, 70)],
+    "multilabel": [(9, 70), (2, 5, 6, 12)],
 }
 # Not of lengths and the labels that they count.
 OTHER_VALUES = (expanded, expanded_last, overlapping)

@@ -51,6 +51,14 @@ EXCEPTIONS: dict[str, Callable[[Call], bool]] = {
     "complex tensors in `gaussian_nll_loss`": lambda call: (
         call[0] == "gaussian_nll_loss" and any(t.is_complex() for t in call[1])
     ),
+    "an empty `input` beside wrong types in `multi_margin_loss` and `multilabel_margin_loss`": (
+        lambda call: call[0].endswith("_margin_loss") and not call[1][0].numel()
+    ),
+    "a target or weight of more dimensions than the input in `multilabel_soft_margin_loss`, or a complex "
+    "one": lambda call: (
+        call[0] == "multilabel_soft_margin_loss"
+        and any(t.dim() > call[1][0].dim() or t.is_complex() for t in tensors_of(call))
+    ),
     "an empty `input` of integers in `cross_entropy`": lambda call: (
         call[0] == "cross_entropy" and call[1][0].dtype in INTEGERS and not call[1][0].numel()
     ),
@@ -208,6 +216,42 @@ class Draw:
         options["distance_function"] = self.random.choice(DISTANCES)
         return self.triplet(shape, options)
 
+    def cosine_embedding_loss(
+        self, shape: tuple[int, ...], options: dict[str, Any]
+    ) -> list[Tensor]:
+        shape = shape[:2] if self.chance(0.8) else shape
+        options["margin"] = self.random.choice([0, 0.3, -0.5, True])
+        # Products of short integers wrap around in PyTorch.
+        types = tuple(t for t in self.types(0.6) if t not in (torch.int8, torch.uint8))
+        first, second = (self.tensor(self.like(shape), types) for _ in "ab")
+        signs = 2 * torch.randint(0, 2, shape[:1][: len(shape) - 1], generator=self.generator) - 1
+        target = signs.to(self.random.choice(EVERY))
+        return [first, second, target if self.chance(0.8) else self.tensor(self.like(shape[:1]))]
+
+    def rows(self, shape: tuple[int, ...], options: dict[str, Any]) -> tuple[int, ...]:
+        """Of a loss of (N, C); PyTorch's mean over no row is memory that nothing was written to."""
+        if 0 in shape[:2]:
+            options.clear()
+            options["reduction"] = "sum"
+        return shape[:2]
+
+    def multi_margin_loss(self, shape: tuple[int, ...], options: dict[str, Any]) -> list[Tensor]:
+        shape = self.rows(shape, options)
+        options["p"] = self.random.choice([1, 2, 2.0, True])
+        options["margin"] = self.random.choice([1.0, 0.5, 0, 3, -0.2])
+        input = self.tensor(shape, self.types(0.9))
+        if self.chance(0.4):
+            types = (input.dtype,) if self.chance(0.8) else EVERY
+            options["weight"] = self.tensor(shape[-1:], types).detach()
+        return [input, self.tensor(self.like(shape[:-1]), INTEGERS)]
+
+    def multilabel_margin_loss(
+        self, shape: tuple[int, ...], options: dict[str, Any]
+    ) -> list[Tensor]:
+        shape = self.rows(shape, options)
+        labels = self.tensor(self.like(shape) if self.chance(0.2) else shape, INTEGERS)
+        return [self.tensor(shape, self.types(0.9)), labels.long() if self.chance(0.8) else labels]
+
     def triplet(self, shape: tuple[int, ...], options: dict[str, Any]) -> list[Tensor]:
         options["margin"] = self.random.choice([1.0, 0.5, 2, True, 1e-3])
         options["swap"] = self.chance(0.4)
@@ -292,6 +336,8 @@ def test_every_exception_is_one() -> None:
         ("cross_entropy", [x, x], {"weight": x[0].to(torch.complex64)}),
         ("huber_loss", [x, x + 1], {"weight": x.to(torch.complex64)}),
         ("gaussian_nll_loss", [x.to(torch.complex64), x, x + 1], {"reduction": "none"}),
+        ("multi_margin_loss", [empty, index[:0]], {"reduction": "sum"}),
+        ("multilabel_soft_margin_loss", [x, x], {"weight": torch.ones(2, 3, 4)}),
         ("cross_entropy", [empty, x[:0]], {"reduction": "sum"}),
     ]
     for call, excepted in zip(calls, EXCEPTIONS.values(), strict=True):

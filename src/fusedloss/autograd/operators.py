@@ -23,6 +23,7 @@ from ..engines.chunks.loop import run as run_chunks
 from ..kinds.ctc import CtcCall
 from ..kinds.distill import DistillCall
 from ..kinds.heads import LinearCall
+from ..kinds.margins import MarginCall
 from ..kinds.reduction import ReductionCall
 from ..kinds.rows import RowsCall
 from .gradients import redo, scaled
@@ -60,6 +61,7 @@ TENSORS: dict[type[Any], tuple[str, ...]] = {
         "Tensor input_lengths",
         "Tensor target_lengths",
     ),
+    MarginCall: ("Tensor input", "Tensor target", "Tensor? weight"),
     LinearCall: HEAD,
     DistillCall: (*HEAD, *TEACHER),
 }

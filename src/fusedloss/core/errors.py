@@ -255,11 +255,32 @@ def out_of_range(
     function: str, target: Tensor, linear: int, classes: int, ignore_index: int
 ) -> NoReturn:
     """Refuses the class index at a linear position of the target."""
+    value = _value_at(target, linear)
+    index_out_of_range(function, target.shape, linear, value, classes, ignore_index)
+
+
+def _value_at(target: Tensor, linear: int) -> int:
     unsigned = target.dtype is torch.uint64  # whose larger values torch cannot hand over
     value = int((target.view(torch.int64) if unsigned else target).flatten()[linear])
-    if unsigned:
-        value %= 2**64
-    index_out_of_range(function, target.shape, linear, value, classes, ignore_index)
+    return value % 2**64 if unsigned else value
+
+
+def label_out_of_range(
+    function: str, target: Tensor, linear: int, classes: int, sets: bool
+) -> NoReturn:
+    """Refuses the label at a linear position of the target."""
+    not_a_label(function, target.shape, linear, _value_at(target, linear), classes, sets)
+
+
+def not_a_label(
+    function: str, shape: Sequence[int], linear: int, value: int, classes: int, sets: bool
+) -> NoReturn:
+    where = f"target{position(linear, shape)} = {value} is "
+    if sets:
+        words = f"no class of {classes}, nor the -1 that ends a set: argument #2 'target' is out of range"
+    else:
+        words = f"out of range for {classes} classes: target out of range"
+    fail(RuntimeError, function, where + words)
 
 
 def index_out_of_range(

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn import _reduction
-from torch.nn.modules import module
+from torch.nn.modules import adaptive, module
 from torch.utils import _python_dispatch
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -53,6 +53,7 @@ current_gpu: Any = getattr(torch._C, "_cuda_getDevice", None)
 current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 any_module_hook = module._has_any_global_hook
+asm_output = adaptive._ASMoutput
 legacy_reduction = _reduction.legacy_get_string
 
 

@@ -202,6 +202,19 @@ CTC = Struct(
     "Array total",
     "Grid grad",
 )
+MARGINS = Struct(
+    "MarginArgs",
+    "int64_t rows, classes",
+    "int64_t labels  // columns of the target",
+    "int64_t sets  // the first -1 of a row is the end of its labels; else there is one",
+    "int64_t squared",
+    "double margin, denominator, grad_scale",
+    "Matrix input, target",
+    "Array weight  // of each class, dense",
+    "Matrix incoming  // a gradient for each row",
+    "Matrix loss  // unreduced",
+    "Matrix total, grad",
+)
 LINEAR = Struct(
     "LinearArgs",
     "int64_t n, c  // rows, classes in all",
@@ -250,6 +263,7 @@ KERNELS = {
     "nll_loss": ROWS,
     "reduction": REDUCTION,
     "ctc_loss": CTC,
+    "margins": MARGINS,
     "linear": LINEAR,
     "distill": DISTILL,
     "accumulate": ACCUMULATE,

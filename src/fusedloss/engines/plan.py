@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core import reduce
 from ..core.layout import empty_of_rows
-from ..kinds import CtcCall, PointwiseCall, ReductionCall, RowsCall
+from ..kinds import CtcCall, MarginCall, PointwiseCall, ReductionCall, RowsCall
 
 Slot = Tensor | None
 Slots = Sequence[Slot]
@@ -193,6 +193,32 @@ class CtcPlan(Plan):
 
     def arrives(self, incoming: Tensor) -> None:
         self.incoming = incoming
+
+
+class MarginPlan(Plan):
+    """The input is rows of classes; the target rows of labels."""
+
+    call: MarginCall
+    x: Tensor
+    target: Tensor
+    weight: Slot  # of the type computed in
+
+    def spread(self) -> None:
+        input, target, weight = self.tensors
+        assert input is not None and target is not None
+        self.shape = self.call.shape(input, target)
+        self.x = input.reshape(self.shape.numel(), -1) if input.numel() else input
+        self.target = target.reshape(len(self.x), -1) if target.numel() else target.unsqueeze(-1)
+        self.weight = weight if weight is None else weight.to(reduce.wide(input)).contiguous()
+
+    def gradient(self, tensor: Tensor) -> Tensor:
+        return self.call.empty_gradient(tensor)
+
+    def unreduced(self) -> Tensor:
+        return self.x.new_empty(self.shape, dtype=self.call.dtype)
+
+    def arrives(self, incoming: Tensor) -> None:
+        self.incoming = incoming.expand(self.shape).reshape(len(self.x))
 
 
 def common_shape(tensors: Slots) -> torch.Size:

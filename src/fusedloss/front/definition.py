@@ -84,7 +84,8 @@ class Loss:
     `options` names the keyword sets to try, each made from those tensors. `differentiable` are the
     positions of the arguments that receive gradients. `extensions` are option sets that PyTorch lacks.
     A loss without `reductions` gives rows alone. `composed` is what PyTorch's users write where it has no
-    function of the name, or one of fewer options.
+    function of the name, or one of fewer options; `written_out` the same by torch operations, where PyTorch's
+    own lacks half types and derivatives.
     """
 
     function: Callable[..., Any]
@@ -93,14 +94,14 @@ class Loss:
     options: Mapping[str, Options] = field(default_factory=lambda: {"plain": plain})
     reductions: tuple[str, ...] = ("none", "mean", "sum")
     differentiable: tuple[int, ...] = (0, 1)
-    kind: str = (
-        "pointwise"  # of element and element; "rows", "triplet" and "heads" have an axis of a row
-    )
+    kind: str = "pointwise"  # of element and element; all others have an axis of a row
     variant: str = ""  # tells rows of one function apart
     indices: int | None = None  # the argument that holds class indices
+    dims: int | None = None  # the most dimensions of the first argument; None: any
     whole: tuple[int, ...] = ()  # the arguments that belong to all rows: a head's weight
     learned: tuple[str, ...] = ()  # the keywords that receive gradients
     composed: Callable[..., Tensor] | None = None
+    written_out: Callable[..., Tensor] | None = None
     extensions: Mapping[str, Options] = field(default_factory=dict)
     bounds: Bounds = Bounds()
     triton: bool = True  # whether a kernel on GPUs serves it; torch operations do where not
@@ -122,6 +123,11 @@ class Loss:
     @property
     def torch_function(self) -> Callable[..., Tensor]:
         return self.composed or getattr(torch.nn.functional, self.name)
+
+    @property
+    def reference(self) -> Callable[..., Tensor]:
+        """PyTorch's function in every type, and with every derivative."""
+        return self.written_out or self.torch_function
 
     @property
     def reduced(self) -> Callable[..., Tensor]:

@@ -1,7 +1,8 @@
-"""The checks of a loss of vectors, whose features are the last dimension; of the triplet losses."""
+"""The checks of losses of vectors, whose features are the last dimension: of triplets, and of pairs."""
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core import errors
+from ..core.plain import check as check_memory
 from ..core.reduce import result_dtype
 from ..kinds.reduction import Distances, Reduction, ReductionCall
 from ..route.dispatch import dispatch
@@ -61,6 +63,153 @@ class Triplets:
             "(float32 under autocast)."
         )
         return docs.Words(returns, (*RAISES, "RuntimeError: the inf norm of no coordinates"))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Two vectors, or batches of these, and a number for each pair; the function gives the settings."""
+
+    kind: ClassVar[str] = "pair"
+    computes: ClassVar[bool] = False
+
+    record: Reduction
+
+    def memo(self, loss: Definition) -> Memo:
+        return loss.memo(weighted=False)
+
+    def run(self, loss: Definition, memo: tuple[Any, ...] | None, given: dict[str, Any]) -> Tensor:
+        name, operands = loss.name, loss.tensors(given, TypeError)
+        settings, reduction = loss.checked(given), loss.reduction(given)
+        first, second, target = operands.values()
+        _check_pairs(name, operands)
+        errors.same_device(name, **operands)
+        errors.not_narrow(name, "mul", **operands)
+        if first.is_complex() or second.is_complex():
+            of_pairs = {n: operands[n] for n in tuple(operands)[:2]}
+            errors.not_floating(name, NotImplementedError, "clamp", **of_pairs)
+        shape = errors.broadcast(name, **dict(zip(operands, (first, second), strict=False)))
+        rows = errors.broadcast(name, pairs=first.new_empty(shape[:-1]), target=target)
+        dtype = torch.promote_types(first.dtype, second.dtype)
+        if not (first.is_floating_point() and second.is_floating_point()):
+            dtype = torch.promote_types(dtype, torch.get_default_dtype())  # of a square and eps
+        loss.refuse_what_users_rue({"input": first, "target": target}, reduction=reduction)
+        if rows != shape[:-1]:  # the target broadcasts them
+            first = first.expand(*rows, -1)
+        tensors = first, second, _labels(target)
+        why = None if first.shape[-1] == second.shape[-1] else "the features broadcast"
+        if tensors[2] is not target:
+            memo = None
+        call = ReductionCall(
+            self.record.name, loss.body(**settings), reduction, result_dtype(dtype, first)
+        )
+        return dispatch(name, call, tensors, why, memo)
+
+    def words(self, loss: Definition) -> docs.Words:
+        returns = (
+            "A scalar, or the losses of all pairs with 'none', in the type that the inputs promote to "
+            "(float32 under autocast)."
+        )
+        raises = (
+            "ValueError: unknown `reduction`",
+            "RuntimeError: a target of other than 0 or 1 dimensions, inputs of other than one more; shapes "
+            "that do not broadcast; devices that differ",
+            "NotImplementedError: complex inputs",
+            "TypeError: an argument that is no tensor",
+        )
+        return docs.Words(returns, raises)
+
+
+def _check_pairs(name: str, operands: dict[str, Tensor]) -> None:
+    *inputs, target = operands.values()
+    dims = target.dim()
+    if dims > 1:
+        words = "0D or 1D target tensor expected, multi-target not supported: target has shape "
+        hint = ": pass target.flatten()" if target.numel() == max(target.shape) else ""
+        errors.fail(RuntimeError, name, f"{words}{list(target.shape)}{hint}")
+    if not all(t.dim() == dims + 1 for t in inputs):
+        sizes = " and ".join(str(list(t.shape)) for t in inputs)
+        errors.fail(
+            RuntimeError,
+            name,
+            f"{dims}D target tensor expects {dims + 1}D input tensors, but found inputs with sizes {sizes}. "
+            "A pair has a number, (), and a batch of N pairs (N)",
+        )
+
+
+@dataclass(frozen=True)
+class MeanOfClasses:
+    """A row of classes, whose losses are averaged: with a target of its shape, and maybe a weight."""
+
+    kind: ClassVar[str] = "multilabel"
+    computes: ClassVar[bool] = False
+
+    record: Reduction
+    weighted: Reduction
+
+    def memo(self, loss: Definition) -> Memo:
+        return loss.memo(weighted=True)
+
+    def run(self, loss: Definition, memo: tuple[Any, ...] | None, given: dict[str, Any]) -> Tensor:
+        name, operands = loss.name, loss.tensors(given, TypeError)
+        more, reduction = loss.more_tensors(given, TypeError), loss.reduction(given)
+        every = {**operands, **more}
+        input = operands["input"]
+        errors.same_device(name, **every)
+        if not input.dim():
+            words = "input has no dimension of classes: pass input.unsqueeze(0). Dimension specified as -1 "
+            errors.fail(IndexError, name, f"{words}but tensor has no dimensions")
+        errors.not_narrow(name, "log_sigmoid_cpu", **every)
+        for argument, tensor in every.items():
+            if tensor.is_complex() or not input.is_floating_point():
+                errors.not_floating(
+                    name, NotImplementedError, "log_sigmoid_cpu", **{argument: tensor}
+                )
+        for argument, tensor in every.items():
+            if tensor.dim() > input.dim():
+                words = f"{argument} {list(tensor.shape)} has more dimensions than input {list(input.shape)}"
+                errors.fail(RuntimeError, name, f"{words}, whose last one is that of the classes")
+        errors.broadcast(name, **every)
+        dtype = functools.reduce(
+            torch.promote_types,
+            (t.dtype for t in every.values() if t.dim() and t.is_floating_point()),
+        )
+        loss.refuse_what_users_rue(operands, reduction=reduction)
+        _check_memory(name, every)
+        kept = [t if t.is_floating_point() else t.to(input.dtype) for t in every.values()]
+        if any(a is not b for a, b in zip(kept, every.values(), strict=True)):
+            memo = None
+        record = self.weighted if more else self.record
+        classes = float(input.shape[-1] or math.nan)
+        call = ReductionCall(record.name, (classes,), reduction, result_dtype(dtype, input))
+        return dispatch(name, call, (*kept, None)[:3], None, memo)
+
+    def words(self, loss: Definition) -> docs.Words:
+        returns = (
+            "A scalar, or the losses of all rows with 'none', in the type that the operands promote to "
+            "(float32 under autocast)."
+        )
+        raises = (
+            "ValueError: unknown `reduction`",
+            "IndexError: a 0-dim input",
+            "RuntimeError: shapes that do not broadcast; a target or weight of more dimensions than the input; "
+            "devices that differ",
+            "NotImplementedError: an input that is not floating point; a complex operand",
+            "TypeError: an argument that is no tensor",
+        )
+        return docs.Words(returns, raises)
+
+
+def _check_memory(name: str, tensors: dict[str, Tensor]) -> None:
+    if not all(t.is_floating_point() for t in tensors.values()):
+        check_memory(name, **tensors)
+
+
+def _labels(target: Tensor) -> Tensor:
+    """1, -1 or another number for each pair, in a floating point type, and without derivatives."""
+    if not target.is_floating_point():
+        similar, different = target == 1, target == -1
+        return similar.to(torch.float32) - different.to(torch.float32)
+    return target.detach() if target.requires_grad else target
 
 
 def check(name: str, anchor: Tensor, positive: Tensor, negative: Tensor) -> None:

@@ -6,10 +6,11 @@ that it takes.
 """
 
 from .ctc import CtcCall
+from .margins import MarginCall
 from .pointwise import PointwiseCall
 from .reduction import ReductionCall
 from .rows import RowsCall
 
-Call = PointwiseCall | RowsCall | ReductionCall | CtcCall
+Call = PointwiseCall | RowsCall | ReductionCall | CtcCall | MarginCall
 
-__all__ = ["Call", "CtcCall", "PointwiseCall", "ReductionCall", "RowsCall"]
+__all__ = ["Call", "CtcCall", "MarginCall", "PointwiseCall", "ReductionCall", "RowsCall"]

@@ -62,7 +62,16 @@ class Sums:
     def count(self) -> int:
         return len(self.by)
 
+    @staticmethod
+    def compute(operands: Sequence[Tensor]) -> torch.dtype:
+        """The type to sum in."""
+        return reduce.exact(operands[0])
+
     def along(self, operands: Sequence[Tensor], numbers: dict[str, float]) -> list[Tensor]:
+        if (
+            len({o.shape[-1] for o in operands}) > 1
+        ):  # each term has the features of its own operands
+            return [term.sum(-1) for term in self.map(*operands, **numbers)]
         given = tuple(torch.broadcast_tensors(*operands))
         return [apply(self._term(k), given, numbers).sum(-1) for k in range(self.count)]
 
@@ -80,7 +89,11 @@ class Sums:
 
         def grad(*operands: Tensor, **numbers: float) -> tuple[Tensor, ...]:
             slopes = slope(*operands, *only, **numbers)
-            return tuple(torch.broadcast_tensors(operands[0], s)[1] for s in slopes)
+            like = operands[0]
+            return tuple(
+                s.expand_as(like) if isinstance(s, Tensor) else like.new_full(like.shape, s)
+                for s in slopes
+            )
 
         return Functions(value, grad, None)
 
@@ -101,6 +114,10 @@ class Distances:
     count: int
     params: ClassVar[tuple[str, ...]] = ("p", "eps")
     PAIRS: ClassVar[tuple[tuple[int, int], ...]] = ((0, 1), (0, 2), (1, 2))
+
+    @staticmethod
+    def compute(operands: Sequence[Tensor]) -> torch.dtype:
+        return reduce.wide(*operands)
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
@@ -206,7 +223,7 @@ class ReductionCall(Kind):
         record = self.record
         operands, label = self.split(tensors)
         if not operands[0].is_complex():
-            compute = reduce.wide(*operands)
+            compute = record.measure.compute(operands)
             operands = [t.to(compute) for t in operands]
         alone = operands[0].dim() < 2
         operands = [lifted(lifted(t, not t.dim()), alone) for t in operands]

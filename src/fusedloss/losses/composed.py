@@ -1,6 +1,6 @@
-"""What PyTorch's users write of losses that it lacks: what ours are compared with.
+"""What PyTorch's users write of losses that it lacks, or lacks derivatives of: what ours are compared with.
 
-Those of heads have the logits in full.
+Those of heads have the logits in full, those of margins all gaps.
 """
 
 from __future__ import annotations
@@ -156,3 +156,40 @@ def reduced(
     if reduction == "none":
         return losses.reshape(input.shape[:-1])
     return losses.sum() / kept.sum() if reduction == "mean" else losses.sum()
+
+
+def multi_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    p: int = 1,
+    margin: float = 1.0,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    x, y = rows_of(input), target.reshape(-1, 1)
+    gaps = (margin - x.gather(1, y) + x).clamp(min=0)
+    gaps = gaps * gaps if p == 2 else gaps
+    if weight is not None:
+        gaps = gaps * weight.to(x.dtype)[y]
+    own = y == torch.arange(x.shape[1], device=x.device)
+    losses = torch.where(own, 0, gaps).mean(1).reshape(target.shape).to(input.dtype)
+    return losses if reduction == "none" else getattr(losses, reduction)()
+
+
+def multilabel_margin_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    x, y = rows_of(input), rows_of(target)
+    counted = (y == -1).cumsum(1) == 0
+    index = torch.where(counted, y, 0)
+    classes = torch.arange(x.shape[1], device=x.device)
+    labels = ((index.unsqueeze(2) == classes) & counted.unsqueeze(2)).any(1, keepdim=True)
+    gaps = (1 - x.gather(1, index).unsqueeze(2) + x.unsqueeze(1)).clamp(min=0)
+    terms = torch.where(counted.unsqueeze(2) & ~labels, gaps, 0)
+    losses = (terms.sum((1, 2)) / x.shape[1]).reshape(input.shape[:-1]).to(input.dtype)
+    return losses if reduction == "none" else getattr(losses, reduction)()
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """In float32 at least, if it is no target."""
+    rows = tensor if tensor.dim() > 1 else tensor.reshape(1, -1)
+    floating = tensor.is_floating_point()
+    return rows.to(torch.promote_types(rows.dtype, torch.float32)) if floating else rows

@@ -1,4 +1,4 @@
-"""Metric learning: triplet losses over p-norms, and over any distance."""
+"""Metric learning: triplet losses over p-norms, and over any distance; the cosine of pairs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ..core import errors, torch_state, trace
 from ..core.reduce import promoted, resolve, result_dtype, total
 from ..front import vectors
 from ..front.composed import Composed
-from ..front.definition import BenchCase, normal, plain, row
+from ..front.definition import BenchCase, Bounds, normal, options, plain, row
 from ..front.loss import loss
-from ..front.settings import positive
+from ..front.settings import number, positive
 from ..kinds import torch_m as m
 from ..kinds.formula import Pointwise
 from ..kinds.pointwise import PointwiseCall
-from ..kinds.reduction import Distances, Reduction
+from ..kinds.reduction import Distances, Reduction, Sums
 from ..route.dispatch import dispatch
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -235,3 +235,82 @@ def _does_only_its_forward(module: torch.nn.Module) -> bool:
         and all(getattr(torch.nn.PairwiseDistance, name) is own for name, own in OWN.items())
         and torch.nn.functional.pairwise_distance is PAIRWISE
     )
+
+
+def products(input1, input2):
+    return input1 * input2, input1 * input1, input2 * input2
+
+
+def products_slope(input1, input2, by_dot, by_first, by_second):
+    return by_dot * input2 + 2.0 * by_first * input1, by_dot * input1 + 2.0 * by_second * input2
+
+
+def cosine_hinge(dot, first, second, target, *, margin):
+    cosine = dot / (m.sqrt(first + 1e-12) * m.sqrt(second + 1e-12))
+    apart = m.where(target == -1.0, m.maximum(cosine - margin, 0.0), 0.0)
+    return m.where(target == 1.0, 1.0 - cosine, apart)
+
+
+def cosine_hinge_grad(dot, first, second, target, *, margin):
+    size = m.sqrt(first + 1e-12) * m.sqrt(second + 1e-12)
+    cosine = dot / size
+    apart = m.where((target == -1.0) & ((cosine >= margin) | (cosine != cosine)), 1.0, 0.0)
+    by = m.where(target == 1.0, -1.0, apart)
+    slope = m.where(by == 0.0, 0.0, by * cosine * -0.5)
+    return (
+        m.where(by == 0.0, 0.0, by / size),
+        m.where(by == 0.0, 0.0, slope / (first + 1e-12)),
+        m.where(by == 0.0, 0.0, slope / (second + 1e-12)),
+    )
+
+
+COSINE = Reduction(
+    "cosine",
+    "cosine_embedding_loss",
+    Sums(products, products_slope),
+    Pointwise(cosine_hinge, cosine_hinge_grad),
+)
+
+
+def _pairs(shape, dtype, generator):
+    x, y = normal(shape, dtype, generator), normal(shape, dtype, generator)
+    similar = torch.randint(2, shape[:-1], generator=generator)
+    return x, y, (2 * similar - 1).to(dtype)
+
+
+@loss(
+    "CosineEmbeddingLoss",
+    vectors.Pairs(COSINE),
+    row(
+        _pairs,
+        options(margin=0.2),
+        dims=2,
+        bench=(
+            BenchCase(
+                *("cosine 16384x256", (16384, 256)),
+                compiled=True,
+                at_most={"eager": 0.25},
+            ),
+            BenchCase("cosine 65536x512", (65536, 512), group="gpu", compiled=True),
+        ),
+        # 1 - cos of a float64 that is near 1 has few digits of what remains.
+        bounds=Bounds(float64=(1e5, 4), formula=(1e5, 4)),
+    ),
+    margin=number,
+)
+def cosine_embedding_loss(margin):
+    r"""Of similar pairs (y = 1) :math:`\ell = 1 - \cos(a, b)`, of others (y = -1)
+    :math:`\ell = \max(\cos(a, b) - \text{margin}, 0)`.
+
+    With :math:`\cos(a, b) = a \cdot b / \sqrt{(a \cdot a + \epsilon)(b \cdot b + \epsilon)}` and
+    :math:`\epsilon = 10^{-12}`, as PyTorch has it: where a is 0 the cosine is 0, and its gradient by a is
+    :math:`10^6\, b / \lVert b \rVert`. A pair with another y has the loss 0.
+
+    Args:
+        input1: a, (N, D) or (D).
+        input2: b, of the same shape; other sizes broadcast.
+        target: y, (N) or (); 1 or -1, of any type.
+        margin: a cosine.
+        reduction: 'none', 'mean' (over all pairs) or 'sum'.
+    """
+    return (margin,)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...core import reduce
 from ...kinds import Call
 from ...kinds.formula import rebound
+from ...kinds.margins import MarginCall
 from ...kinds.names import CONSTANTS, FUNCTIONS
 from ...kinds.pointwise import PointwiseCall
 from ...kinds.reduction import Distances, ReductionCall, Sums
@@ -103,6 +104,8 @@ def reference(call: Call, tensors: Sequence[Tensor | None]) -> list[Exact]:
             return _pointwise(call, tensors, info)
         if isinstance(call, RowsCall):
             return _rows(call, tensors, info)
+        if isinstance(call, MarginCall):
+            return _margins(call, tensors, info)
         assert isinstance(call, ReductionCall)  # CTC is in sequences.py
         return _reductions(call, tensors, info)
 
@@ -279,6 +282,40 @@ def _focal_row(
     return (here[0], units[0]), (here[1:], units[1:]), ([], [])
 
 
+def _margins(call: MarginCall, tensors: Sequence[Tensor | None], info: torch.finfo) -> list[Exact]:
+    input, target, weight = tensors
+    assert input is not None and target is not None
+    classes, found = input.shape[1], []
+    w = None if weight is None else numbers(weight)
+    for x, given in zip(numbers(input), target.reshape(len(input), -1).tolist(), strict=True):
+        labels = given[: given.index(-1)] if call.sets and -1 in given else given
+        share = (mp.mpf(1) if w is None else w[labels[0]]) / classes
+        found.append(_margin_row(x, labels, share, call, info))
+    exact = [pack([v for (v, _), _ in found], [u for (_, u), _ in found])]
+    slopes = [s for _, row in found for s, _ in row]
+    return [*exact, pack(slopes, [u for _, row in found for _, u in row]).at(input.shape)]
+
+
+def _margin_row(
+    x: Results, labels: list[int], share: Number, call: MarginCall, info: torch.finfo
+) -> tuple[tuple[Number, Number], list[tuple[Number, Number]]]:
+    """The value and the gradient of one row, each number with its unit."""
+    dx = [rounding(a, info) for a in x]
+    value, slope, unit = mp.mpf(0), [mp.mpf(0)] * len(x), [mp.mpf(0)] * len(x)
+    for y in labels:
+        for c in set(range(len(x))) - set(labels):
+            gap = mp.mpf(call.margin) - x[y] + x[c]
+            if gap > 0:
+                value += share * (gap * gap if call.squared else gap)
+                by = share * (2 * gap if call.squared else 1)
+                moved = 2 * abs(share) * (dx[y] + dx[c]) if call.squared else 0
+                for k, sign in ((c, 1), (y, -1)):
+                    slope[k] += sign * by
+                    unit[k] += moved
+    lost = mp.fsum(abs(s) * d for s, d in zip(slope, dx, strict=True))
+    return (value, lost), list(zip(slope, unit, strict=True))
+
+
 class _Distance(NamedTuple):
     """|a - b + eps|_p and its derivative by a, each with its unit."""
 
@@ -322,6 +359,7 @@ def _reductions(
     call: ReductionCall, tensors: Sequence[Tensor | None], info: torch.finfo
 ) -> list[Exact]:
     operands, label = call.split(tensors)
+    operands = torch.broadcast_tensors(*(t for t in operands if t is not None))
     rows = zip(*(numbers(t) for t in operands), strict=True)
     labels = [None] * len(operands[0]) if label is None else numbers(label)
     of_row = _row_of_sums if isinstance(call.record.measure, Sums) else _row_of_distances
@@ -338,7 +376,7 @@ def _projected(call: ReductionCall, measures: Results, label: Number | None) -> 
     """The loss of one row, and its derivatives by the measures."""
     projection = call.record.projection
     named = dict(zip(call.record.params, call.numbers, strict=True))
-    settings = {name: named[name] for name in projection.params}
+    settings = {name: mp.mpf(named[name]) for name in projection.params}
     given = measures if label is None else [*measures, label]
     value, grad, _ = projection.over(m)
     return [value(*given, **settings), *grad(*given, **settings)[: len(measures)]]
@@ -350,7 +388,7 @@ def _row_of_sums(
     measure = call.record.measure
     assert isinstance(measure, Sums)
     named = dict(zip(call.record.params, call.numbers, strict=True))
-    settings = {name: named[name] for name in measure.params}
+    settings = {name: mp.mpf(named[name]) for name in measure.params}
     term, slope = rebound(measure.map, m), rebound(measure.slope, m)
 
     def results(row: Sequence[Results]) -> Results:

@@ -268,6 +268,40 @@ def _triplet(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[T
     yield large * a, large * b, large * c
 
 
+def _cosine(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
+    """Small and large vectors, and those that are nearly parallel or orthogonal."""
+    n = max(2, count // 100)
+    a, b = (normal((n, 8), dtype, generator).double() for _ in "ab")
+    similar = (2 * (torch.arange(n) % 2) - 1).double()
+    ones = torch.ones(n, dtype=torch.float64)
+    yield a * (1 + 1e-3 * b), a, ones
+    yield -a, b - a * ((a * b).sum(1) / (a * a).sum(1)).unsqueeze(1), similar
+    yield 1e-4 * a, 1e4 * b, similar
+    yield torch.zeros_like(a), b, similar
+
+
+def _soft_margin(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
+    for x, t in _logits(count // 4, dtype, generator):
+        n = max(1, len(x) // 8)
+        yield x.repeat(8)[: 8 * n].reshape(n, 8), t.repeat(8)[: 8 * n].reshape(n, 8)
+
+
+def _margin(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
+    """Offset, tied; and gaps that are 0 exactly."""
+    n = max(2, count // 100)
+    x = normal((n, 8), dtype, generator).double()
+    y = torch.randint(8, (n,), generator=generator)
+    for each in (x + 1e4, x.round(), 1e3 * x, torch.full_like(x, 0.3)):
+        yield each, y
+
+
+def _margins(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
+    for x, y in _margin(count, dtype, generator):
+        sets = torch.full(x.shape, -1)
+        sets[:, 0], sets[:, 1], sets[::2, 2] = y, (y + 3) % 8, y[::2]
+        yield x, sets
+
+
 HARD: dict[str, Draw] = {
     "mse_loss": _mse,
     "binary_cross_entropy": _bce,
@@ -280,6 +314,10 @@ HARD: dict[str, Draw] = {
     "nll_loss": _nll,
     "ctc_loss": _ctc,
     "triplet_margin_loss": _triplet,
+    "cosine_embedding_loss": _cosine,
+    "multilabel_soft_margin_loss": _soft_margin,
+    "multi_margin_loss": _margin,
+    "multilabel_margin_loss": _margins,
     "linear_cross_entropy": _head,
     "linear_cross_entropy[probabilities]": _soft_head,
     "linear_log_prob": _head,

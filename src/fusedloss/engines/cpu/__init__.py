@@ -5,12 +5,14 @@ from typing import Any
 from ..protocol import Engine
 from .ctc import CtcEngine
 from .load import capability, library, one_thread, problem
+from .margins import MarginEngine
 from .pointwise import PointwiseEngine
 from .reduction import ReductionEngine
 from .rows import RowsEngine
 
 ENGINES: dict[str, Engine[Any]] = {
     "ctc": CtcEngine(),
+    "margins": MarginEngine(),
     "pointwise": PointwiseEngine(),
     "reduction": ReductionEngine(),
     "rows": RowsEngine(),

@@ -18,6 +18,8 @@ from ..protocol import Engine, P
 from .again import AgainOnCpu, Launch, present
 from .load import NUMBERS, library, run
 
+LACKING = ("weight", "absent")  # arguments that a call may be repeated without
+
 
 class CpuEngine(Engine[P]):
     pointers: ClassVar[Pointers]
@@ -41,7 +43,7 @@ class CpuEngine(Engine[P]):
         """How to repeat this call, if that can be: one without weights."""
         inputs = [t for t in tensors if t is not None]
         places, learned = self.pointers, sum(needed)
-        if len(inputs) != sum(name != "weight" for name in call.arguments):
+        if len(inputs) != sum(name not in LACKING for name in call.arguments):
             return None
 
         def launch(plan: P, place: int, output: Tensor) -> Launch | None:

@@ -36,6 +36,7 @@ def family(name: str) -> ModuleType:
 def engine_of(kind: str) -> Engine[Any]:
     """Of calls of a kind."""
     from .ctc import CtcEngine
+    from .margins import MarginEngine
     from .pointwise import PointwiseEngine
     from .reduction import ReductionEngine
     from .rows import RowsEngine
@@ -43,6 +44,7 @@ def engine_of(kind: str) -> Engine[Any]:
     kinds: dict[str, type[Engine[Any]]]
     kinds = {
         "ctc": CtcEngine,
+        "margins": MarginEngine,
         "pointwise": PointwiseEngine,
         "rows": RowsEngine,
         "reduction": ReductionEngine,
