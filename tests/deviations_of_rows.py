@@ -69,11 +69,12 @@ def _() -> None:
 
 @deviation
 def _() -> None:
-    """`multi_margin_loss`, `multilabel_margin_loss`: 'mean' over no row is NaN"""
+    """`multi_margin_loss`, `multilabel_margin_loss`: over no row 'mean' is NaN and 'sum' 0"""
     x = torch.zeros(0, 3)
     for name, target in zip(MARGINS, (torch.zeros(0), torch.zeros(0, 3)), strict=True):
         getattr(theirs, name)(x, target.long())  # memory that nothing was written to
         assert getattr(ours, name)(x, target.long()).isnan()
+        assert getattr(ours, name)(x, target.long(), reduction="sum") == 0
 
 
 @deviation

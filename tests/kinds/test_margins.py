@@ -12,6 +12,7 @@ from conftest import formula_path
 from torch import Generator, Tensor, tensor
 from torch.testing import assert_close
 
+import fusedloss
 from fusedloss import functional as ours
 
 PATHS = {"kernel": nullcontext, "formula": formula_path}
@@ -129,6 +130,17 @@ def test_the_cosine_of_zero_vectors(path: Any, dtype: torch.dtype, generator: Ge
     unit = 1e6 * wide / (wide.square().sum(1, keepdim=True) + 1e-12).sqrt()
     expected = unit * tensor([[-1.0], [1.0], [0.0]])
     assert_close(grad, expected.to(dtype), rtol=1e-2 if dtype is torch.bfloat16 else 1e-6, atol=0)
+
+
+def test_strict_takes_no_other_target() -> None:
+    pairs = torch.ones(3, 2), torch.ones(3, 2)
+    for target in (tensor([1, 0, -1]), tensor([1.0, 0.0, -1.0])):
+        assert ours.cosine_embedding_loss(*pairs, target).isfinite()
+        with (
+            fusedloss.checks("strict"),
+            pytest.raises(ValueError, match=r"target\[1\] = 0: labels"),
+        ):
+            ours.cosine_embedding_loss(*pairs, target)
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (1, 1), (1, 4)])

@@ -229,10 +229,10 @@ class Draw:
         return [first, second, target if self.chance(0.8) else self.tensor(self.like(shape[:1]))]
 
     def rows(self, shape: tuple[int, ...], options: dict[str, Any]) -> tuple[int, ...]:
-        """Of a loss of (N, C); PyTorch's mean over no row is memory that nothing was written to."""
+        """Of a loss of (N, C); PyTorch's result over no row is memory that nothing was written to."""
         if 0 in shape[:2]:
             options.clear()
-            options["reduction"] = "sum"
+            options["reduction"] = "none"
         return shape[:2]
 
     def multi_margin_loss(self, shape: tuple[int, ...], options: dict[str, Any]) -> list[Tensor]:

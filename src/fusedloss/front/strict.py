@@ -102,7 +102,7 @@ def target_is_probability(seen: Seen) -> str | None:
 
 
 def target_is_sign(seen: Seen) -> str | None:
-    """a target other than -1 and 1 of `soft_margin_loss` and `hinge_embedding_loss`"""
+    """a target other than -1 and 1 where these are the labels"""
     t = seen.target
     fix = "labels are -1 and 1 (for 0 and 1: 2 * target - 1)"
     return _first(t, (t != 1) & (t != -1), "target", fix)

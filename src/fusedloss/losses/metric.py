@@ -14,6 +14,7 @@ from ..front.composed import Composed
 from ..front.definition import BenchCase, Bounds, normal, options, plain, row
 from ..front.loss import loss
 from ..front.settings import number, positive
+from ..front.strict import target_is_sign
 from ..kinds import torch_m as m
 from ..kinds.formula import Pointwise
 from ..kinds.pointwise import PointwiseCall
@@ -296,6 +297,7 @@ def _pairs(shape, dtype, generator):
         # 1 - cos of a float64 that is near 1 has few digits of what remains.
         bounds=Bounds(float64=(1e5, 4), formula=(1e5, 4)),
     ),
+    rules=(target_is_sign,),
     margin=number,
 )
 def cosine_embedding_loss(margin):
