@@ -31,8 +31,8 @@ def drawn(kind: str) -> dict[str, list[Loss]]:
     }
 
 
-KINDS_DRAWN = ("pointwise", "rows", "triplet", "sequences")
-POINTWISE, ROWS, TRIPLETS, SEQUENCES = map(drawn, KINDS_DRAWN)
+KINDS_DRAWN = ("pointwise", "rows", "triplet", "sequences", "pair", "margins", "multilabel")
+POINTWISE, ROWS, TRIPLETS, SEQUENCES, PAIRS, MARGINS, MULTILABEL = map(drawn, KINDS_DRAWN)
 
 
 @dataclass
@@ -286,11 +286,49 @@ def indices(source: Source, rows: tuple[int, ...], classes: int) -> Tensor:
     return laid_out(index.to(source.one_of(*kinds)), source.one_of(*LAYOUTS))
 
 
+def pairs(source: Source, name: str) -> tuple[list[Tensor], dict[str, Any]]:
+    shape = source.draw(shapes(1, 2))
+    first, second = (source.tensor(source.near(shape), "normal") for _ in "ab")
+    of_pairs = source.near(shape[:-1])
+    signs = torch.randint(-1, 2, of_pairs, generator=source.generator)
+    target = signs.to(source.one_of(*FLOATS, torch.int64, torch.int32))
+    options = {"margin": source.one_of(0, 0.5, -0.5, 3, NAN, INF)}
+    return [first, second, laid_out(target, source.one_of(*LAYOUTS))], options
+
+
+def margins(source: Source, name: str) -> tuple[list[Tensor], dict[str, Any]]:
+    shape = source.draw(shapes(0, 2))
+    classes = shape[-1] if shape else 1
+    x = source.tensor(shape, "normal")
+    if name == "multilabel_margin_loss":
+        low, high = (-2, classes + 1) if source.rarely(8) else (-1, max(classes, 1))
+        sets = torch.randint(low, high, source.near(shape), generator=source.generator)
+        return [x, laid_out(sets, source.one_of(*LAYOUTS))], {}
+    options: dict[str, Any] = {"p": source.one_of(1, 2, 2.0, 3, True)}
+    options["margin"] = source.one_of(1.0, 0.5, 3, 0, -1.0, INF)
+    if source.rarely(6):
+        of = source.draw(shapes()) if source.rarely(8) else (classes,)
+        options["weight"] = source.tensor(of, "probabilities")
+    return [x, indices(source, shape[:-1], classes)], options
+
+
+def multilabel(source: Source, name: str) -> tuple[list[Tensor], dict[str, Any]]:
+    shape = source.draw(shapes(1))
+    tensors = [source.tensor(shape, "normal"), source.tensor(source.near(shape), "probabilities")]
+    options: dict[str, Any] = {}
+    if source.rarely(6):
+        options["weight"] = source.tensor(source.near(shape), "probabilities")
+    return tensors, options
+
+
 KINDS = (
     (POINTWISE, pointwise),
     (ROWS, rows),
     (TRIPLETS, triplets),
     (SEQUENCES, sequences),
+    (PAIRS, pairs),
+    (MARGINS, margins),
+    (MULTILABEL, multilabel),
 )
 DRAWN = {name: (rows, make) for losses, make in KINDS for name, rows in losses.items()}
 

@@ -9,13 +9,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import deviations_of_rows  # noqa: F401
 import deviations_of_sequences  # noqa: F401
 import pytest
 import sequences
 import torch
 from conftest import Outcome, run, same_bits
 from deviations import deviations
-from drawn import DRAWN, INF, INTEGERS, POINTWISE, ROWS, TRIPLETS, Call, calls, show
+from drawn import (
+    DRAWN,
+    INF,
+    INTEGERS,
+    MARGINS,
+    POINTWISE,
+    ROWS,
+    TRIPLETS,
+    Call,
+    calls,
+    show,
+)
 from hypothesis import HealthCheck, Phase, given, settings
 from torch import Generator, Tensor
 
@@ -169,6 +181,31 @@ MET: dict[str, Callable[[Call], bool]] = {
     "`ctc_loss` whose last label is the blank: the gradient is that of all alignments": lambda c: (
         c.name == "ctc_loss" and bool((c.tensors[1] == c.options.get("blank", 0)).any())
     ),
+    "`cosine_embedding_loss`: squares do not overflow, and products of integers do not wrap around": (
+        lambda c: (
+            c.name == "cosine_embedding_loss"
+            and any(t.dtype.itemsize == 1 or (magnitude(t) > 200).any() for t in c.tensors[:2])
+        )
+    ),
+    "`cosine_embedding_loss`: 1 - cos keeps its digits where the vectors are nearly parallel": (
+        lambda c: c.name == "cosine_embedding_loss"
+    ),
+    "`multi_margin_loss`, `multilabel_margin_loss`: NaN passes on": lambda c: (
+        c.name in MARGINS
+        and not (c.tensors[0].isfinite().all() and math.isfinite(c.options.get("margin", 1)))
+    ),
+    "`multi_margin_loss`, `multilabel_margin_loss`: labels may be of any integer type, the input of half "
+    "types on the CPU, and there is forward mode": lambda c: (
+        c.name in MARGINS
+        and (c.tensors[0].dtype.itemsize == 2 or c.tensors[1].dtype is not torch.int64)
+    ),
+    "`multi_margin_loss`, `multilabel_margin_loss`: over no row 'mean' is NaN and 'sum' 0": lambda c: (
+        c.name in MARGINS and c.tensors[0].numel() == 0
+    ),
+    "`multilabel_soft_margin_loss`: the loss is 0 where the logit is infinite and right, and the gradient "
+    "keeps its digits where a logit is right and sure": lambda c: (
+        c.name == "multilabel_soft_margin_loss"
+    ),
     "A bool tensor counts as 0 and 1": lambda c: any(
         isinstance(t, Tensor) and t.dtype is torch.bool for t in (*c.tensors, *c.options.values())
     ),
@@ -258,6 +295,8 @@ def judge(call: Call) -> str | None:
         if bad.any() and deviates(call):
             # On purpose, but only where PyTorch's is NaN, inf or cut off.
             bad &= b.isfinite() & e.isfinite() & (b != 0) & (not wraps(call))
+            x = call.tensors[0]
+            bad &= call.name not in MARGINS or bool(x.numel() and x.isfinite().all())
             bad &= not (call.name == "kl_div" and bool((magnitude(call.tensors[1]) < 1e-30).any()))
         if name != "value" and underflows(call) and not a.is_complex():
             bad &= ~(a.isinf() & b.isnan())  # 0 times an infinite slope

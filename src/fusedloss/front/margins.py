@@ -79,7 +79,8 @@ class Margins:
                 RuntimeError, name, f"{words}{shape}: input is (N, C) or (C), with C above 0"
             )
         if self.sets:
-            if given != shape and not (not shape and given == [1]):
+            alone = len(shape) < 2 and len(given) < 2 and target.numel() == input.numel()
+            if given != shape and not alone:
                 words = f"inconsistent target size: {given} for input of size: {shape}"
                 hint = ": each row holds the labels of one of the input, then -1"
                 errors.fail(RuntimeError, name, words + hint)
