@@ -86,9 +86,12 @@ public:
         if (y >= 0) loss += own_weight * s.own_loss();
         if (a.gamma != 0) {
             const double sum = s.raised_sum();
-            const Focal f = focal(s.own / sum, s.others / sum, s.own_loss(), a.gamma);
-            loss *= f.value;
-            own_weight *= f.slope;
+            with_power(a.gamma, [&](auto square) {
+                constexpr bool is_square = decltype(square)::value;
+                const Focal f = focal<is_square>(s.own / sum, s.others / sum, s.own_loss(), a.gamma);
+                loss *= f.value;
+                own_weight *= f.slope;
+            });
         }
         if (!a.grad.data && !a.grad_target.data) return loss;
 

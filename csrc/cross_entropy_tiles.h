@@ -30,20 +30,7 @@ public:
     void operator()(int64_t n, int64_t d0, int64_t count, double* losses) {
         // Whole vectors, for the same reason as in pointwise.h; the tile's tail is filled with zeros.
         const int64_t padded = (count + 15) / 16 * 16;
-        read(n, d0, count, padded);
-        settle(n, d0, count, padded);
-        if (focal_parts)
-            keep_gaps(padded);
-        else if (soft)
-            gather_soft(n, d0, count, padded);
-        // The own class leaves the sums.
-        set_own(p.y, count, [](int64_t) { return -infinity; }, tile.data(), width);
-        for (int64_t c = 0; c < a.c; ++c) exp_in_place(at(c), p.max, padded);
-        own_exps(p, padded);
-        const int64_t fours = a.c / 4 * 4;
-        for (int64_t c = 0; c < fours; c += 4) add_four(p.others, at(c), width, padded);
-        for (int64_t c = fours; c < a.c; ++c) add(p.others, at(c), padded);
-
+        gather(n, d0, count, padded);
         const double hard = double(r.hard);
         if (focal_parts)
             gather_focal(padded, losses);
@@ -66,7 +53,7 @@ public:
         if (a.grad_target.data) target_gradient(n, d0, count);
     }
 
-private:
+protected:
     using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;  // as wide as T, for whole vectors
     static constexpr T infinity = std::numeric_limits<T>::infinity();
     static constexpr int64_t most = Positions<T>::most;
@@ -82,6 +69,23 @@ private:
 
     T* at(int64_t c) { return tile.data() + c * width; }
     T* part(int64_t c) { return parts.data() + c * width; }
+
+    // The exps, of all but the own classes, and their sums.
+    void gather(int64_t n, int64_t d0, int64_t count, int64_t padded) {
+        read(n, d0, count, padded);
+        settle(n, d0, count, padded);
+        if (focal_parts)
+            keep_gaps(padded);
+        else if (soft)
+            gather_soft(n, d0, count, padded);
+        // The own class leaves the sums.
+        set_own(p.y, count, [](int64_t) { return -infinity; }, tile.data(), width);
+        for (int64_t c = 0; c < a.c; ++c) exp_in_place(at(c), p.max, padded);
+        own_exps(p, padded);
+        const int64_t fours = a.c / 4 * 4;
+        for (int64_t c = 0; c < fours; c += 4) add_four(p.others, at(c), width, padded);
+        for (int64_t c = fours; c < a.c; ++c) add(p.others, at(c), padded);
+    }
 
     void read(int64_t n, int64_t d0, int64_t count, int64_t padded) {
         std::fill_n(p.max, padded, -infinity);
@@ -137,6 +141,12 @@ private:
             else
                 multiply_each(at(c), p.factor, padded, to(c), next);
         }
+        settle_gradient(n, d0, count, direct);
+    }
+
+    // The own classes' entries and those of rows that do not count, where the others are.
+    void settle_gradient(int64_t n, int64_t d0, int64_t count, bool direct) {
+        const auto to = [&](int64_t c) { return direct ? stretch(a.grad, n, d0, c) : at(c); };
         const T* own = p.own;
         set_own(p.y, count, [own](int64_t i) { return own[i]; }, to(0), direct ? a.grad.stride[1] : width);
         for (int64_t i = 0; i < count && any_ignored; ++i)

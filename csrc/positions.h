@@ -121,14 +121,17 @@ FUSEDLOSS_LOOP void position_losses(Positions<T>& p, int64_t n, double hard, dou
 // Of the focal loss: the losses, and the weights by which the gradient sees the own class.
 template <class T>
 FUSEDLOSS_LOOP void focus(Positions<T>& p, int64_t n, double gamma, double* __restrict losses) {
+    with_power(gamma, [&](auto square) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-        const double own = double(p.own[i]), sum = p.others[i] + own;
-        const double behind = p.own[i] == math::raised<T> ? 0.0 : double(p.max[i]) - double(p.own_x[i]);
-        const Focal f = focal(own / sum, p.others[i] / sum, p.log_sum[i] + behind, gamma);
-        losses[i] = p.y[i] == p.ignored ? 0.0 : f.value * losses[i];
-        p.weight[i] *= f.slope;
-    }
+        for (int64_t i = 0; i < n; ++i) {
+            const double own = double(p.own[i]), sum = p.others[i] + own;
+            const double behind = p.own[i] == math::raised<T> ? 0.0 : double(p.max[i]) - double(p.own_x[i]);
+            const double surprise = p.log_sum[i] + behind;
+            const Focal f = focal<decltype(square)::value>(own / sum, p.others[i] / sum, surprise, gamma);
+            losses[i] = p.y[i] == p.ignored ? 0.0 : f.value * losses[i];
+            p.weight[i] *= f.slope;
+        }
+    });
 }
 
 // Of the focal loss with a soft part, class c, which has the weight `flat` and of its own positions `hard`
@@ -145,7 +148,7 @@ FUSEDLOSS_LOOP void focus_part(Positions<T>& p, const T* __restrict e, const Ind
         const double here = is_own ? own : double(e[i]);
         const double rest = largest[i] == c ? p.dots[i] : is_own ? p.others[i] : sum - here;
         const double surprise = p.log_sum[i] - double(part[i]);
-        const Focal f = focal(here / sum, rest / sum, surprise, gamma);
+        const Focal f = focal<false>(here / sum, rest / sum, surprise, gamma);
         const double b = flat + (is_own ? hard : 0.0), slope = b * f.slope;
         losses[i] += p.y[i] == p.ignored || (b == 0 && part[i] == part[i]) ? 0.0 : b * f.value * surprise;
         part[i] = T(slope);

@@ -136,6 +136,8 @@ def _by_kernel(
     engine = engine_of(call, tensors[0])
     if readable:
         return engine.backward(call, tensors, saved.needed, arrived)
+    if call.reduction == "none" and not call.separable:
+        return None
     one = torch.ones(arrived.shape, dtype=arrived.dtype, device=arrived.device)
     grads = engine.backward(call, tensors, saved.needed, one)
     return list(scaled(grads, call.spread(arrived)))

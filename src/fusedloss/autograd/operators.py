@@ -21,6 +21,7 @@ from ..core.torch_state import differentiating
 from ..engines import engine_of, gpu
 from ..engines.chunks.loop import run as run_chunks
 from ..kinds.ctc import CtcCall
+from ..kinds.dice import DiceCall
 from ..kinds.distill import DistillCall
 from ..kinds.heads import LinearCall
 from ..kinds.margins import MarginCall
@@ -54,6 +55,7 @@ TEACHER = (
 )
 TENSORS: dict[type[Any], tuple[str, ...]] = {
     RowsCall: ("Tensor input", "Tensor target", "Tensor? weight"),
+    DiceCall: ("Tensor input", "Tensor target", "Tensor? weight"),
     ReductionCall: ("Tensor first", "Tensor second", "Tensor? third"),
     CtcCall: (
         "Tensor log_probs",

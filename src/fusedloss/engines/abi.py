@@ -215,6 +215,23 @@ MARGINS = Struct(
     "Matrix loss  // unreduced",
     "Matrix total, grad",
 )
+DICE = Struct(
+    "DiceArgs",
+    "int64_t n, c, d",
+    "int64_t activation  // 0: softmax, 1: sigmoid, 2: the input holds probabilities",
+    "int64_t masks  // the target has the input's shape, else it holds class indices",
+    "int64_t batch  // the sums are over all n",
+    "int64_t first  // of the classes that count",
+    "int64_t weighting  // 0: each class by itself; or all in one, by 1: 1 / t^2, 2: 1 / t, 3: 1",
+    "int64_t skip_absent, mean, threads",
+    "int64_t ignore_index",
+    "double alpha, beta, smooth_nr, smooth_dr",
+    "double by_overlap, by_rows, gamma  // what the parts weigh; of the rows'",
+    "Grid input, target",
+    "Grid weight  // of the type that the rows are computed in, dense",
+    "Grid incoming, loss  // (n, c) of the classes that count, or (n), of which n may be 1",
+    "Grid total, grad",
+)
 LINEAR = Struct(
     "LinearArgs",
     "int64_t n, c  // rows, classes in all",
@@ -261,6 +278,7 @@ KERNELS = {
     "pointwise": POINTWISE,
     "cross_entropy": ROWS,
     "nll_loss": ROWS,
+    "dice": DICE,
     "reduction": REDUCTION,
     "ctc_loss": CTC,
     "margins": MARGINS,

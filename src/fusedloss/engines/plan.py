@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core import reduce
 from ..core.layout import empty_of_rows
-from ..kinds import CtcCall, MarginCall, PointwiseCall, ReductionCall, RowsCall
+from ..kinds import CtcCall, DiceCall, MarginCall, PointwiseCall, ReductionCall, RowsCall
 
 Slot = Tensor | None
 Slots = Sequence[Slot]
@@ -127,6 +127,38 @@ class RowsPlan(Plan):
 
     def arrives(self, incoming: Tensor) -> None:
         self.incoming = flat(incoming, 1)
+
+
+class DicePlan(Plan):
+    """Tensors are (n, c, d), or (n, d): those of (N, C) have one position."""
+
+    call: DiceCall
+    x: Tensor
+    target: Tensor
+    weight: Slot  # of the type computed in
+
+    def spread(self) -> None:
+        input, target, weight = self.tensors
+        assert input is not None and target is not None
+        self.weight = weight if weight is None else weight.to(reduce.wide(input)).contiguous()
+        self.x = self.of_images(input)
+        if self.call.masks:
+            self.target = self.of_images(target)
+        else:
+            self.target = target.unsqueeze(1) if target.dim() == 1 else flat(target, 1)
+
+    @staticmethod
+    def of_images(tensor: Tensor) -> Tensor:
+        return tensor.unsqueeze(2) if tensor.dim() == 2 else flat(tensor, 2)
+
+    def gradient(self, tensor: Tensor) -> Tensor:
+        return empty_of_rows(tensor)
+
+    def unreduced(self) -> Tensor:
+        return self.x.new_empty(self.call.shape(self.x), dtype=self.call.dtype)
+
+    def arrives(self, incoming: Tensor) -> None:
+        self.incoming = incoming
 
 
 class ReductionPlan(Plan):

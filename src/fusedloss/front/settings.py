@@ -58,6 +58,20 @@ def _integer(function: str, argument: str, value: Any) -> int:
     return errors.integer(function, argument, value)
 
 
+def one_of(*values: str) -> Setting:
+    """One of these words."""
+
+    def check(function: str, argument: str, value: Any) -> str:
+        if not isinstance(value, str) or value not in values:
+            expected = ", ".join(map(repr, values))
+            errors.fail(
+                ValueError, function, f"{argument} must be one of {expected}, got {value!r}"
+            )
+        return value
+
+    return Setting(check, f"ValueError: {{argument}} that is none of {', '.join(values)}")
+
+
 number = Setting(errors.number, "TypeError: {argument} that is no number")
 positive = above(0)
 boolean = Setting(

@@ -6,11 +6,20 @@ that it takes.
 """
 
 from .ctc import CtcCall
+from .dice import DiceCall
 from .margins import MarginCall
 from .pointwise import PointwiseCall
 from .reduction import ReductionCall
 from .rows import RowsCall
 
-Call = PointwiseCall | RowsCall | ReductionCall | CtcCall | MarginCall
+Call = PointwiseCall | RowsCall | ReductionCall | CtcCall | DiceCall | MarginCall
 
-__all__ = ["Call", "CtcCall", "MarginCall", "PointwiseCall", "ReductionCall", "RowsCall"]
+__all__ = [
+    "Call",
+    "CtcCall",
+    "DiceCall",
+    "MarginCall",
+    "PointwiseCall",
+    "ReductionCall",
+    "RowsCall",
+]

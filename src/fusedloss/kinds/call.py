@@ -12,6 +12,7 @@ class Kind:
     indices: ClassVar[tuple[int, ...]] = ()  # the tensors that may hold class indices, or counts
     operator: ClassVar[bool] = True  # a compiled graph holds the call as one operator of torch
     hides: ClassVar[bool] = False  # and so does every dispatch mode: the formula takes much memory
+    separable: ClassVar[bool] = True  # what arrives at a loss scales gradients of its own
     everywhere: ClassVar[bool] = False  # torch operations serve as well on devices without kernels
 
     @property

@@ -148,6 +148,98 @@ def softmax_focal_loss(
     return (1 - label_smoothing) * hard + label_smoothing * flat.reshape(hard.shape)
 
 
+def dice_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    activation: str = "softmax",
+    overlap: str = "dice",
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    generalized: str = "none",
+    include_background: bool = True,
+    batch: bool = False,
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    skip_absent: bool = False,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    p = {"softmax": lambda x: x.softmax(1), "sigmoid": torch.sigmoid, "none": lambda x: x}[
+        activation
+    ](input)
+    kept = target != ignore_index
+    if target.shape == input.shape:
+        t = target.to(p.dtype)
+    else:
+        index = torch.where(kept, target, 0).long()
+        t = F.one_hot(index, input.shape[1]).movedim(-1, 1).to(p.dtype)
+        kept = kept.unsqueeze(1)
+    p, t = (each * kept for each in (p, t))
+    dims = [*([0] if batch else []), *range(2, p.dim())]
+    sums = [p * t, p, t]
+    if dims:
+        sums = [s.sum(dims) for s in sums]
+    first = 0 if include_background else 1
+    both, ours, theirs = (s[..., first:] for s in sums)
+    if overlap == "dice":
+        above, below = 2 * both, ours + theirs
+    elif overlap == "jaccard":
+        above, below = both, ours + theirs - both
+    else:
+        above, below = both, both + alpha * (ours - both) + beta * (theirs - both)
+    own = 1.0 if weight is None else weight[first:]
+    if generalized != "none":
+        power = {"square": 2, "simple": 1, "uniform": 0}[generalized]
+        w = 1 / theirs**power
+        finite = torch.where(w.isinf(), 0, w)
+        w = own * torch.where(w.isinf(), finite.amax(-1, keepdim=True), w)
+        losses = 1 - ((w * above).sum(-1) + smooth_nr) / ((w * below).sum(-1) + smooth_dr)
+    else:
+        below = below + smooth_dr
+        losses = own * torch.where(
+            below == 0, 0, 1 - (above + smooth_nr) / torch.where(below == 0, 1, below)
+        )
+        if skip_absent:
+            losses = losses * (theirs > 0)
+    return losses if reduction == "none" else getattr(losses, reduction)()
+
+
+def dice_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    lambda_dice: float = 1.0,
+    lambda_ce: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    **overlap: Any,
+) -> Tensor:
+    settings: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction}
+    dice = dice_loss(input, target, weight, **settings, **overlap)
+    return lambda_dice * dice + lambda_ce * F.cross_entropy(input, target, weight, **settings)
+
+
+def dice_focal(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    gamma: float = 2.0,
+    lambda_dice: float = 1.0,
+    lambda_focal: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    **overlap: Any,
+) -> Tensor:
+    settings: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction}
+    dice = dice_loss(input, target, weight, **settings, **overlap)
+    focal = softmax_focal_loss(input, target, weight, gamma=gamma, **settings)
+    return lambda_dice * dice + lambda_focal * focal
+
+
 def reduced(
     losses: Tensor, kept: Tensor, input: Tensor, sample_weight: Tensor | None, reduction: str
 ) -> Tensor:

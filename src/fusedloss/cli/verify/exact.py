@@ -106,7 +106,7 @@ def reference(call: Call, tensors: Sequence[Tensor | None]) -> list[Exact]:
             return _rows(call, tensors, info)
         if isinstance(call, MarginCall):
             return _margins(call, tensors, info)
-        assert isinstance(call, ReductionCall)  # CTC is in sequences.py
+        assert isinstance(call, ReductionCall)  # CTC is in sequences.py, overlaps in theirs
         return _reductions(call, tensors, info)
 
 
@@ -239,7 +239,7 @@ def _softmax_row(
     return (value, value_unit), (slope, slope_unit), (by_q, q_unit)
 
 
-def _others(terms: Results) -> Results:
+def others(terms: Results) -> Results:
     """The sum of all but each: of all but the largest as it stands, or its digits would be lost."""
     total = mp.fsum(terms)
     top = max(range(len(terms)), key=terms.__getitem__)
@@ -260,7 +260,7 @@ def _focal_row(
         e = [mp.exp(a - top) for a in x]
         total = mp.fsum(e)
         p = [a / total for a in e]
-        rest = [a / total for a in _others(e)]
+        rest = [a / total for a in others(e)]
         surprise = [top + log(total) - a for a in x]
         # b_c (1 - p_c)^g (1 + g p_c surprise_c / (1 - p_c)), which takes the place of b_c in the gradient
         power = [r**g if r else mp.mpf(0) for r in rest]
@@ -270,7 +270,7 @@ def _focal_row(
         ]
         part = [bc * f * (1 + g * k) for bc, f, k in zip(b, power, ratio, strict=True)]
         value = mp.fsum(bc * f * s for bc, f, s in zip(b, power, surprise, strict=True) if bc and f)
-        slopes = [pc * o - r * k for pc, o, r, k in zip(p, _others(part), rest, part, strict=True)]
+        slopes = [pc * o - r * k for pc, o, r, k in zip(p, others(part), rest, part, strict=True)]
         return [value, *slopes]
 
     here = results(x)

@@ -276,7 +276,8 @@ def _sums(loss: Loss, dtype: torch.dtype, path: Path, repeat: int) -> Iterator[S
     tensors = tuple(map(path.placed, loss.example(shape, dtype, generator)))
     options = next(iter(loss.options.values()))(tensors, generator)
     function = functools.partial(path.function(loss), **options)
-    terms = function(*tensors, reduction="none").double().tolist()
+    terms = function(*tensors, reduction="none").double().flatten().tolist()
+    rows = len(terms)
     once = math.fsum(terms)
     low = math.fsum([*terms, -once])
     if not loss.rows:

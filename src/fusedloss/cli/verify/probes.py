@@ -302,7 +302,27 @@ def _margins(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[T
         yield x, sets
 
 
+def _images(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
+    """Four classes, and where they are: near certain, right and wrong."""
+    n, places = max(1, count // 300), 12
+    x = normal((n, 4, places), torch.float64, generator)
+    y = torch.randint(4, (n, places), generator=generator)
+    own = torch.nn.functional.one_hot(y, 4).movedim(-1, 1).double()
+    gaps = uniform((n, 1, places), torch.float64, generator, 3, 40)
+    yield x + gaps * own, y
+    yield x + gaps * own.flip(1), y
+    yield x / 8 + _edge((n, 1, 1), dtype, generator) * own, y
+    yield 3 * x + 1e3, y
+
+
+def _masked(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
+    for x, y in _images(count, dtype, generator):
+        yield x, torch.nn.functional.one_hot(y, 4).movedim(-1, 1).double()
+
+
 HARD: dict[str, Draw] = {
+    "dice_loss": _images,
+    "dice_loss[masks]": _masked,
     "mse_loss": _mse,
     "binary_cross_entropy": _bce,
     "binary_cross_entropy_with_logits": _logits,

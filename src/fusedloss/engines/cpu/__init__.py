@@ -4,6 +4,7 @@ from typing import Any
 
 from ..protocol import Engine
 from .ctc import CtcEngine
+from .dice import DiceEngine
 from .load import capability, library, one_thread, problem
 from .margins import MarginEngine
 from .pointwise import PointwiseEngine
@@ -13,6 +14,7 @@ from .rows import RowsEngine
 ENGINES: dict[str, Engine[Any]] = {
     "ctc": CtcEngine(),
     "margins": MarginEngine(),
+    "dice": DiceEngine(),
     "pointwise": PointwiseEngine(),
     "reduction": ReductionEngine(),
     "rows": RowsEngine(),

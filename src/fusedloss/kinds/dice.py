@@ -1,0 +1,172 @@
+"""A loss of the overlap of classes with their masks, with all its settings, and its formula."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core import reduce
+from ..core.indices import check_range
+from ..core.layout import empty_of_rows
+from . import torch_m
+from .call import Kind
+from .rows import RowsCall
+
+ACTIVATIONS = ("softmax", "sigmoid", "none")
+WEIGHTINGS = ("none", "square", "simple", "uniform")  # of the classes in one overlap
+
+
+class Sums(NamedTuple):
+    """Of each class: of p t, of p (1 - t) and of (1 - p) t; (N, C), or (1, C) of a batch."""
+
+    both: Tensor
+    wrong: Tensor
+    missed: Tensor
+
+
+@dataclass(slots=True)
+class DiceCall(Kind):
+    """Tensors: input (N, C, ...), target (class indices or masks), and the class weight or None."""
+
+    loss: str
+    activation: str
+    masks: bool
+    batch: bool
+    background: bool
+    weighting: str
+    skip_absent: bool
+    ignore_index: int
+    alpha: float
+    beta: float
+    smooth_nr: float
+    smooth_dr: float
+    by_overlap: float
+    by_rows: float  # of cross entropy or the focal loss, where it is not 0
+    gamma: float
+    reduction: str
+    dtype: torch.dtype
+
+    family: ClassVar[str] = "dice"
+    gradients: ClassVar[int] = 1
+    indices: ClassVar[tuple[int, ...]] = (1,)
+    separable: ClassVar[bool] = False
+    arguments: ClassVar[tuple[str, ...]] = ("input", "target", "weight")
+
+    @property
+    def name(self) -> str:
+        return f"dice/{self.loss}"
+
+    @property
+    def gpu_gap(self) -> str | None:
+        return "there is no GPU kernel of overlaps"
+
+    @property
+    def stores_gradients(self) -> bool:
+        return self.reduction != "none"
+
+    def reads(self, k: int, needed: Sequence[bool]) -> bool:
+        """Whether the gradients that are needed depend on what tensor k holds: on all."""
+        return True
+
+    def shape(self, input: Tensor, *_: Any) -> torch.Size:
+        """Of the unreduced losses."""
+        of_images = [] if self.batch else [input.shape[0]]
+        classes = [] if self.weighting != "none" else [input.shape[1] - (not self.background)]
+        return torch.Size(of_images + classes)
+
+    def empty_gradient(self, tensor: Tensor) -> Tensor:
+        """Laid out as the kernels lay out the gradient by this tensor."""
+        return empty_of_rows(tensor)
+
+    def by_formula(self, input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        x = input.to(reduce.wide(input))
+        if weight is not None:
+            weight = weight.to(x.dtype)
+        losses = self._of_classes(self._sums(x, target), weight)
+        result = self.by_overlap * reduce.total(losses.reshape(self.shape(input)), self.reduction)
+        if self.by_rows:
+            name = "softmax_focal_loss" if self.gamma else "cross_entropy"
+            settings = (self.reduction, self.ignore_index, 0.0, x.dtype, self.gamma)
+            rows = RowsCall(name, False, *settings).by_formula(x, target, weight)
+            result = result + self.by_rows * rows
+        return result.to(self.dtype)
+
+    def _sums(self, x: Tensor, target: Tensor) -> Sums:
+        t, counted = self._targets(x, target)
+        if not self.masks:  # what an ignored row holds reaches nothing
+            x = torch.where(counted, x, 0)
+        p, rest = self._probabilities(x)
+        dims = [*([0] if self.batch else []), *range(2, x.dim())]
+        if self.masks:
+            terms = (p * t, p * (1 - t), rest * t)
+        else:  # a class that is elsewhere does not know of what its places hold
+            inside = t > 0
+            terms = (
+                torch.where(inside, p, 0),
+                torch.where(inside, 0, p),
+                torch.where(inside, rest, 0),
+            )
+        sums = [torch.where(counted, term, 0) for term in terms]
+        if dims:
+            sums = [s.sum(dims, keepdim=True) for s in sums]
+        return Sums(*(s.flatten(1)[:, 0 if self.background else 1 :] for s in sums))
+
+    def _targets(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The masks of the classes, and what of them counts."""
+        if self.masks:
+            counted = target != self.ignore_index
+            return torch.where(counted, target, 0).to(x.dtype), counted
+        index = target.to(torch.int64).unsqueeze(1)
+        classes = torch.arange(x.shape[1], device=x.device).reshape(-1, *(1,) * (x.dim() - 2))
+        return (index == classes).to(x.dtype), index != self.ignore_index
+
+    def _probabilities(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """p and 1 - p, both with their digits."""
+        if self.activation == "softmax":
+            log_p = torch_m.log_softmax(x, 1)
+            return log_p.exp(), -torch.expm1(log_p)
+        if self.activation == "sigmoid":
+            return torch.sigmoid(x), torch.sigmoid(-x)
+        return x, 1 - x
+
+    def _of_classes(self, sums: Sums, weight: Tensor | None) -> Tensor:
+        size = sums.both + sums.missed
+        apart = self.alpha * sums.wrong + self.beta * sums.missed
+        both = sums.both
+        if weight is not None:
+            weight = weight[0 if self.background else 1 :]
+        if self.weighting != "none":
+            w = self._weights(size.detach())
+            w = w if weight is None else w * weight
+            apart, both = ((w * each).sum(1) for each in (apart, both))
+        below = both + apart + self.smooth_dr
+        empty = below == 0
+        losses = (apart + (self.smooth_dr - self.smooth_nr)) / torch.where(empty, 1, below)
+        losses = torch.where(empty, 0, losses)
+        if self.weighting != "none":
+            return losses
+        if self.skip_absent:
+            losses = torch.where(size == 0, 0, losses)
+        return losses if weight is None else losses * weight
+
+    def _weights(self, size: Tensor) -> Tensor:
+        """Of a class without elements, as much as the most that another has."""
+        if self.weighting == "uniform":
+            return torch.ones_like(size)
+        w = 1 / (size * size if self.weighting == "square" else size)
+        finite = torch.where(w.isinf(), 0, w)
+        return torch.where(w.isinf(), finite.amax(1, keepdim=True), w)
+
+    def check(self, tensors: Sequence[Any]) -> None:
+        if not self.masks:
+            check_range(self.loss, tensors[1], tensors[0].shape[1], self.ignore_index)
+
+    def replicated(self, tensors: Sequence[Any]) -> tuple[int, int]:
+        return 1, len(tensors)
+
+    def spread(self, incoming: Tensor) -> Tensor:
+        return incoming
