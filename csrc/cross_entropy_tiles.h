@@ -245,6 +245,14 @@ protected:
             focus_part(p, at(c), largest, Index(c), double(r.hard * w), double(r.soft * w), a.gamma, padded,
                        part(c), losses);
         }
+        // The largest class is the own one of the gradient: so is that of probabilities.
+        for (int64_t i = 0; i < padded; ++i) {
+            if (p.y[i] < 0) continue;
+            at(p.y[i])[i] = p.own[i];
+            p.y[i] = largest[i];
+            p.own[i] = math::raised<T>;
+            p.others[i] = p.dots[i];
+        }
     }
 
     void target_gradient(int64_t n, int64_t d0, int64_t count) {

@@ -153,7 +153,7 @@ FUSEDLOSS_LOOP void focus_part(Positions<T>& p, const T* __restrict e, const Ind
         losses[i] += p.y[i] == p.ignored || (b == 0 && part[i] == part[i]) ? 0.0 : b * f.value * surprise;
         part[i] = T(slope);
         p.masses[i] += slope;
-        p.rest[i] += is_own ? 0.0 : slope;
+        p.rest[i] += largest[i] == c ? 0.0 : slope;
     }
 }
 

@@ -108,7 +108,9 @@ def test_module_is_public(name: str) -> None:
 def test_module_without_a_namesake(name: str) -> None:
     """It takes the settings of its function, passes them all, and keeps tensors as buffers."""
     module = MODULES[name]()
-    (function,) = [f for f in FUNCTIONS.values() if f.__name__ in (MODULES[name].__doc__ or "")]
+    (function,) = [
+        f for f in FUNCTIONS.values() if f".{f.__name__}`" in (MODULES[name].__doc__ or "")
+    ]
     settings = inspect.signature(MODULES[name]).parameters
     operands = inspect.signature(module.forward).parameters
     assert [*operands, *settings] == list(inspect.signature(function).parameters)
