@@ -112,6 +112,8 @@ class Case:
         return self.loss.kind
 
     def takes(self, shape: Sequence[int]) -> bool:
+        if self.kind == "sequences" and 0 in shape:
+            return False  # PyTorch refuses them
         return self.loss.dims is None or len(shape) <= self.loss.dims
 
     @property

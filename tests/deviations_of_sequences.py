@@ -57,6 +57,15 @@ def _() -> None:
 
 @deviation
 def _() -> None:
+    """`ctc_loss`: labels in one row may lie apart in memory"""
+    x, lengths = torch.randn(3, 2, 4).log_softmax(2), (tensor([3, 3]), tensor([1, 1]))
+    apart, dense = tensor([1, 2, 3, 3])[::2], tensor([1, 3])
+    assert theirs.ctc_loss(x, apart, *lengths) != theirs.ctc_loss(x, dense, *lengths)
+    assert ours.ctc_loss(x, apart, *lengths) == ours.ctc_loss(x, dense, *lengths)
+
+
+@deviation
+def _() -> None:
     """`ctc_loss`: a label out of range raises IndexError"""
     x, labels = torch.zeros(4, 2, 3), (tensor([[1, 3], [2, 1]]), tensor([3, 3]), tensor([2, 2]))
     assert theirs.ctc_loss(x, *labels).isfinite()  # what lies behind the row of x

@@ -74,7 +74,7 @@ def test_inputs_changed_before_backward(
         value, held, *_ = taken(case.loss.function, tensors, options, wanted)
         right = gradients(value, held)
         for at in [*range(len(tensors)), *(k for k, v in options.items() if isinstance(v, Tensor))]:
-            functions = case.loss.function, case.loss.function, case.loss.reference
+            functions = case.loss.function, case.loss.function, case.theirs
             outcomes = []
             for function in functions:  # the first, one like it, and PyTorch's
                 value, held, given, settings = taken(function, tensors, options, wanted)
