@@ -1,5 +1,7 @@
 """CTC: lengths, labels and blanks of all kinds; against PyTorch, sums of probabilities, and all paths."""
 
+# ruff: noqa: E501 - a row of the table is a line
+
 from __future__ import annotations
 
 import itertools

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from ..front.definition import normal, row
+from ..front.definition import BenchCase, Bounds, normal, row
 from ..front.loss import loss
 from ..front.sequences import Sequences
 
-FRAMES = 9
+FRAMES, MOST = 9, 50
+CASES = (
+    BenchCase("CTC 32x80x500", (32, 80, 500), at_most={"eager": 0.33}),
+    BenchCase("CTC 32x5000x500", (32, 5000, 500), group="beyond"),
+    BenchCase("CTC 256x80x500", (256, 80, 500), group="gpu"),
+)
 
 
 def _example(shape, dtype, generator):
@@ -16,10 +21,13 @@ def _example(shape, dtype, generator):
     alone = len(shape) == 1
     n, classes, frames = (*((1, *shape) if alone else shape), FRAMES)[:3]
     x = normal((frames, n, classes), torch.float64, generator).log_softmax(2).to(dtype)
-    most = frames // 3 if classes > 1 else 0
+    most = min(frames // 3, MOST) if classes > 1 else 0
     targets = torch.randint(1, max(classes - 1, 2), (n, most), generator=generator)
     counts = (torch.randperm(n, generator=generator) + most) % (most + 1)
     inputs = torch.randint(max(2 * most, 1), frames + 1, (n,), generator=generator)
+    if frames > 3 * MOST:  # what is timed
+        counts.fill_(most)
+        inputs.fill_(frames)
     if alone:
         return x[:, 0], targets[0], inputs, counts
     return x, targets, inputs, counts
@@ -50,8 +58,18 @@ def _blank(tensors, generator):
         },
         differentiable=(0,),
         indices=1,
+        bench=CASES,
+        # The gradient multiplies a rounding or two for each frame.
+        bounds=Bounds(float64=(8, 64), formula=(8, 64)),
     ),
-    row(_in_one_row, differentiable=(0,), indices=1, whole=(1,), variant="in one row"),
+    row(
+        _in_one_row,
+        differentiable=(0,),
+        indices=1,
+        whole=(1,),
+        variant="in one row",
+        bounds=Bounds(float64=(8, 64), formula=(8, 64)),
+    ),
 )
 def ctc_loss(blank, zero_infinity):
     r"""Connectionist temporal classification: minus the logarithm of the probability of the labels.
