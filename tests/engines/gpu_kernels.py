@@ -178,11 +178,13 @@ class Call:
         """The tensors are not filled: the pages of large ones are never touched."""
         row = REGISTRY[self.loss]
         generator = torch.Generator().manual_seed(0)
-        small = row.example((3, 4, 2)[: len(self.shape)], self.dtype, generator)
-        sizes = {3: self.shape[0], 4: self.shape[1], 2: self.shape[2:]}
-        tensors = [
-            torch.empty([n for s in t.shape for n in flat(sizes[s])], dtype=t.dtype) for t in small
-        ]
+        if row.kind == "sequences":  # whose lengths are read
+            tensors = list(row.example(self.shape, self.dtype, generator))
+        else:
+            small = row.example((3, 4, 2)[: len(self.shape)], self.dtype, generator)
+            sizes = {3: self.shape[0], 4: self.shape[1], 2: self.shape[2:]}
+            shapes = ([n for s in t.shape for n in flat(sizes[s])] for t in small)
+            tensors = [torch.empty(s, dtype=t.dtype) for s, t in zip(shapes, small, strict=True)]
         for k in row.differentiable:
             tensors[k].requires_grad_()
         options = row.options[self.option or next(iter(row.options))](tuple(tensors), generator)
@@ -264,6 +266,14 @@ CALLS: list[Call | Step] = [
     Call(FOCAL, PIXELS, F32, hot=True),
     Call("nll_loss", VOCABULARY, F32, hot=True),
     Call("triplet_margin_loss", (65536, 512), F32, hot=True),
+    Call("ctc_loss", (32, 80, 500), F32, hot=True),
+    *(
+        Call("ctc_loss", shape, dtype, option, reduction)
+        for option in REGISTRY["ctc_loss"].options
+        for shape in ((32, 80, 500), (4, 5000, 400))
+        for dtype in (F32, F64, BF16, F16)
+        for reduction in ("mean", "none")
+    ),
     Call("cosine_embedding_loss", (65536, 512), F32, hot=True),
     *(
         Call(key, shape, F32, hot=True)
