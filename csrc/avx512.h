@@ -267,13 +267,13 @@ FUSEDLOSS_INLINE Floats log1p_unit(Floats e) {
 }
 
 // In double: the compiler makes vectors of these.
-FUSEDLOSS_INLINE Floats pow(Floats x, Floats p) {
+FUSEDLOSS_INLINE Floats pow(Floats x, double p) {
+    if (p == 2.0) return x * x;
     constexpr int count = sizeof(Register) / sizeof(float);
-    float values[count], powers[count];
+    float values[count];
     x.store(values);
-    p.store(powers);
 #pragma omp simd
-    for (int i = 0; i < count; ++i) values[i] = pow(values[i], powers[i]);
+    for (int i = 0; i < count; ++i) values[i] = pow(values[i], p);
     return Floats::load(values);
 }
 

@@ -371,7 +371,7 @@ FUSEDLOSS_INLINE T at_least(T x, T least) {
 
 // exp(p log x) for x >= 0 (NaN below), the logarithm in two parts: 0.95 ULP for |p| <= 16, 3 for |p| <= 100.
 FUSEDLOSS_INLINE double pow(double x, double p) { return detail::pow(x, p); }
-FUSEDLOSS_INLINE float pow(float x, float p) { return float(detail::pow(double(x), double(p))); }
+FUSEDLOSS_INLINE float pow(float x, double p) { return float(detail::pow(double(x), p)); }
 
 }  // namespace fusedloss::math
 

@@ -272,7 +272,8 @@ def reference(
             tuple(torch.full_like(g, eps * max(_greatest(g), slope)) for g in exact.grads),
         )
         for _ in range(2):  # the effects of two arguments can cancel, but not twice
-            moved = tuple(_moved(t, eps, generator) for t in inputs)
+            ignored = settings.get("ignore_index")
+            moved = tuple(_moved(t, eps, generator, ignored) for t in inputs)
             shifted = run(case.function, moved, settings, wanted, arrives)
             for (_, s), (_, a), (_, b) in zip(
                 scale.named(), shifted.named(), exact.named(), strict=True
@@ -281,12 +282,13 @@ def reference(
     return Reference(exact, scale)
 
 
-def _moved(tensor: Tensor, eps: float, generator: Generator) -> Tensor:
-    """One or two roundings towards 0 of each element: a probability stays one."""
+def _moved(tensor: Tensor, eps: float, generator: Generator, ignored: int | None) -> Tensor:
+    """One or two roundings towards 0 of each element: a probability stays one, and so does what is ignored."""
     if not tensor.is_floating_point():
         return tensor
     steps = torch.randint(1, 3, tensor.shape, generator=generator)
-    return tensor * (1 - eps * steps.to(tensor.device))
+    moved = tensor * (1 - eps * steps.to(tensor.device))
+    return moved if ignored is None else torch.where(tensor == ignored, tensor, moved)
 
 
 def _greatest(tensor: Tensor) -> float:

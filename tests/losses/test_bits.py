@@ -68,6 +68,8 @@ def some_of(case: Case, whole: Outcome, rows: slice) -> Outcome:
 
 
 def rows_of(case: Case, tensors: Tensors, settings: Options, rows: slice) -> Outcome:
+    if "sample_weight" in settings and case.kind == "pointwise":
+        settings = {**settings, "sample_weight": settings["sample_weight"][rows]}
     options = {
         k: v[rows] if isinstance(v, Tensor) and v.shape == tensors[0].shape else v
         for k, v in settings.items()

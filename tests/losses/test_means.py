@@ -62,6 +62,8 @@ def divisor(case: Case, tensors: Tensors, options: Options, losses: Tensor) -> f
     target = options.get("target")
     if case.loss.name == "multi_margin_loss":  # its mean is of the rows
         return losses.numel()
+    if case.kind == "pointwise" and "ignore_index" in options:
+        return int((tensors[1] != options["ignore_index"]).sum())
     if target is not None or case.loss.indices is not None:
         target = tensors[case.loss.indices] if target is None else target
         kept = target[target != options.get("ignore_index", -100)]

@@ -81,6 +81,7 @@ def prepare(loss: str, call: Call, tensors: tuple[Tensor | None, ...]) -> Again 
     learned = sum(needed)
     if (
         call.reduction == "none"
+        or call.counts
         or not all(needed[:learned])
         or not all(t is None or (t.is_contiguous() and t.numel()) for t in tensors)
     ):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from . import torch_state
 from .errors import fail, truth, warn
 
+PART = 1 << 17  # elements
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -57,6 +60,15 @@ def total(losses: Tensor, reduction: str, denominator: Tensor | float | None = N
 def sum_of(weights: Tensor) -> Tensor:
     """What 'mean' divides by: a count of rows, or a sum of weights of any type, in float64."""
     return weights.sum(dtype=exact(weights))
+
+
+def count_other(tensor: Tensor, value: float) -> Tensor:
+    """How many elements are not `value`; of a plain tensor in parts, so that no condition is held in full."""
+    parts: tuple[Tensor, ...] = (tensor,)
+    if type(tensor) is Tensor and tensor.dim() and not torch.compiler.is_compiling():
+        parts = tensor.split(max(1, PART // max(1, tensor.shape[1:].numel())))
+    counts = ((part.to(wide(part)) != value).sum(dtype=exact(part)) for part in parts)
+    return functools.reduce(torch.add, counts)
 
 
 def wide(*tensors: Tensor) -> torch.dtype:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..core import errors, levels, reduce
 from . import docs, modules, signature, strict
 from .definition import Loss, register
+from .modules import OF_BATCH
 from .settings import BY_DEFAULT, Setting
 from .signature import Memo
 
@@ -87,7 +88,8 @@ class Definition:
         """
         legacy = [n for n in signature.LEGACY if n in self.signature.parameters]
         settled = [s.settled.format(n) for n, s in self.settings.items() if s.settled]
-        plain = " and ".join([*(f"{n} is None" for n in legacy), *settled]) or "True"
+        absent = [*legacy, *(n for n in self.optional if n == OF_BATCH)]
+        plain = " and ".join([*(f"{n} is None" for n in absent), *settled]) or "True"
         keys = ["reduction", *(s.key.format(n) for n, s in self.settings.items())]
         keys += [f"{n} is None" for n in self.further]  # where tensors stand depends on it
         tensors = [*self.operands, *self.further]
@@ -203,7 +205,9 @@ def _definition(
         operands=tuple(n for n, p in tensors.items() if p.default is p.empty),
         optional=tuple(n for n, p in tensors.items() if p.default is None),
         further=tuple(
-            n for n in own.parameters if theirs and n in tensors and tensors[n].default is None
+            n
+            for n in own.parameters
+            if theirs and n in tensors and tensors[n].default is None and n != OF_BATCH
         ),
         settings={n: settings[n] for n in own.parameters if n in settings},
         extensions=tuple(n for n in whole.parameters if theirs and n not in theirs.parameters),

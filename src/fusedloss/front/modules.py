@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional  # noqa: F401
 
 import torch.nn
+from torch import Tensor  # noqa: F401  (in what is compiled here)
 
 from .signature import LEGACY, Parameter, bare, compiled, extended
 
 MODULES: dict[str, type[torch.nn.Module]] = {}  # of the face fusedloss.nn, by their names
 FACE = "fusedloss.nn"
+OF_BATCH = "sample_weight"  # the weight that is no setting: forward takes it
 
 
 def make(
@@ -24,11 +26,15 @@ def make(
     parameters = inspect.signature(function).parameters
     kept = [n for n in parameters if n in constructor.parameters and n not in (*LEGACY, *operands)]
     passed = ", ".join([*tensors, *(f"{n}=self.{n}" for n in kept)])
-    more = "".join(f", {n}=self.{n}" for n in extensions)
-    lines = [f"def forward(self, {', '.join(tensors)}):"]
+    of_call = [n for n in extensions if n == OF_BATCH]
+    extensions = tuple(n for n in extensions if n != OF_BATCH)
+    more = "".join([f", {n}=self.{n}" for n in extensions] + [f", {n}={n}" for n in of_call])
+    given = [*tensors, *(f"{n}: Optional[Tensor] = None" for n in of_call)]
+    lines = [f"def forward(self, {', '.join(given)}):"]
     if extensions:  # TorchScript, which has PyTorch's own function, drops the branch
-        lines += [f"    if {' or '.join(f'self.{n}' for n in extensions)}:"]
-        lines += [f"        return _function({passed}{more})"]
+        set_ = [_is_set(parameters[n]) for n in extensions] + [f"{n} is not None" for n in of_call]
+        lines += ["    if not torch.jit.is_scripting():", f"        if {' or '.join(set_)}:"]
+        lines += [f"            return _function({passed}{more})"]
     lines += [f"    return _function({passed})"]
     body: dict[str, Any] = {
         "forward": compiled(lines, "forward", {"_function": function}, globals(), f"{name}."),
@@ -42,21 +48,27 @@ def make(
     MODULES[name] = type(name, (theirs,), body)
 
 
+def _is_set(extension: Parameter) -> str:
+    return f"self.{extension.name}" + (" is not None" if extension.default is None else "")
+
+
 def make_alone(
     name: str, function: Callable[..., Any], operands: tuple[str, ...], optional: tuple[str, ...]
 ) -> None:
     """One that PyTorch has no namesake of, constructed with the settings; tensors among them are buffers."""
     parameters = inspect.signature(function).parameters
-    settings = [p for n, p in parameters.items() if n not in operands]
+    of_call = [n for n in optional if n == OF_BATCH]
+    settings = [p for n, p in parameters.items() if n not in (*operands, *of_call)]
     taken = inspect.Signature([Parameter("self", Parameter.POSITIONAL_ONLY), *settings])
     lines = [f"def __init__{bare(taken)}:", "    _super.__init__(self)"]
     for p in settings:
         buffer = f"    self.register_buffer({p.name!r}, {p.name})"
         lines.append(buffer if p.name in optional else f"    self.{p.name} = {p.name}")
-    passed = ", ".join([*operands, *(f"{p.name}=self.{p.name}" for p in settings)])
+    passed = [*operands, *(f"{p.name}=self.{p.name}" for p in settings)]
+    passed += [f"{n}={n}" for n in of_call]
     forward = [
-        f"def forward(self, {', '.join(operands)}):",
-        f"    return _function({passed})",
+        f"def forward(self, {', '.join([*operands, *(f'{n}=None' for n in of_call)])}):",
+        f"    return _function({', '.join(passed)})",
     ]
 
     def extra_repr(self: Any) -> str:
@@ -95,7 +107,7 @@ def _extension(
 
     return {
         **added,
-        "__constants__": [*theirs.__constants__, *added],
+        "__constants__": [*getattr(theirs, "__constants__", ()), *added],
         "__init__": compiled(
             lines, "__init__", {"_theirs": theirs}, globals(), f"{theirs.__name__}."
         ),

@@ -27,6 +27,7 @@ class Types:
     anything: bool = (
         False  # whether torch's operations serve where none is floating point, or one complex
     )
+    keeps: bool = False  # whether the losses of integers are integers, whatever the formula gives
 
 
 def promote(kernel: str, anything: bool = False) -> Types:

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ..core import errors, sharded, trace
 from ..core.plain import check as check_memory
-from ..core.reduce import result_dtype, sum_of, total
+from ..core.reduce import result_dtype, sum_of, total, wide
 from ..kinds.formula import Pointwise
 from ..kinds.pointwise import PointwiseCall
 from ..kinds.torch_m import OutsideDomain
 from ..route.dispatch import dispatch
 from . import docs
-from .loss import Definition
+from .loss import OF_BATCH, Definition
 from .operands import Shapes, Tensors, Types, warn
 from .signature import Memo
 
@@ -132,7 +132,8 @@ class Elements:
         self, loss: Definition, settings: dict[str, Any], further: Tensors
     ) -> tuple[Pointwise, tuple[float, ...]]:
         """The formula and its numbers, by the settings and the further operands that there are."""
-        found = loss.body(**settings, **{n: further.get(n) for n in loss.further})
+        whole = dict.fromkeys(loss.signature.parameters) if loss.alone else {}
+        found = loss.body(**{**whole, **settings}, **{n: further.get(n) for n in loss.further})
         return (found, ()) if isinstance(found, Pointwise) else found
 
     def run(self, loss: Definition, memo: tuple[Any, ...] | None, given: dict[str, Any]) -> Tensor:
@@ -153,6 +154,7 @@ class Elements:
         if more or any(t.device != first.device for t in others):
             errors.same_device(name, **operands, **more)
         weight = more.pop("weight", None)
+        of_batch = more.pop(OF_BATCH, None)
         dtype = self.types.check(name, operands, weight, self.shapes)
         if differ and self.shapes.late:
             self.shapes.check(name, operands)
@@ -164,6 +166,11 @@ class Elements:
         if self.types.anything and not dtype.is_floating_point:
             return self.by_torch(loss, operands, weight, settings, reduction, dtype)
         given_tensors = (*(t for t in given_tensors if t is not None), weight)
+        if of_batch is not None:
+            of_batch = spread_over(name, first, of_batch)
+            if weight is not None:
+                of_batch = of_batch.to(wide(weight, of_batch)) * weight
+            weight = of_batch
         call, tensors = self.call(loss, operands, more, weight, settings, reduction, dtype)
         if any(t is not u for t, u in zip(tensors, given_tensors, strict=True)):
             memo = None  # what is repeated gets the tensors as they are given
@@ -200,7 +207,8 @@ class Elements:
             reduction, denominator = ("mean", first.shape[0]) if first.dim() else ("sum", None)
         formula, numbers = self.chosen(loss, settings, further)
         dtype = result_dtype(dtype, first)
-        call = PointwiseCall(formula, numbers, reduction, denominator, dtype, by_weights)
+        ignored = settings.get("ignore_index")
+        call = PointwiseCall(formula, numbers, reduction, denominator, dtype, by_weights, ignored)
         return call, (*operands.values(), *further.values(), weight)
 
     def by_torch(
@@ -222,7 +230,7 @@ class Elements:
         formula, numbers = self.chosen(loss, settings, {})
         named = dict(zip(formula.params, numbers, strict=True))
         losses = formula.value(*operands.values(), **named)
-        if not dtype.is_complex:
+        if self.types.keeps:
             losses = losses.to(dtype)
         denominator = None
         if weight is not None and self.weight is not None:
@@ -251,6 +259,16 @@ class Elements:
             f"{self.no_tensor.__name__}: an argument that is no tensor",
         ]
         return docs.Words(returns, tuple(raises))
+
+
+def spread_over(name: str, input: Tensor, of_batch: Tensor) -> Tensor:
+    """A weight of the first dimensions, with the others of size 1."""
+    own, shape = of_batch.shape, input.shape
+    if len(own) > len(shape) or any(a not in (1, b) for a, b in zip(own, shape, strict=False)):
+        words = f"{OF_BATCH} of shape {list(own)} does not broadcast to the first dimensions of the input's"
+        errors.fail(RuntimeError, name, f"{words} {list(shape)}")
+    weight = floating(name, input, **{OF_BATCH: of_batch})
+    return weight.reshape((*own, *(1,) * (len(shape) - len(own))))
 
 
 def _make_floating(name: str, kernel: str, operands: Tensors, dtype: torch.dtype) -> None:

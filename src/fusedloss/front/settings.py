@@ -72,11 +72,20 @@ def one_of(*values: str) -> Setting:
     return Setting(check, f"ValueError: {{argument}} that is none of {', '.join(values)}")
 
 
+def _integer_or_none(function: str, argument: str, value: Any) -> int | None:
+    return None if value is None else _integer(function, argument, value)
+
+
 number = Setting(errors.number, "TypeError: {argument} that is no number")
 positive = above(0)
 boolean = Setting(
     errors.boolean, "TypeError: {argument} that is no bool", "({0} is True or {0} is False)"
 )
 integer = Setting(_integer, "TypeError: {argument} that is no integer", key="{0}, type({0})")
+integer_or_none = Setting(
+    _integer_or_none,
+    "TypeError: {argument} that is neither an integer nor None",
+    key="0 if {0} is None else {0}, type({0})",
+)
 # What a setting may be that has such a default, and of which no more is said.
 BY_DEFAULT: dict[type, Setting] = {float: number, bool: boolean, int: integer}

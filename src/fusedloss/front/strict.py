@@ -26,7 +26,7 @@ class Seen(NamedTuple):
     input: Tensor
     target: Tensor
     reduction: str = "none"
-    ignore_index: int = -100
+    ignore_index: int | None = -100
     log_target: bool = False
 
     @property
@@ -36,6 +36,7 @@ class Seen(NamedTuple):
     @property
     def counted(self) -> Tensor:
         """The rows whose class index is not ignored."""
+        assert self.ignore_index is not None  # by the losses of classes
         return self.target.to(torch.int64) != self.ignore_index
 
     @property
@@ -98,7 +99,10 @@ def target_is_probability(seen: Seen) -> str | None:
     """a target outside [0, 1] of `binary_cross_entropy_with_logits`"""
     t = seen.target
     fix = "targets are probabilities in [0, 1] (for labels -1 and 1: (target + 1) / 2)"
-    return _first(t, ~((t >= 0) & (t <= 1)), "target", fix)
+    bad = ~((t >= 0) & (t <= 1))
+    if seen.ignore_index is not None:
+        bad &= t != seen.ignore_index
+    return _first(t, bad, "target", fix)
 
 
 def target_is_sign(seen: Seen) -> str | None:

@@ -13,6 +13,7 @@ class Kind:
     operator: ClassVar[bool] = True  # a compiled graph holds the call as one operator of torch
     hides: ClassVar[bool] = False  # and so does every dispatch mode: the formula takes much memory
     separable: ClassVar[bool] = True  # what arrives at a loss scales gradients of its own
+    counts: ClassVar[bool] = False  # its divisor is counted at each call, outside of the kernel
     everywhere: ClassVar[bool] = False  # torch operations serve as well on devices without kernels
 
     @property

@@ -27,6 +27,7 @@ class PointwiseCall(Kind):
     denominator: float | None  # of 'mean'; the number of losses where None
     dtype: torch.dtype  # of the result
     by_weights: bool = False  # 'mean' divides by the sum of the weights
+    ignored: float | None = None  # the target of elements that 'mean' does not count
 
     family: ClassVar[str] = "pointwise"
     operator: ClassVar[bool] = False
@@ -54,8 +55,15 @@ class PointwiseCall(Kind):
         """Whether the gradients that are needed depend on what tensor k holds."""
         return not (k == 0 and self.formula.linear and not any(needed[1:]))
 
-    def divisor(self, weight: Tensor | None) -> Tensor | float | None:
+    @property
+    def counts(self) -> bool:  # type: ignore[override]
+        return self.ignored is not None and self.reduction == "mean"
+
+    def divisor(self, tensors: Sequence[Any]) -> Tensor | float | None:
         """What 'mean' divides by; the number of losses where None."""
+        weight = tensors[-1]
+        if self.counts and self.ignored is not None:
+            return reduce.count_other(tensors[1], self.ignored)
         if self.by_weights and weight is not None and self.reduction == "mean":
             return reduce.sum_of(weight)
         return self.denominator
@@ -72,7 +80,7 @@ class PointwiseCall(Kind):
         losses = apply(self.formula, given, names)
         if weight is not None:
             losses = losses * weight.to(compute)
-        result = reduce.total(losses, self.reduction, self.divisor(weight))
+        result = reduce.total(losses, self.reduction, self.divisor(tensors))
         return lowered(result, alone).to(self.dtype)
 
     def gradients_by_formula(
@@ -86,7 +94,7 @@ class PointwiseCall(Kind):
         wide = torch.broadcast_tensors(*(t.to(compute) for t in given))
         scale = incoming.to(compute)
         if self.reduction == "mean":
-            divisor = self.divisor(weight)
+            divisor = self.divisor(tensors)
             scale = scale / (wide[0].numel() if divisor is None else divisor)
         if weight is not None:
             scale = scale * weight.to(compute)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NoReturn
 
 import torch
@@ -12,9 +13,11 @@ from ..front.definition import elements, normal, plain, row, uniform
 from ..front.loss import loss
 from ..front.operands import Shapes, Types, refuse, same
 from ..front.pointwise import Elements, broadcasting
+from ..front.settings import integer_or_none, within
 from ..front.strict import input_is_no_sigmoid, target_is_number, target_is_probability
 from ..kinds import torch_m as m
 from ..kinds.formula import Pointwise
+from . import composed
 
 
 def bce(x, t):
@@ -72,11 +75,24 @@ def _weight(tensors, generator):
     return uniform(tensors[0].shape[-1:], tensors[0].dtype, generator, 0.1, 3)
 
 
+def of_batch(tensors, generator):
+    """Of the first dimension."""
+    return uniform(tensors[0].shape[:1], tensors[0].dtype, generator, 0.1, 3)
+
+
+def labels(shape, dtype, generator):
+    """Logits, and targets of which a third is -1, but not the first."""
+    x, targets = logits(shape, dtype, generator)
+    some = torch.rand(shape, generator=generator) < 0.3
+    some.view(-1)[:1] = False
+    return x, torch.where(some, -1, targets)
+
+
 def _probabilities(shape, dtype, generator):
     return uniform(shape, dtype, generator, 0.01, 0.99), uniform(shape, dtype, generator, 0, 1)
 
 
-def _logits(shape, dtype, generator):
+def logits(shape, dtype, generator):
     return 3 * normal(shape, dtype, generator), uniform(shape, dtype, generator, 0, 1)
 
 
@@ -156,6 +172,57 @@ def bce_with_logits_pos_grad(x, t, w):
 BCE_WITH_LOGITS_POS = Pointwise(bce_with_logits_pos, bce_with_logits_pos_grad)
 
 
+def bce_with_logits_marked(x, t, *, smoothing, ignored):
+    z = m.where(t == ignored, 0.0, x)
+    one = (1.0 - smoothing) * t + 0.5 * smoothing
+    other = (1.0 - smoothing) * (1.0 - t) + 0.5 * smoothing
+    slope = m.where(z > 0.0, other, -one)
+    value = m.where(slope == 0.0, 0.0, slope * z) - m.log_sigmoid(m.abs(z))
+    return m.where(t == ignored, 0.0, value)
+
+
+def bce_with_logits_marked_grad(x, t, *, smoothing, ignored):
+    z = m.where(t == ignored, 0.0, x)
+    one = (1.0 - smoothing) * t + 0.5 * smoothing
+    other = (1.0 - smoothing) * (1.0 - t) + 0.5 * smoothing
+    e = m.exp(-m.abs(z))
+    tail = e / (1.0 + e)
+    slope = m.where(z > 0.0, other - tail, tail - one)
+    return m.where(t == ignored, 0.0, slope), (smoothing - 1.0) * z
+
+
+BCE_WITH_LOGITS_MARKED = Pointwise(bce_with_logits_marked, bce_with_logits_marked_grad)
+
+
+def bce_with_logits_marked_pos(x, t, w, *, smoothing, ignored):
+    z = m.where(t == ignored, 0.0, x)
+    one = (1.0 - smoothing) * t + 0.5 * smoothing
+    other = (1.0 - smoothing) * (1.0 - t) + 0.5 * smoothing
+    slope = m.where(z > 0.0, other, -w * one)
+    rest = (other + w * one) * m.log_sigmoid(m.abs(z))
+    value = m.where(slope == 0.0, 0.0, slope * z) - rest
+    return m.where(t == ignored, 0.0, value)
+
+
+def bce_with_logits_marked_pos_grad(x, t, w, *, smoothing, ignored):
+    z = m.where(t == ignored, 0.0, x)
+    one = (1.0 - smoothing) * t + 0.5 * smoothing
+    other = (1.0 - smoothing) * (1.0 - t) + 0.5 * smoothing
+    e = m.exp(-m.abs(z))
+    head = 1.0 / (1.0 + e)
+    tail = e / (1.0 + e)
+    slope = other * m.where(z > 0.0, head, tail) - w * one * m.where(z > 0.0, tail, head)
+    by_target = (1.0 - smoothing) * (m.log_sigmoid(-z) - w * m.log_sigmoid(z))
+    return (
+        m.where(t == ignored, 0.0, slope),
+        m.where(t == ignored, 0.0, by_target),
+        m.where(t == ignored, 0.0, -one * m.log_sigmoid(z)),
+    )
+
+
+BCE_WITH_LOGITS_MARKED_POS = Pointwise(bce_with_logits_marked_pos, bce_with_logits_marked_pos_grad)
+
+
 def _types(
     name: str, operands: dict[str, Tensor], _weight: Tensor | None, _shapes: Shapes
 ) -> torch.dtype:
@@ -184,7 +251,7 @@ LOGITS = Types(
         weight=broadcasting(TypeError),
     ),
     row(
-        _logits,
+        logits,
         {
             "plain": plain,
             "weight": lambda t, g: {"weight": _weight(t, g)},
@@ -193,9 +260,32 @@ LOGITS = Types(
         },
         bench=elements("BCE with logits", near=1.7, beyond=0.6, compiled=True),
     ),
+    row(
+        labels,
+        {
+            "ignored": lambda t, g: {"ignore_index": -1},
+            "all": lambda t, g: {
+                "ignore_index": -1,
+                "label_smoothing": 0.3,
+                "sample_weight": of_batch(t, g),
+                "weight": _weight(t, g),
+                "pos_weight": _weight(t, g),
+            },
+        },
+        variant="marked",
+        differentiable=(0,),
+        composed=composed.binary_cross_entropy_with_logits,
+    ),
     rules=(target_is_number, target_is_probability, input_is_no_sigmoid),
+    ignore_index=integer_or_none,
+    label_smoothing=within(0.0, 1.0),
 )
-def binary_cross_entropy_with_logits(pos_weight):
+def binary_cross_entropy_with_logits(
+    pos_weight,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+):
     r"""Binary cross entropy of logits, finite for any finite logit.
 
     .. math::
@@ -207,5 +297,14 @@ def binary_cross_entropy_with_logits(pos_weight):
         weight: w, broadcasts to the input's shape.
         reduction: 'none', 'mean' (over the number of elements, whatever the weight) or 'sum'.
         pos_weight: p, the weight of positive examples; broadcasts to the input's shape.
+        ignore_index: elements whose target equals it count for nothing, whatever their input holds: neither in
+            the loss, nor in its gradients, nor in what 'mean' divides by. This and the next are not PyTorch's.
+        label_smoothing: h in [0, 1], by which a target t becomes :math:`(1 - h)\,t + h / 2`.
+        sample_weight: of the first dimensions of the input, such as the batch's; multiplies the losses. 'mean'
+            divides by the number of elements all the same. The module takes it in forward.
     """
-    return BCE_WITH_LOGITS if pos_weight is None else BCE_WITH_LOGITS_POS
+    if ignore_index is None and not label_smoothing:
+        return BCE_WITH_LOGITS if pos_weight is None else BCE_WITH_LOGITS_POS
+    numbers = label_smoothing, math.nan if ignore_index is None else float(ignore_index)
+    formula = BCE_WITH_LOGITS_MARKED if pos_weight is None else BCE_WITH_LOGITS_MARKED_POS
+    return formula, numbers

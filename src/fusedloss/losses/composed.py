@@ -285,3 +285,61 @@ def rows_of(tensor: Tensor) -> Tensor:
     rows = tensor if tensor.dim() > 1 else tensor.reshape(1, -1)
     floating = tensor.is_floating_point()
     return rows.to(torch.promote_types(rows.dtype, torch.float32)) if floating else rows
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    kept = torch.ones_like(target) if ignore_index is None else target != ignore_index
+    x, t = torch.where(kept.bool(), input, 0), smoothed(target, label_smoothing)
+    losses = F.binary_cross_entropy_with_logits(
+        x, t, weight, pos_weight=pos_weight, reduction="none"
+    )
+    return of_elements(losses, kept, sample_weight, reduction)
+
+
+def sigmoid_focal_loss(
+    input: Tensor,
+    target: Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "mean",
+    *,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """As torchvision's, with these options."""
+    kept = torch.ones_like(target) if ignore_index is None else target != ignore_index
+    x = torch.where(kept.bool(), input, 0)
+    t = smoothed(torch.where(kept.bool(), target, 0), label_smoothing)
+    p = torch.sigmoid(x)
+    losses = F.binary_cross_entropy_with_logits(x, t, reduction="none")
+    losses = losses * (1 - (p * t + (1 - p) * (1 - t))) ** gamma
+    if alpha >= 0:
+        losses = losses * (alpha * t + (1 - alpha) * (1 - t))
+    return of_elements(losses, kept, sample_weight, reduction)
+
+
+def smoothed(target: Tensor, label_smoothing: float) -> Tensor:
+    return target * (1 - label_smoothing) + label_smoothing / 2
+
+
+def of_elements(
+    losses: Tensor, kept: Tensor, sample_weight: Tensor | None, reduction: str
+) -> Tensor:
+    if sample_weight is not None:
+        ones = (1,) * (losses.dim() - sample_weight.dim())
+        losses = losses * sample_weight.reshape((*sample_weight.shape, *ones)).to(losses)
+    losses = torch.where(kept.bool(), losses, 0)
+    if reduction == "none":
+        return losses
+    return losses.sum() / kept.sum() if reduction == "mean" else losses.sum()

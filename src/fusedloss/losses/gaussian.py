@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core import errors
 from ..core.reduce import REDUCTIONS
-from ..front.definition import elements, normal, options, row, uniform
+from ..front.definition import Bounds, elements, normal, options, row, uniform
 from ..front.loss import Definition, loss
 from ..front.operands import Shapes, Tensors, Types, broadcast, promote
 from ..front.pointwise import Elements, Reduction
@@ -107,6 +107,8 @@ def _predictions(shape, dtype, generator):
         _predictions,
         options(full=True, eps=0.05),
         differentiable=(0, 1, 2),
+        # The logarithm and the square cancel where the deviation is about that of the variance.
+        bounds=Bounds(float32=(16, 4), float64=(16, 4), formula=(16, 4)),
         bench=elements("Gaussian", near=1.7, beyond=0.8),
     ),
 )

@@ -40,7 +40,8 @@ def soft_margin(x, t):
 
 
 def soft_margin_grad(x, t):
-    slope = m.sigmoid(-(t * x))
+    e = m.exp(-m.abs(t * x))
+    slope = m.where(t * x > 0.0, e, 1.0) / (1.0 + e)
     return -t * slope, -x * slope
 
 
@@ -104,6 +105,7 @@ def _of_input_or_integers(name, operands, _weight, _shapes):
             ("NotImplementedError: a complex tensor",),
             integers=True,
             anything=True,
+            keeps=True,
         ),
         shapes=broadcast,
         no_tensor=TypeError,

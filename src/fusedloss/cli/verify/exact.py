@@ -154,7 +154,7 @@ def _pointwise(
     def results(point: Sequence[Number]) -> Results:
         w = 1 if weight is None else point[-1]
         arguments = point if weight is None else point[:-1]
-        slopes = grad(*arguments, **settings)[:2]  # probes differentiate by no more
+        slopes = grad(*arguments, **settings)
         return [w * value(*arguments, **settings), *(w * slope for slope in slopes)]
 
     def row(point: tuple[Number, ...]) -> tuple[Results, Results]:

@@ -287,6 +287,8 @@ def _sums(loss: Loss, dtype: torch.dtype, path: Path, repeat: int) -> Iterator[S
     # In the mean of sequences each has a divisor of its own.
     for reduction in ("sum", "mean")[: 1 if loss.kind == "sequences" else 2]:
         parts = rows if reduction == "mean" else 1
+        if reduction == "mean" and "ignore_index" in options and not loss.rows:
+            parts = int((tensors[1] != options["ignore_index"]).sum())
         got = function(*tensors, reduction=reduction)
         with exact.mp.workdps(exact.mp.dps):
             want = (exact.mp.mpf(once) + low) / parts

@@ -153,6 +153,31 @@ def _logits(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Te
     yield torch.where(torch.arange(n) % 2 == 0, x, -x), _targets(n, generator)
 
 
+def _labelled(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
+    """Of -1 and 1, and now and then of something else."""
+    edges = (0.0, TINY, 0.3, 1.0, 17.0, 88.0, 104.0, 700.0, 6e4)
+    yield _grid([*edges, *(-x for x in edges)], (1.0, -1.0, 0.5))
+    x = uniform((count // 2,), torch.float64, generator, -120, 120)
+    labels = 2 * torch.randint(2, x.shape, generator=generator) - 1.0
+    yield x, labels
+    x = _edge(x.shape, dtype, generator)
+    yield torch.where(torch.arange(len(x)) % 2 == 0, x, -x), labels
+
+
+def _ranked(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
+    for x, t in _mse(count, dtype, generator):
+        yield x, t, 2 * torch.randint(2, x.shape, generator=generator) - 1.0
+
+
+def _gaussian(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
+    variances = (0.0, TINY, 1e-20, 1e-6, 1e-3, 1.0, 1e4)
+    yield _grid((0.0, 0.9, -1.1, 60.0), (0.0, 0.7), variances)
+    x, t = normal((2, count // 4), dtype, generator).unbind()
+    d = (x - t).double()
+    yield x, t, d * d * (1 + 1e-3 * normal(d.shape, torch.float64, generator))  # slopes that cancel
+    yield x, t, _powers(len(x), generator, -5, 4)
+
+
 def _kl(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
     yield _grid((0.0, -1.0, -30.0, -1e4, 0.5), (0.0, 1.0, TINY, 1e-30, 0.5, BELOW_ONE))
     yield _grid((-INF,), (0.0,))
@@ -324,6 +349,12 @@ HARD: dict[str, Draw] = {
     "dice_loss": _images,
     "dice_loss[masks]": _masked,
     "mse_loss": _mse,
+    "smooth_l1_loss": _mse,
+    "soft_margin_loss": _labelled,
+    "hinge_embedding_loss": _labelled,
+    "margin_ranking_loss": _ranked,
+    "gaussian_nll_loss": _gaussian,
+    "sigmoid_focal_loss": _logits,
     "binary_cross_entropy": _bce,
     "binary_cross_entropy_with_logits": _logits,
     "kl_div": _kl,

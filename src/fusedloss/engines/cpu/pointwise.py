@@ -51,7 +51,7 @@ class PointwiseEngine(CpuEngine[PointwisePlan]):
         numel = shape.numel()
         denominator = 1.0
         if call.reduction == "mean":
-            divisor = call.divisor(weight)
+            divisor = call.divisor(tensors)
             denominator = float(numel if divisor is None else divisor)
         head = (_number(call), numel)
         scale = 1.0 / denominator if denominator else math.nan

@@ -136,6 +136,10 @@ class Formula:
             self.expect(args[0], True, local)
             args = args[1:]
         kinds = [self.expect(each, False, local) for each in args]
+        if name == "pow" and not (
+            isinstance(args[1], ast.Name) and self.parameters.get(args[1].id) == NUMBER
+        ):
+            self.refuse(node, "the exponent is one of the formula's numbers")
         if name != "where" and VALUE not in kinds:
             self.refuse(node, "it depends on no operand: let the loss compute it, as a number")
         return VALUE
@@ -177,8 +181,10 @@ class Formula:
                 e = self.stages.call("exp_minus_abs", staged(arg, magnitude))
                 rest = e if name == "sigmoid" else self.stages.call("log1p_unit", e)
                 return f"math::{name}({text(arg)}, {rest})"
-            case ast.Call(ast.Attribute(attr=name), args) if NAMES.FUNCTIONS[name].staged:
-                return self.stages.call(name, ", ".join(map(staged, args)))
+            case ast.Call(ast.Attribute(attr="pow"), [arg, ast.Name(number)]):
+                return self.stages.call("pow", f"{staged(arg)}, exactly.{number}")
+            case ast.Call(ast.Attribute(attr=name), [arg]) if NAMES.FUNCTIONS[name].staged:
+                return self.stages.call(name, staged(arg))
             case ast.Call(ast.Attribute(attr=name), args):
                 return f"math::{name}({', '.join(map(text, args))})"
         self.refuse(node)
@@ -304,6 +310,7 @@ def struct(call: ast.Call, functions: dict[str, ast.FunctionDef], path: str) -> 
     # Logarithms of x and 1 - x can be taken at once (math::logs_of_parts), if a domain keeps both positive.
     logs = [f"math::log({operands[0]})", f"math::log1p((-{operands[0]}))"]
     of_parts = domain is not None and stages == logs
+    powers = any("exactly." in text for text in stages)
     lines = [
         f"template <class T>\nstruct {value.name} {{",
         f"    static constexpr int operands = {len(operands)};",
@@ -315,8 +322,14 @@ def struct(call: ast.Call, functions: dict[str, ast.FunctionDef], path: str) -> 
         "    // The stages of the value and of each derivative, as bits.",
         f"    static constexpr int needs[] = {{{', '.join(map(str, needs_value + needs_grad))}}};",
         *(f"    T {p};" for p in numbers),
+        *(
+            ["    struct {", *(f"        double {p};" for p in numbers), "    } exactly;"]
+            if powers
+            else []
+        ),
         f"    explicit {value.name}([[maybe_unused]] const double* numbers) {{",
         *(f"        {p} = T(numbers[{i}]);" for i, p in enumerate(numbers)),
+        *(f"        exactly.{p} = numbers[{i}];" for i, p in enumerate(numbers) if powers),
         "    }",
         *(["    template <int k>", *method("T stage", staged, made)] if stages else []),
         *method("T value", staged, in_value),
@@ -374,6 +387,7 @@ def unit(structs: Sequence[Struct]) -> str:
             "#pragma GCC diagnostic push\n"
             '#pragma GCC diagnostic ignored "-Wunused-parameter"\n'
             '#pragma GCC diagnostic ignored "-Wunused-variable"\n'
+            '#pragma GCC diagnostic ignored "-Wunused-but-set-variable"\n'
             "namespace fusedloss::formulas {",
             *(s.text for s in structs),
             "}  // namespace fusedloss::formulas\n#pragma GCC diagnostic pop",

@@ -73,7 +73,7 @@ class PointwiseEngine(GpuEngine[PointwisePlan]):
             partial = scratch(programs, device)
         denominator: float | Tensor = 1.0
         if call.reduction == "mean":
-            divisor = call.divisor(weight)
+            divisor = call.divisor(plan.tensors)
             denominator = float(numel) if divisor is None else divisor
         held = isinstance(denominator, Tensor)
         record = None if formula.domain is None else Outside(call.formula, shape)
