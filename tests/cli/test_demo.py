@@ -24,7 +24,7 @@ each_task = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.loss)
 def plant(monkeypatch: pytest.MonkeyPatch, task: Task, value: float, slope: float) -> None:
     """Scale what PyTorch's loss returns, and what it sends back, in place of ours."""
 
-    class Wrong(getattr(torch.nn, task.loss)):  # type: ignore[misc]
+    class Wrong(task.reference):  # type: ignore[misc]
         def forward(self, *tensors: Tensor) -> Tensor:
             loss: Tensor = super().forward(*tensors)
             return value * loss.detach() + slope * (loss - loss.detach())

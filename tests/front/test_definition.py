@@ -95,6 +95,7 @@ def test_docstring_tells_of_every_argument_and_error(name: str) -> None:
     assert described == list(inspect.signature(function).parameters)
     assert ":math:`" in doc or ".. math::" in doc
     assert "\nRaises:\n" in doc
+    assert (f"torch.nn.functional.{name}" in doc) is hasattr(torch.nn.functional, name)
     assert max(map(len, doc.splitlines())) <= 112
 
 

@@ -28,13 +28,13 @@ class Words(NamedTuple):
 
 def of_function(
     body: Callable[..., object],
-    module: str | None,
+    module: str,
     parameters: list[str],
     settings: dict[str, Setting],
     words: Words,
 ) -> str:
     text, sections = _parts(inspect.cleandoc(body.__doc__ or ""))
-    if module is not None and body.__name__ not in text:
+    if module and body.__name__ not in text:
         text += f"\n\nAs :func:`torch.nn.functional.{body.__name__}`\n({URL}.{module}.html)."
     own = _items(sections.get("Args", ""))
     arguments = [f"{n}: {own.get(n) or COMMON[n]}" for n in parameters if n in own or n in COMMON]

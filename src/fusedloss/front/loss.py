@@ -150,7 +150,9 @@ def loss(
         made = signature.function(
             found.name, body.__globals__, found.signature, theirs, finish, ladder.memo(found)
         )
-        made.__doc__ = docs.of_function(body, module, names, found.settings, ladder.words(found))
+        namesake = "" if found.alone else module or ""
+        words = ladder.words(found)
+        made.__doc__ = docs.of_function(body, namesake, names, found.settings, words)
         made.__annotations__ = {n: p.annotation for n, p in found.signature.parameters.items()}
         made.__annotations__["return"] = found.signature.return_annotation
         FUNCTIONS[found.name] = made
@@ -158,7 +160,6 @@ def loss(
             strict.RULES[found.name] = rules
         for row in rows:
             kind = row.kind or ladder.kind
-            namesake = "" if found.alone else module or ""
             register(dataclasses.replace(row, function=made, module=namesake, kind=kind))
         if module is not None and found.alone:
             modules.make_alone(module, made, found.operands, found.optional)

@@ -56,6 +56,11 @@ class Task:
     # Several rows for each of a batch; such losses have a hinge.
     draw: Callable[[Tensor, Tensor, torch.Generator], Tensor] | None = None
 
+    @property
+    def reference(self) -> Any:
+        """PyTorch's module, or what its users write where it has none."""
+        return getattr(nn, self.loss, None) or WRITTEN[self.loss]
+
     def batches(self, targets: Tensor, epochs: int, seed: int) -> Iterator[Tensor]:
         """Row numbers of each batch: (batch,), or (3, batch) where the loss takes triplets."""
         generator = torch.Generator().manual_seed(seed)
@@ -245,6 +250,43 @@ def numbers(seed: int) -> Problem:
     return Problem(nn.Sequential(*layers), inputs, targets, right, arguments=arguments)
 
 
+class DiceFocal(nn.Module):
+    """Of one softmax, in operations of PyTorch."""
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        log_p = logits.log_softmax(1)
+        p, own = log_p.exp(), log_p.gather(1, target.unsqueeze(1))
+        focal = (-((1 - own.exp()) ** 2) * own).mean()
+        mask = nn.functional.one_hot(target, logits.shape[1]).movedim(-1, 1).to(p.dtype)
+        shared, sizes = (p * mask).sum((2, 3)), (p + mask).sum((2, 3))
+        return focal + (1 - (2 * shared + 1e-5) / (sizes + 1e-5)).mean()
+
+
+WRITTEN = {"DiceFocalLoss": DiceFocal}
+
+
+def strokes(seed: int) -> Problem:
+    """Which pixels of a digit are ink, under noise."""
+    from sklearn.metrics import f1_score
+
+    data = load("digits", seed)
+
+    def noisy(images: Tensor) -> Tensor:
+        return (images + 0.4 * torch.randn(images.shape)).view(-1, 1, 8, 8)
+
+    def ink(images: Tensor) -> Tensor:
+        return (images > 0.5).long().view(-1, 8, 8)
+
+    held, truth = noisy(data.held_inputs), ink(data.held_inputs)
+    layers = (nn.Conv2d(1, 12, 3, padding=1), nn.Tanh(), nn.Conv2d(12, 2, 3, padding=1))
+    return Problem(
+        model=nn.Sequential(*layers),
+        inputs=noisy(data.inputs),
+        targets=ink(data.inputs),
+        score=lambda model: float(f1_score(truth.flatten(), model(held).argmax(1).flatten())),
+    )
+
+
 def counts(seed: int) -> Problem:
     """How many of a digit's 64 pixels are dark, from the other half of its pixels."""
     data = load("digits", seed)
@@ -396,4 +438,5 @@ TASKS = (
     Task("GaussianNLLLoss", "diabetes, uncertain", "log p", uncertain, 0.01, 80, 98),
     Task("CosineEmbeddingLoss", "digits, alike", "1-NN", alike, 0.05, 60, 300, pairs_of),
     Task("CTCLoss", "numbers of 3 digits", "read", numbers, 0.02, 60, 32),
+    Task("DiceFocalLoss", "ink under noise", "F1", strokes, 0.05, 20),
 )

@@ -26,13 +26,13 @@ FLOOR_ULPS = 8.0
 
 
 class Run:
-    """One training of a problem's model, with the loss of one library in one dtype."""
+    """One training of a problem's model, with one library's module of the loss, in one dtype."""
 
-    def __init__(self, task: Task, problem: Problem, library: Any, dtype: torch.dtype) -> None:
+    def __init__(self, task: Task, problem: Problem, module: Any, dtype: torch.dtype) -> None:
         self.problem = problem
         self.model = copy.deepcopy(problem.model).to(dtype)
-        self.criterion = getattr(library, task.loss)(**problem.options).to(dtype)
-        self.judge = getattr(torch.nn, task.loss)(**problem.options).double()
+        self.criterion = module(**problem.options).to(dtype)
+        self.judge = task.reference(**problem.options).double()
         # SGD and not Adam: Adam would hide a gradient that is wrong by a factor.
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=task.rate, momentum=0.9)
         self.inputs = problem.inputs.to(dtype)
@@ -136,9 +136,9 @@ def train(task: Task, seed: int, epochs: int, on_step: OnStep = lambda done, tot
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         problem = task.build(seed)
-    theirs = Run(task, problem, torch.nn, torch.float32)
-    ours = Run(task, problem, fused, torch.float32)
-    exact = Run(task, problem, torch.nn, torch.float64)
+    theirs = Run(task, problem, task.reference, torch.float32)
+    ours = Run(task, problem, getattr(fused, task.loss), torch.float32)
+    exact = Run(task, problem, task.reference, torch.float64)
     total = task.steps(problem.targets, epochs)
     for step, rows in enumerate(task.batches(problem.targets, epochs, seed)):
         # Whoever goes second finds warmer caches, so they take turns.
