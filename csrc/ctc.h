@@ -31,6 +31,9 @@ inline double scaled(double m, double k) {
     return k < -1400.0 ? 0.0 : m * power(half) * power(k - half);
 }
 
+// By value: std::max gives a reference, of which no vector is made.
+inline double larger(double a, double b) { return a < b ? b : a; }
+
 // Probabilities of blanks and of labels, by their place; before the first and after the last stands one that
 // is 0.
 struct States {
@@ -85,11 +88,11 @@ FUSEDLOSS_LOOP inline void forth(const States& from, const Frame& frame, const d
     const double p = frame.blank, pe = frame.blank_exponent;
 #pragma omp simd
     for (int64_t j = 0; j < size; ++j) {
-        const double most = std::max(be[j], le[j]);
+        const double most = larger(be[j], le[j]);
         nb[j] = (b[j] * power(be[j] - most) + l[j] * power(le[j] - most)) * p;
         nbe[j] = most + pe;
         const double third = skip[j] > 0.0 ? le[j - 1] : zero_exponent;
-        const double top = std::max(std::max(le[j], be[j - 1]), third);
+        const double top = larger(larger(le[j], be[j - 1]), third);
         nl[j] = ((l[j] * power(le[j] - top) + b[j - 1] * power(be[j - 1] - top)) +
                  skip[j] * l[j - 1] * power(third - top)) *
                 y[j];
@@ -111,11 +114,11 @@ FUSEDLOSS_LOOP inline void back(const States& after, const Frame& frame, const d
     for (int64_t j = 0; j < size; ++j) {
         const double stay = b[j] * p, on = l[j + 1] * y[j + 1], same = l[j] * y[j];
         const double se = be[j] + pe, oe = le[j + 1] + ye[j + 1], me = le[j] + ye[j];
-        const double most = std::max(se, oe);
+        const double most = larger(se, oe);
         nb[j] = stay * power(se - most) + on * power(oe - most);
         nbe[j] = most;
         const double third = skip[j + 1] > 0.0 ? oe : zero_exponent;
-        const double top = std::max(std::max(me, se), third);
+        const double top = larger(larger(me, se), third);
         nl[j] = (same * power(me - top) + stay * power(se - top)) + skip[j + 1] * on * power(third - top);
         nle[j] = top;
     }
