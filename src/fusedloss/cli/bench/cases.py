@@ -145,7 +145,7 @@ def _three_held(out: Sequence[Tensor], a: Tensor, b: Tensor, c: Tensor) -> None:
 
 THREE = Yardstick("three a - b", _three, _three_held)
 DIFFERENCE = Yardstick(
-    "x - y", lambda x, y: (x - y,), lambda out, x, y: torch.sub(x, y, out=out[0])
+    "x - y", lambda x, y, *_: (x - y,), lambda out, x, y, *_: torch.sub(x, y, out=out[0])
 )
 CLONE = Yardstick("x.clone()", lambda x, *_: (x.clone(),), lambda out, x, *_: out[0].copy_(x))
 # Its gradient is zero but for an entry a row, and so few inputs are read.
