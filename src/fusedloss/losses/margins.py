@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..front.definition import BenchCase, normal, options, row, uniform
+from ..front.definition import BenchCase, Bounds, normal, options, row, uniform
 from ..front.loss import loss
 from ..front.margins import Hinge, Margins, one_or_two
 from ..front.settings import number
@@ -38,6 +38,7 @@ def _of_classes(tensors, generator):
         indices=1,
         dims=2,
         written_out=composed.multi_margin_loss,
+        bounds=Bounds(formula=(4, 2)),  # it sums in the type computed in
         bench=(
             BenchCase("multi margin 4096x1024", (4096, 1024), at_most={"eager": 0.25}),
             BenchCase("multi margin 65536x1024", (65536, 1024), group="gpu"),

@@ -67,7 +67,7 @@ WEIGHTED_SOFT_MARGIN = Reduction(
 
 
 def _labels(shape, dtype, generator):
-    return 3 * normal(shape, dtype, generator), uniform(shape, dtype, generator, 0, 1).round()
+    return 2 * normal(shape, dtype, generator), uniform(shape, dtype, generator, 0, 1).round()
 
 
 def _of_classes(tensors, generator):
