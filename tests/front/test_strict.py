@@ -49,6 +49,7 @@ REFUSED: list[Row] = [
     (MSE, (torch.ones(3, 1), torch.ones(3)), {}, r"input \[3, 1\] and target \[3\] would broadcast to \[3, 3\].*target\.reshape\(input\.shape\)"),
     (MSE, (torch.ones(3, 4), torch.ones(4)), {}, r"input \[3, 4\] and target \[4\] would broadcast to \[3, 4\].*expand"),
     (MSE, (LOGITS, planted(T, (1, 2), NAN)), {}, r"target\[1, 2\] = nan"),
+    ("hinge_embedding_loss", (LOGITS, (LOGITS > 0).float()), {}, r"target\[0, 0\] = 0: labels are -1 and 1"),
     (KL, (LOG_P, P[:1]), BATCH, r"input \[5, 4\] and target \[1, 4\] would broadcast to \[5, 4\]"),
     (KL, (LOG_P, P), {"reduction": "mean"}, r"divides by all 20 elements.*'batchmean'"),
     (KL, (LOG_P, P), {"size_average": True}, r"'batchmean'"),
