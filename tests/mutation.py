@@ -77,6 +77,7 @@ HEADS = "loop_is_the_formula or log_prob or divergence"
 ERRORS: dict[str, Any] = {"files": ("tests/front/test_errors.py",)}
 REPEAT: dict[str, Any] = {"files": ("tests/route/test_repeat.py",)}
 AGAIN = "src/fusedloss/engines/cpu/engine.py"
+OVERLAPS = ("tests/losses/test_overlaps.py",)
 CE, NLL, TRIPLET = "cross_entropy", "nll_loss", "triplet_margin_loss"
 
 # fmt: off
@@ -144,8 +145,13 @@ MUTANTS = [
     kernel("cross_entropy_rows.h", "s.dot += s.mass * (s.max - double(origin));", "s.dot -= s.mass * (s.max - double(origin));", KERNELS + f" and {CE}"),
     kernel("softmax.h", "return mass * log_sum() - dot;", "return mass * log_sum() + dot;", KERNELS + f" and {CE}"),
     kernel("cross_entropy_rows.h", "scale * std::exp(origin - s.max);", "scale;", KERNELS + f" and {CE}"),
+    kernel("dice.h", "of[p.y[i]].missed += rest[i];", "of[p.y[i]].missed += own[i];", "equals_what_users and dice", files=OVERLAPS),
+    kernel("dice.h", "losses[i] * p.others[i]);", "losses[i]);", "equals_what_users and cross_entropy", files=OVERLAPS),
+    kernel("dice.h", "v[i] *= p[i] * q[i];", "v[i] *= p[i];", "equals_what_users and masks", files=OVERLAPS),
+    kernel("overlap.h", "below == 0 ? 0.0 : above / below", "above / below", "empty_mask", files=OVERLAPS),
+    kernel("overlap.h", "by_both - a.beta * by_apart", "by_both - a.alpha * by_apart", "equals_what_users and tversky", files=OVERLAPS),
     kernel("positions.h", "p.weight[i] *= f.slope;", "p.weight[i] *= f.value;", KERNELS + " and softmax_focal"),
-    kernel("positions.h", "largest[i] == c ? p.dots[i]", "is_own ? p.dots[i]", "digits and softmax_focal"),
+    kernel("positions.h", "largest[i] == c ? p.dots[i]", "is_own ? p.dots[i]", "another_class_is_certain", files=("tests/losses/test_focal.py",)),
     kernel("focal.h", "rest == 0 ? 1.0", "rest == 0 ? 0.0", KERNELS + " and softmax_focal"),
     kernel("positions.h", "p.masses[i] * log_sum - p.dots[i]", "p.masses[i] * log_sum", KERNELS + f" and {CE}"),
     kernel("positions.h", "scale * (mass * own - own_weight * others)", "scale * (mass * own + own_weight * others)", KERNELS + f" and {CE}"),

@@ -140,6 +140,7 @@ def _mask_example(shape, dtype, generator):
         differentiable=(0,),
         composed=composed.dice_loss,
         variant="masks",
+        bench=(BenchCase("Dice of masks 8x4x256x256", (8, 4, 256, 256)),),
         bounds=DIFFERENCES,
         triton=False,
     ),
