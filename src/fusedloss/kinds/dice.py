@@ -75,7 +75,9 @@ class DiceCall(Kind):
     def shape(self, input: Tensor, *_: Any) -> torch.Size:
         """Of the unreduced losses."""
         of_images = [] if self.batch else [input.shape[0]]
-        classes = [] if self.weighting != "none" else [input.shape[1] - (not self.background)]
+        classes = (
+            [] if self.weighting != "none" else [input.shape[1] - (0 if self.background else 1)]
+        )
         return torch.Size(of_images + classes)
 
     def empty_gradient(self, tensor: Tensor) -> Tensor:
@@ -87,7 +89,8 @@ class DiceCall(Kind):
         if weight is not None:
             weight = weight.to(x.dtype)
         losses = self._of_classes(self._sums(x, target), weight)
-        result = self.by_overlap * reduce.total(losses.reshape(self.shape(input)), self.reduction)
+        losses = losses[0] if self.batch else losses
+        result = self.by_overlap * reduce.total(losses, self.reduction)
         if self.by_rows:
             name = "softmax_focal_loss" if self.gamma else "cross_entropy"
             settings = (self.reduction, self.ignore_index, 0.0, x.dtype, self.gamma)
