@@ -53,7 +53,9 @@ def nothing_known() -> Iterator[None]:
 
 
 def options(loss: Loss) -> dict[str, object]:
-    return {"log_target": True} if loss.variant == "log_target" else {}
+    return {"log_target": {"log_target": True}, "marked": {"ignore_index": -1}}.get(
+        loss.variant, {}
+    )
 
 
 @each_loss
@@ -74,7 +76,10 @@ def test_no_check_runs_again(
     assert leaf.grad is not None
 
 
-LINEAR = ("nll_loss", "kl_div", "multi_margin_loss", "multilabel_margin_loss")
+LINEAR = (
+    *("nll_loss", "kl_div", "multi_margin_loss", "multilabel_margin_loss"),
+    *("hinge_embedding_loss", "margin_ranking_loss"),
+)
 
 
 def wants(case: Case) -> list[tuple[int, ...]]:

@@ -89,7 +89,8 @@ def _of_input_or_integers(name, operands, _weight, _shapes):
     errors.not_narrow(name, "add_stub", NotImplementedError, input=input)
     if input.is_complex():
         errors.not_floating(name, NotImplementedError, "clamp", input=input)
-    target = target.detach()  # it chooses, and has no derivative
+    if target.requires_grad:
+        target = target.detach()  # it chooses, and has no derivative
     if target.is_complex():
         target = torch.where(target.imag == 0, target.real, 0)
     operands["target"] = target
