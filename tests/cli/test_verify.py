@@ -22,8 +22,8 @@ from fusedloss.cli.verify.command import (
     QUICK,
     VERIFIED,
     bound,
+    expected,
     figure,
-    reference,
 )
 from fusedloss.cli.verify.probes import probes
 from fusedloss.engines import cpu
@@ -114,7 +114,7 @@ def test_the_reference_is_the_formula(key: str) -> None:
         call = measured.captured(probe)
         if call is None or probe.kind != "bulk":
             continue
-        wanted = reference(*call)
+        wanted = expected(probe, *call)
         with FORMULA.chosen():
             for how, results in measured.answer(probe, FORMULA):
                 for result, want in zip(results, wanted, strict=True):

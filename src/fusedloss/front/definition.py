@@ -59,11 +59,12 @@ def elements(
     beyond: float | None = None,
     compiled: bool = False,
     gpu: bool = True,
+    yardstick: str = "x - y",
 ) -> tuple[BenchCase, ...]:
-    """The cases of a pointwise loss; with targets within and beyond the caches, beside `x - y`."""
+    """The cases of a pointwise loss; with targets within and beyond the caches, beside what moves its bytes."""
 
     def target(most: float | None) -> dict[str, float]:
-        return {} if most is None else {"x - y": most}
+        return {} if most is None else {yardstick: most}
 
     large: tuple[BenchCase, ...] = (
         BenchCase(f"{label} 64M", (64, 1 << 20), group="gpu", compiled=compiled),

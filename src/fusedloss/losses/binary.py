@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core import advice, errors
-from ..front.definition import elements, normal, plain, row, uniform
+from ..front.definition import BenchCase, elements, normal, plain, row, uniform
 from ..front.loss import loss
 from ..front.operands import Shapes, Types, refuse, same
 from ..front.pointwise import Elements, broadcasting
@@ -274,6 +274,13 @@ LOGITS = Types(
         },
         variant="marked",
         differentiable=(0,),
+        bench=(
+            BenchCase(
+                *("BCE with logits, ignore_index 4M", (4096, 1024)),
+                group="options",
+                beside="binary_cross_entropy_with_logits",
+            ),
+        ),
         composed=composed.binary_cross_entropy_with_logits,
     ),
     rules=(target_is_number, target_is_probability, input_is_no_sigmoid),

@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from ..core.reduce import promoted
-from ..front.definition import Bounds, elements, plain, row
+from ..front.definition import BenchCase, Bounds, elements, plain, row
 from ..front.loss import loss
 from ..front.operands import Types, refuse
 from ..front.pointwise import Elements
@@ -105,6 +105,13 @@ TYPES = Types(_types, "in the type that both promote to", LOGITS.raises)
         },
         variant="marked",
         differentiable=(0,),
+        bench=(
+            BenchCase(
+                *("Sigmoid focal, ignore_index 4M", (4096, 1024)),
+                group="options",
+                beside="sigmoid_focal_loss",
+            ),
+        ),
         bounds=ROUNDED,
         composed=composed.sigmoid_focal_loss,
     ),

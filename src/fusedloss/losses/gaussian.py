@@ -109,7 +109,7 @@ def _predictions(shape, dtype, generator):
         differentiable=(0, 1, 2),
         # The logarithm and the square cancel where the deviation is about that of the variance.
         bounds=Bounds(float32=(16, 4), float64=(16, 4), formula=(16, 4)),
-        bench=elements("Gaussian", near=1.7, beyond=0.8),
+        bench=elements("Gaussian", near=1.7, beyond=0.8, yardstick="x - y, z.clone()"),
     ),
 )
 def gaussian_nll_loss(full, eps):

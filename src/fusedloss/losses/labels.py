@@ -152,7 +152,7 @@ MARGIN_RANKING = Pointwise(margin_ranking, margin_ranking_grad)
         _pairs,
         options(margin=0.3),
         differentiable=(0, 1, 2),
-        bench=elements("Margin ranking", near=1.15, beyond=0.6),
+        bench=elements("Margin ranking", near=1.15, beyond=0.6, yardstick="x - y, z.clone()"),
     ),
     margin=number,
 )

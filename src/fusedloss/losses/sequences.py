@@ -68,6 +68,13 @@ def _blank(tensors, generator):
         indices=1,
         whole=(1,),
         variant="in one row",
+        bench=(
+            BenchCase(
+                *("CTC 32x80x500, targets in one row", (32, 80, 500)),
+                group="options",
+                beside="ctc_loss",
+            ),
+        ),
         bounds=Bounds(float64=(8, 64), formula=(8, 1024)),
     ),
 )

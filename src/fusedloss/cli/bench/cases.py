@@ -143,7 +143,20 @@ def _three_held(out: Sequence[Tensor], a: Tensor, b: Tensor, c: Tensor) -> None:
     torch.sub(b, c, out=out[2])
 
 
+def _two_held(out: Sequence[Tensor], x: Tensor, y: Tensor, z: Tensor) -> None:
+    torch.sub(x, y, out=out[0])
+    out[1].copy_(z)
+
+
+def _copies_held(out: Sequence[Tensor], x: Tensor, y: Tensor, *_: Tensor) -> None:
+    out[0].copy_(x)
+    out[1].copy_(y)
+
+
 THREE = Yardstick("three a - b", _three, _three_held)
+# Two gradients, of three inputs of their size or of two.
+TWO = Yardstick("x - y, z.clone()", lambda x, y, z: (x - y, z.clone()), _two_held)
+COPIES = Yardstick("x.clone(), y.clone()", lambda x, y, *_: (x.clone(), y.clone()), _copies_held)
 DIFFERENCE = Yardstick(
     "x - y", lambda x, y, *_: (x - y,), lambda out, x, y, *_: torch.sub(x, y, out=out[0])
 )
@@ -157,6 +170,9 @@ ZEROS = Yardstick(
 def yardstick(loss: Loss, tensors: Sequence[Tensor]) -> Yardstick:
     if loss.name == "nll_loss":
         return ZEROS
-    if len(learned(loss)) == 3:
+    gradients = len(learned(loss))
+    if gradients == 3:
         return THREE
+    if gradients == 2:
+        return COPIES if loss.rows else TWO
     return DIFFERENCE if all(t.is_floating_point() for t in tensors) else CLONE

@@ -27,6 +27,8 @@ from ...front.definition import REGISTRY, Loss
 from ...kinds.ctc import CtcCall
 from ...kinds.dice import DiceCall
 from ...kinds.heads import LinearCall
+from ...kinds.pointwise import PointwiseCall
+from ...kinds.reduction import ReductionCall
 from ..arguments import UsageError, among, check_writable, chosen_losses
 from ..bench.tables import new_table, short
 from . import exact, measured, overlaps
@@ -158,7 +160,7 @@ def measure(
         step = bar.add_task("50 digits", total=sum(p.tensors[0].numel() for p in given))
         exactly = []
         for probe, (call, tensors) in chosen:
-            exactly.append(reference(call, tensors))
+            exactly.append(expected(probe, call, tensors))
             bar.advance(step, probe.tensors[0].numel())
         rows: list[Row] = []
         sums: list[Sum] = []
@@ -177,6 +179,14 @@ def measure(
             rows += judged(given, exactly, answers, path)
             sums += totals
     return rows, sums
+
+
+def expected(probe: Probe, call: Any, tensors: Sequence[Any]) -> list[exact.Exact]:
+    """What a path answers: of a formula's gradients, those by the arguments that receive any."""
+    value, *gradients = reference(call, tensors)
+    if isinstance(call, PointwiseCall | ReductionCall):
+        gradients = [gradients[k] for k in probe.registered.differentiable]
+    return [value, *gradients]
 
 
 def reference(call: Any, tensors: Sequence[Any]) -> list[exact.Exact]:
