@@ -35,6 +35,14 @@ PAGE = Path(__file__).parent.parent.parent / "docs" / "accuracy.md"
 FORMULA = measured.Path("formula")
 
 
+def absent(loss: str, dtype: str, quantity: str) -> bool:
+    """What PyTorch has not: half types there, and CTC's gradient before log_softmax."""
+    sequences = REGISTRY[loss].kind == "sequences"
+    if dtype == "bfloat16":
+        return sequences or REGISTRY[loss].kind == "margins"
+    return sequences and quantity == "gradient"
+
+
 def test_quick_passes_and_covers_everything(tmp_path: Path) -> None:
     file = tmp_path / "verify.json"
     assert main(["verify", "--quick", "--json", str(file)]) == 0
@@ -46,6 +54,7 @@ def test_quick_passes_and_covers_everything(tmp_path: Path) -> None:
         for dtype in QUICK
         for quantity in QUANTITIES
         for path in paths
+        if path != measured.PYTORCH.name or not absent(loss, dtype, quantity)
     }
     for row in document["errors"]:
         assert row["exceeded"] == 0 and row["count"] > 0

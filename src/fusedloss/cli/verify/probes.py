@@ -153,6 +153,13 @@ def _logits(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Te
     yield torch.where(torch.arange(n) % 2 == 0, x, -x), _targets(n, generator)
 
 
+def _marked(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
+    """Some targets are -1, which is ignored whatever the logit is."""
+    for x, t in _logits(count, dtype, generator):
+        some = torch.arange(len(x)) % 5 == 0
+        yield x.masked_fill(some, math.nan), t.masked_fill(some, -1.0)
+
+
 def _labelled(count: int, dtype: torch.dtype, generator: Generator) -> Iterator[Tensors]:
     """Of -1 and 1, and now and then of something else."""
     edges = (0.0, TINY, 0.3, 1.0, 17.0, 88.0, 104.0, 700.0, 6e4)
@@ -355,8 +362,10 @@ HARD: dict[str, Draw] = {
     "margin_ranking_loss": _ranked,
     "gaussian_nll_loss": _gaussian,
     "sigmoid_focal_loss": _logits,
+    "sigmoid_focal_loss[marked]": _marked,
     "binary_cross_entropy": _bce,
     "binary_cross_entropy_with_logits": _logits,
+    "binary_cross_entropy_with_logits[marked]": _marked,
     "kl_div": _kl,
     "kl_div[log_target]": _kl_log,
     "cross_entropy": _cross_entropy,
