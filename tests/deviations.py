@@ -151,14 +151,15 @@ def _() -> None:
 
 @deviation
 def _() -> None:
-    """`mse_loss` with a weight and `triplet_margin_with_distance_loss` give float32 under
-    autocast"""
+    """`mse_loss` and `l1_loss` with a weight, `gaussian_nll_loss` and
+    `triplet_margin_with_distance_loss` give float32 under autocast"""
     x, y, z = torch.rand(3, 2, 4).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        assert theirs.mse_loss(x, y, weight=z).dtype is torch.bfloat16
-        assert theirs.triplet_margin_with_distance_loss(x, y, z).dtype is torch.bfloat16
-        assert ours.mse_loss(x, y, weight=z).dtype is torch.float32
-        assert ours.triplet_margin_with_distance_loss(x, y, z).dtype is torch.float32
+        for face, dtype in ((theirs, torch.bfloat16), (ours, torch.float32)):
+            assert face.mse_loss(x, y, weight=z).dtype is dtype
+            assert face.l1_loss(x, y, weight=z, reduction="none").dtype is dtype
+            assert face.gaussian_nll_loss(x, y, z).dtype is dtype
+            assert face.triplet_margin_with_distance_loss(x, y, z).dtype is dtype
 
 
 @deviation

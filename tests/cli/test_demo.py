@@ -197,3 +197,7 @@ def test_subcommand_has_its_module(name: str) -> None:
     module = importlib.import_module(f"fusedloss.cli.{name}")
     assert callable(module.add_arguments)
     assert callable(module.run)
+
+
+def test_the_command_says_how_many_models_it_trains() -> None:
+    assert len(TASKS) == 14 and "fourteen models" in COMMANDS["demo"].help

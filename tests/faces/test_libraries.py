@@ -61,16 +61,27 @@ def _(_: Any) -> Loss:
     )
 
 
-@row("torch", "`AdaptiveLogSoftmaxWithLoss`, `GaussianNLLLoss`, `SmoothL1Loss` and other losses")
+@row("torch", "`AdaptiveLogSoftmaxWithLoss`, which computes its loss itself")
 def _(_: Any) -> Loss:
     adaptive = torch.nn.AdaptiveLogSoftmaxWithLoss(8, 20, [5, 10])
     x, y = logits(4, 8), classes(4, of=20)
-    others = torch.nn.SmoothL1Loss(), torch.nn.CosineEmbeddingLoss(), torch.nn.GaussianNLLLoss()
+    return lambda: adaptive(x, y).loss
+
+
+@row(
+    "torch",
+    "every other loss of `torch.nn`, such as `SmoothL1Loss`, `GaussianNLLLoss` and `CTCLoss`",
+    smooth_l1_loss=1,
+    gaussian_nll_loss=1,
+    ctc_loss=1,
+)
+def _(_: Any) -> Loss:
+    x, frames, labels = logits(4, 8), logits(4, 1, 8), torch.tensor([[1, 2]])
+    smooth, gaussian, ctc = torch.nn.SmoothL1Loss(), torch.nn.GaussianNLLLoss(), torch.nn.CTCLoss()
     return lambda: (
-        adaptive(x, y).loss
-        + others[0](x, x + 1)
-        + others[1](x, x + 1, torch.ones(4))
-        + others[2](x, x + 1, torch.ones(4, 8))
+        smooth(x, x + 1)
+        + gaussian(x, x + 1, torch.ones(4, 8))
+        + ctc(frames.log_softmax(2), labels, torch.tensor([4]), torch.tensor([2]))
     )
 
 

@@ -163,6 +163,14 @@ def test_examples_pass(case: Case, dtype: torch.dtype, generator: Generator) -> 
             case.function(*tensors, **options)
 
 
+def test_focal_losses_are_told_of_by_their_own_names() -> None:
+    with fusedloss.checks("strict"):
+        with pytest.raises(ValueError, match=r"softmax_focal_loss takes their softmax itself"):
+            functional.softmax_focal_loss(P, Y)
+        with pytest.raises(ValueError, match=r"all 20 elements .* Pass the logits \(checks"):
+            functional.sigmoid_focal_loss(LOGITS.sigmoid(), T)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
 @pytest.mark.parametrize(
     "row", [r for r in REFUSED if "looks like" in r[3] or "sums" in r[3]], ids=str

@@ -144,6 +144,32 @@ def test_scalar_target_is_typed_as_in_torch(
         torch.testing.assert_close(a, e, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.filterwarnings("ignore:.*Using a target size")
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("name, options", [("l1_loss", {}), ("smooth_l1_loss", {"beta": 0})])
+def test_an_integer_beside_bytes_does_not_wrap_around(
+    name: str, options: dict[str, Any], reduction: str
+) -> None:
+    """PyTorch broadcasts these first, so that one number keeps its type."""
+    pair = torch.tensor([1, 2, 3], dtype=torch.uint8), torch.tensor(300)
+    for tensors in (pair, pair[::-1]):
+        ours = getattr(fusedloss, name)(*tensors, reduction=reduction, **options)
+        theirs = getattr(torch.nn.functional, name)(*tensors, reduction=reduction, **options)
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shapes", [((3,), (3,)), ((), (3,)), ((3,), ())], ids=str)
+def test_a_number_for_the_variance_of_integers_is_typed_as_in_torch(
+    shapes: tuple[tuple[int, ...], tuple[int, ...]], dtype: torch.dtype
+) -> None:
+    input, target = torch.full(shapes[0], 3), torch.ones(shapes[1], dtype=dtype)
+    for reduction in ("none", "mean"):
+        ours = fusedloss.gaussian_nll_loss(input, target, 0.5, reduction=reduction)
+        theirs = torch.nn.functional.gaussian_nll_loss(input, target, 0.5, reduction=reduction)
+        torch.testing.assert_close(ours, theirs)
+
+
 @parameters_reduced(lambda case: case.kind == "rows" and case.loss.indices is not None)
 def test_one_row_with_its_index_in_a_vector(
     case: Case, reduction: str, generator: Generator

@@ -239,6 +239,23 @@ def test_generalized_without_any_mask(kind: str) -> None:
     assert value.isfinite() and slope.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["square", "simple", "uniform"])
+@pytest.mark.parametrize("batch", [False, True])
+def test_generalized_has_the_gradient_by_its_masks(kind: str, batch: bool) -> None:
+    """The weights of the classes are made of the masks, and are differentiated as well."""
+    x = torch.linspace(-2, 2, 24, dtype=torch.float64).reshape(2, 3, 4).requires_grad_()
+    mask = torch.linspace(0.1, 0.9, 24, dtype=torch.float64)[torch.randperm(24)].reshape(2, 3, 4)
+    mask[:, 1] = 0.0  # a class without a mask weighs as much as the most that another does
+
+    def loss(x: Tensor, some: Tensor) -> Tensor:
+        masks = torch.stack([some[:, 0], mask[:, 1], some[:, 1]], 1)
+        return dice_loss(x, masks, generalized=kind, batch=batch)
+
+    given = x, mask[:, ::2].clone().requires_grad_()
+    assert torch.autograd.gradcheck(loss, given, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(loss, given)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_near_perfect_overlap_keeps_its_digits(dtype: torch.dtype) -> None:
     y = torch.arange(6).reshape(1, 6) % 3

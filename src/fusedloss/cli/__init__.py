@@ -20,7 +20,9 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Command("train eight models with torch.nn and with fusedloss.nn, and compare", "demo"),
+    "demo": Command(
+        "train fourteen models with torch.nn and with fusedloss.nn, and compare", "demo"
+    ),
     "bench": Command("time the losses beside PyTorch and what the machine can do", "cli"),
     "verify": Command("measure every loss's errors against 50 digits, beside PyTorch's", "verify"),
     "info": Command("what is installed, which kernels are loaded, and why not if they are not"),

@@ -229,7 +229,17 @@ class Elements:
             }
         formula, numbers = self.chosen(loss, settings, {})
         named = dict(zip(formula.params, numbers, strict=True))
-        losses = formula.value(*operands.values(), **named)
+        values = list(operands.values())
+        if self.shapes.warns:  # PyTorch broadcasts these first: one of no dimension keeps its type
+            values = list(torch.broadcast_tensors(*values))
+        try:
+            losses = formula.value(*values, **named)
+        except RuntimeError as error:
+            for argument, tensor in operands.items():
+                if tensor.dtype is torch.bool:
+                    words = f"{argument} is of torch.bool: pass {argument}.float(): {error}"
+                    errors.fail(RuntimeError, loss.name, words)
+            raise
         if self.types.keeps:
             losses = losses.to(dtype)
         denominator = None
@@ -240,10 +250,18 @@ class Elements:
             )
             losses = losses * weight
             denominator = sum_of(weight) if by_weights else None
+        exact = losses.is_floating_point() or losses.is_complex()
+        if reduction == "mean" and denominator is None and not exact:
+            first = next(iter(operands))
+            words = (
+                f"the losses are of {losses.dtype}, whose mean has no type: pass {first}.float(): mean(): "
+                "could not infer output dtype. Input dtype must be either a floating point or complex dtype. "
+                f"Got: {errors.scalar_type(losses.dtype)}"
+            )
+            errors.fail(RuntimeError, loss.name, words)
         result = total(losses, reduction, denominator)
         if denominator is None or reduction != "mean":
             return result
-        exact = losses.is_floating_point() or losses.is_complex()
         return result.to(losses.dtype if exact else torch.get_default_dtype())
 
     def words(self, loss: Definition) -> docs.Words:

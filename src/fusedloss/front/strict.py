@@ -164,7 +164,7 @@ def input_is_no_softmax(seen: Seen) -> str | None:
         return None
     return (
         f"input looks like softmax outputs: all {sums.numel()} rows lie in [0, 1] and sum to 1 (input"
-        f"{errors.position(0, x.shape)} = {x.flatten()[0].item():g}). Pass the logits: cross_entropy takes "
+        f"{errors.position(0, x.shape)} = {x.flatten()[0].item():g}). Pass the logits: {seen.loss} takes "
         "their softmax itself"
     )
 
@@ -178,9 +178,10 @@ def input_is_no_sigmoid(seen: Seen) -> str | None:
     low, high = x.min().item(), x.max().item()
     if low == high:
         return None  # such as the zeros of a fresh layer
+    other = ", or use binary_cross_entropy" if "cross_entropy" in seen.loss else ""
     return (
         f"input looks like probabilities: all {x.numel()} elements lie in [{low:g}, {high:g}]. Pass the "
-        "logits, or use binary_cross_entropy"
+        f"logits{other}"
     )
 
 

@@ -21,11 +21,12 @@ WEIGHTINGS = ("none", "square", "simple", "uniform")  # of the classes in one ov
 
 
 class Sums(NamedTuple):
-    """Of each class: of p t, of p (1 - t) and of (1 - p) t; (N, C), or (1, C) of a batch."""
+    """Of each class: of p t, of p (1 - t), of (1 - p) t and of t; (N, C), or (1, C) of a batch."""
 
     both: Tensor
     wrong: Tensor
     missed: Tensor
+    size: Tensor
 
 
 @dataclass(slots=True)
@@ -113,10 +114,12 @@ class DiceCall(Kind):
                 torch.where(inside, 0, p),
                 torch.where(inside, rest, 0),
             )
-        sums = [torch.where(counted, term, 0) for term in terms]
+        summed = terms if self.weighting == "none" else (*terms, t)
+        sums = [torch.where(counted, term, 0) for term in summed]
         if dims:
             sums = [s.sum(dims, keepdim=True) for s in sums]
-        return Sums(*(s.flatten(1)[:, 0 if self.background else 1 :] for s in sums))
+        both, wrong, missed, *size = (s.flatten(1)[:, 0 if self.background else 1 :] for s in sums)
+        return Sums(both, wrong, missed, size[0] if size else both + missed)
 
     def _targets(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The masks of the classes, and what of them counts."""
@@ -137,13 +140,12 @@ class DiceCall(Kind):
         return x, 1 - x
 
     def _of_classes(self, sums: Sums, weight: Tensor | None) -> Tensor:
-        size = sums.both + sums.missed
         apart = self.alpha * sums.wrong + self.beta * sums.missed
         both = sums.both
         if weight is not None:
             weight = weight[0 if self.background else 1 :]
         if self.weighting != "none":
-            w = self._weights(size.detach())
+            w = self._weights(sums.size)
             w = w if weight is None else w * weight
             apart, both = ((w * each).sum(1) for each in (apart, both))
         below = both + apart + self.smooth_dr
@@ -153,16 +155,19 @@ class DiceCall(Kind):
         if self.weighting != "none":
             return losses
         if self.skip_absent:
-            losses = torch.where(size == 0, 0, losses)
+            losses = torch.where(sums.size == 0, 0, losses)
         return losses if weight is None else losses * weight
 
     def _weights(self, size: Tensor) -> Tensor:
         """Of a class without elements, as much as the most that another has."""
         if self.weighting == "uniform":
             return torch.ones_like(size)
-        w = 1 / (size * size if self.weighting == "square" else size)
-        finite = torch.where(w.isinf(), 0, w)
-        return torch.where(w.isinf(), finite.amax(1, keepdim=True), w)
+        square = self.weighting == "square"
+        absent = (1 / (size * size if square else size)).isinf()
+        size = torch.where(absent, 1, size)  # whose slope is finite
+        w = 1 / (size * size if square else size)
+        most = torch.where(absent, 0, w).amax(1, keepdim=True)
+        return torch.where(absent, most, w)
 
     def check(self, tensors: Sequence[Any]) -> None:
         if not self.masks:

@@ -55,8 +55,11 @@ def _with_variance(name: str, given: dict[str, Any]) -> dict[str, Any]:
         var = errors.number(name, "var", var)
         if var < 0:
             _negative("", 0.0, var)
-        dtype = input.dtype if input.is_floating_point() else torch.get_default_dtype()
-        return {**given, "var": torch.full((), var, dtype=dtype, device=input.device)}
+        if input.is_floating_point():
+            return {**given, "var": torch.full((), var, dtype=input.dtype, device=input.device)}
+        # In PyTorch the number makes floats of the input, whose type that of the result depends on.
+        made = torch.full((), var, dtype=torch.get_default_dtype(), device=input.device)
+        return {**given, "var": made.expand(input.shape)}
     shape, own = input.shape, var.shape
     if own == shape:
         return given

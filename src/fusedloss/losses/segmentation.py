@@ -197,7 +197,8 @@ def dice_loss(
         batch: sums are over all images, and not of each.
         smooth_nr: :math:`s_n`, 0 or more.
         smooth_dr: :math:`s_d`, 0 or more.
-        skip_absent: a class without a mask has the loss 0. It is counted by 'mean' all the same.
+        skip_absent: a class without a mask has the loss 0. It is counted by 'mean' all the same. Nothing with
+            `generalized`, whose classes have one loss.
         ignore_index: places with this class index, or elements of masks with this value, enter no sum.
         reduction: 'mean' over images and classes, 'sum', or 'none': (N, C), without N for `batch` and without C
             for `generalized`.
