@@ -121,6 +121,7 @@ TABLE = [
     Bad(NLL, "complex", NotImplementedError, r"input .*torch\.complex64", (COMPLEX, Y)),
     Bad(NLL, "integer", NotImplementedError, r"input .*torch\.int64", (INTEGERS, Y)),
     Bad(MSE, "complex", NotImplementedError, r"input .*torch\.complex64", (COMPLEX, COMPLEX)),
+    Bad("huber_loss", "complex", NotImplementedError, r"input .*torch\.complex64", (COMPLEX, X)),
     Bad("l1_loss", "bool", RuntimeError, r"target is of torch\.bool: pass target\.float\(\): Subtraction", (INTEGERS, X > 0)),
     Bad("smooth_l1_loss", "bools", RuntimeError, r"input is of torch\.bool: pass input\.float\(\): Subtraction", (X > 0, X > 0), {"beta": 0}),
     Bad("poisson_nll_loss", "bools", RuntimeError, r"input is of torch\.bool: pass input\.float\(\): Subtraction", (X > 0, X > 0), {"log_input": False}),

@@ -115,6 +115,11 @@ def test_no_batch_at_all() -> None:
         ((2, D), torch.tensor([1, C]), r"target\[1\] = 50 .* should be in \[0, 49\]"),
         ((2, D), torch.tensor([-1, 1]), r"target\[0\] = -1 .* range \[-1, 1\]"),
         ((2, D), torch.tensor([1.0, 2.0]), "target must be of integers"),
+        (
+            (2, D + 1),
+            torch.tensor([1, 2]),
+            r"^AdaptiveLog.*: input \[2, \d+\] must have \d+ features",
+        ),
     ],
 )
 def test_refuses(shape: tuple[int, ...], target: Tensor, message: str) -> None:

@@ -92,7 +92,8 @@ def of_input(kernel: str, mixed: bool = False) -> Types:
         errors.not_narrow(name, kernel, **operands)
         input, target = operands.values()
         if not input.is_floating_point():
-            kind = RuntimeError if target.is_floating_point() else NotImplementedError
+            casts = target.is_floating_point() and not input.is_complex()
+            kind = RuntimeError if casts else NotImplementedError
             errors.not_floating(name, kind, kernel, advice.swapped(input, target), input=input)
         if target.is_complex():
             errors.not_floating(name, RuntimeError, kernel, target=target)

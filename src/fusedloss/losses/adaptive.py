@@ -39,6 +39,9 @@ class AdaptiveLogSoftmaxWithLoss(nn.modules.AdaptiveLogSoftmaxWithLoss):
         if not all(map(_is_plain, heads)):
             return super().forward(input_, target_)
         _check(input_, target_)
+        if input_.shape[-1] != self.in_features:
+            words = f"input {list(input_.shape)} must have {self.in_features} features, in_features"
+            errors.fail(RuntimeError, NAME, f"{words}: mat1 and mat2 shapes cannot be multiplied")
         batched = target_.dim() > 0
         rows = input_ if batched else input_.unsqueeze(0)
         target = (target_ if batched else target_.unsqueeze(0)).to(torch.int64)
