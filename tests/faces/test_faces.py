@@ -36,7 +36,6 @@ LOSSES = {loss.name: loss.module for loss in REGISTRY.values() if loss.module}
 MODULES = sorted(LOSSES.values())
 # Those of a linear head that this torch has, too.
 OURS = NAMES & set(dir(torch.nn.functional))
-LINEAR_MODULES = {"LinearCrossEntropyLoss"} & set(dir(torch.nn))
 LEGACY = [
     (a, r) for a in (None, True, False) for r in (None, True, False) if (a, r) != (None, None)
 ]
