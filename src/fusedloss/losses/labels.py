@@ -72,7 +72,9 @@ def soft_margin_loss():
 
 
 def hinge_embedding(x, t, *, margin):
-    return m.where(t != 1.0, m.maximum(margin - x, 0.0), 0.0) + m.where(t != -1.0, x, 0.0)
+    # max(0, margin - x) + x is the larger of both, of which nothing cancels.
+    apart = m.where(t == -1.0, m.maximum(margin - x, 0.0), m.maximum(x, margin))
+    return m.where(t == 1.0, x, apart)
 
 
 def hinge_embedding_grad(x, t, *, margin):
