@@ -364,6 +364,14 @@ def _() -> None:
 
 @deviation
 def _() -> None:
+    """`hinge_embedding_loss` of a target other than -1 and 1: the sum of both terms does not cancel"""
+    x, t = tensor([-1e8]), tensor([0.5])
+    assert theirs.hinge_embedding_loss(x, t) == 0
+    assert ours.hinge_embedding_loss(x, t) == 1
+
+
+@deviation
+def _() -> None:
     """`gaussian_nll_loss`: no square overflows that the variance makes small again"""
     x, t, v = tensor([1e25]), tensor([0.0]), tensor([1e30])
     assert theirs.gaussian_nll_loss(x, t, v) == INF
