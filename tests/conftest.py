@@ -52,10 +52,21 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"ignore:.*{expected}")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A process that interprets kernels, which is slow, runs one in so many tests."""
+    """Which of many alike are left to `make nightly`, and which to other processes.
+
+    A process that interprets kernels, which is slow, runs one in so many tests.
+    """
+
+    def first_of(item: pytest.Item, every: int) -> bool:
+        return zlib.crc32(item.nodeid.encode()) % every == 0
+
     every = int(os.environ.get("FUSEDLOSS_TEST_EVERY", "1"))
-    items[:] = [i for i in items if zlib.crc32(i.nodeid.encode()) % every == 0]
+    items[:] = [i for i in items if first_of(i, every)]
+    for item in items:
+        if (one_in := item.get_closest_marker("one_in")) and not first_of(item, *one_in.args):
+            item.add_marker(pytest.mark.nightly)
 
 
 def pytest_report_header() -> str:

@@ -203,6 +203,7 @@ class Marked(Tensor):
     pass
 
 
+@pytest.mark.one_in(3)
 @by_kernel
 @pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
 @pytest.mark.parametrize("reduction", ["none", "sum"])

@@ -70,6 +70,7 @@ def test_capability(capability: str, record_property: Callable[[str, object], No
     )
 
 
+@pytest.mark.one_in(3)
 @parameters_reduced()
 @each_dtype
 def test_small_inputs_get_the_bits_of_large_ones(

@@ -76,6 +76,7 @@ def sizes_of(case: Case) -> Iterator[tuple[int, ...]]:
 SIZES = [(case, shape) for case in CASES for shape in sizes_of(case)]
 
 
+@pytest.mark.one_in(4)
 @each_dtype
 @pytest.mark.parametrize(
     ("case", "shape"), SIZES, ids=[f"{case}-{'x'.join(map(str, shape))}" for case, shape in SIZES]
@@ -158,6 +159,7 @@ LAID_OUT: dict[str, list[tuple[int, ...]]] = {
 OTHER_VALUES = (expanded, expanded_last, overlapping)
 
 
+@pytest.mark.one_in(3)
 @each_dtype
 @pytest.mark.parametrize("layout", LAYOUTS)
 @parameters()
@@ -191,6 +193,7 @@ def test_more_dimensions_than_a_loop_has(case: Case, generator: Generator) -> No
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.one_in(2)
 @each_dtype
 @parameters_reduced()
 def test_any_incoming_gradient(
