@@ -22,7 +22,7 @@ from gpu_kernels import CALLS, TARGETS, Call, Step, compiled, everything, record
 
 # Of what is asked of every loss: what does not run kernels, or runs them over too much to interpret.
 NOT = "not formula and not threads and not more_dimensions and not autocast"
-EVERY = {"losses": "160", "repeated": "10"}
+EVERY = {"losses": "300", "repeated": "10"}
 
 PARTS = {
     "options": ("tests/engines/gpu_checks.py", "test_option"),
