@@ -5,6 +5,7 @@
 #include "driver.h"
 
 #include "formulas.h"
+#include "reductions.h"
 
 namespace {
 
@@ -156,6 +157,15 @@ void rows_call(Random& r, bool nll) {
         if (t != &total || t->dtype != F16) t->check_finite(name);
 }
 
+constexpr struct {
+    int operands;
+    bool label;
+} reduction_kernels[] = {
+#define ROW(name) {reductions::name::operands, reductions::name::label},
+    FUSEDLOSS_REDUCTIONS(ROW)
+#undef ROW
+};
+
 void reduction_call(Random& r) {
     ReductionArgs a{};
     const int64_t most = budget(r);
@@ -172,12 +182,14 @@ void reduction_call(Random& r) {
     const auto matrix = [](const Tensor& t) {
         return t ? Matrix{t.data(), t.dtype, t.strides[0], t.strides[1]} : Matrix{};
     };
+    const auto [operands, label] = reduction_kernels[a.definition];
     Tensor inputs[3], grads[3], incoming;
-    for (Tensor& x : inputs) x = floats(r, float_type(r), whole, EXPANDED, -2, 2, special);
+    for (int k = 0; k < operands; ++k) inputs[k] = floats(r, float_type(r), whole, EXPANDED, -2, 2, special);
+    if (label) inputs[operands] = floats(r, float_type(r), column, EXPANDED, -1, 1, special);
     if (r.chance(40)) incoming = floats(r, float_type(r), column, EXPANDED, -1, 1, special);
     Tensor loss = output(r, !reduced, float_type(r), column, DENSE);
     Tensor total = output(r, reduced, float_type(r), {1, 1}, DENSE);
-    for (Tensor& g : grads) g = output(r, r.chance(60), float_type(r), whole, ANY);
+    for (int k = 0; k < operands; ++k) grads[k] = output(r, r.chance(60), float_type(r), whole, ANY);
     for (int k = 0; k < 3; ++k) a.input[k] = matrix(inputs[k]), a.grad[k] = matrix(grads[k]);
     a.incoming = matrix(incoming);
     a.loss = matrix(loss);
