@@ -134,7 +134,7 @@ class DiceCall(Kind):
         """p and 1 - p, both with their digits."""
         if self.activation == "softmax":
             log_p = torch_m.log_softmax(x, 1)
-            return log_p.exp(), -torch.expm1(log_p)
+            return log_p.exp(), torch_m.others_of(log_p)
         if self.activation == "sigmoid":
             return torch.sigmoid(x), torch.sigmoid(-x)
         return x, 1 - x

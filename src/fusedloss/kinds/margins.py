@@ -84,7 +84,7 @@ class MarginCall(Kind):
 
     def _of_sets(self, x: Tensor, index: Tensor, inside: Tensor) -> Tensor:
         """Of each label, how many classes pass it and their sum: from sorted ones, for no tensor of N C C."""
-        kept = inside & ((index == -1).cumsum(1) == 0)
+        kept = inside & ((index == -1).long().cumsum(1) == 0)
         index = index.where(kept, 0)
         labels = torch.zeros_like(x).scatter_add(1, index, kept.to(x.dtype)) > 0
         others = x.masked_fill(labels, -inf).sort(1, descending=True).values

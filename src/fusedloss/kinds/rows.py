@@ -123,7 +123,7 @@ class RowsCall(Kind):
         if self.gamma == 0:
             return log_p
         inside = (log_p < 0) & (log_p > -torch_m.inf)
-        rest = -torch.expm1(torch.where(inside, log_p, -1.0))
+        rest = torch_m.others_of(torch.where(inside, log_p, -1.0))
         power = torch.where(inside, rest.pow(self.gamma), (log_p < 0).to(log_p.dtype))
         return torch.where(log_p == 0, 0.0, power * log_p)
 

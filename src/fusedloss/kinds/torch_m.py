@@ -76,6 +76,12 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     return sharded.chosen(x, index) if sharded.is_sharded(x) else x.gather(1, index)
 
 
+def others_of(log_p: Tensor) -> Tensor:
+    """1 - p with its digits; ONNX has no expm1."""
+    t = torch.tanh(0.5 * log_p)
+    return -2.0 * t / (1.0 - t)
+
+
 def log_softmax(x: Tensor, axis: int) -> Tensor:
     """As torch's, but of a class near certainty from the others' share: torch gives 0 there."""
     log_p = log_probabilities(x, axis)

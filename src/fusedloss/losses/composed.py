@@ -132,7 +132,8 @@ def softmax_focal_loss(
 ) -> Tensor:
     dim = min(input.dim() - 1, 1)
     log_p = input.log_softmax(dim)
-    rest = (-log_p.expm1()).clamp_min(torch.finfo(input.dtype).tiny)
+    t = torch.tanh(log_p / 2)  # 1 - p is -expm1(log p), which ONNX lacks
+    rest = (-2 * t / (1 - t)).clamp_min(torch.finfo(input.dtype).tiny)
     log_p = rest**gamma * log_p
     kept = target != ignore_index
     hard = F.nll_loss(log_p, target, weight, ignore_index=ignore_index, reduction=reduction)
@@ -270,7 +271,7 @@ def multi_margin_loss(
 
 def multilabel_margin_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     x, y = rows_of(input), rows_of(target)
-    counted = (y == -1).cumsum(1) == 0
+    counted = (y == -1).long().cumsum(1) == 0
     index = torch.where(counted, y, 0)
     classes = torch.arange(x.shape[1], device=x.device)
     labels = ((index.unsqueeze(2) == classes) & counted.unsqueeze(2)).any(1, keepdim=True)
