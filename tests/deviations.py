@@ -340,12 +340,14 @@ def _() -> None:
 
 @deviation
 def _() -> None:
-    """`soft_margin_loss` and `gaussian_nll_loss` refuse complex tensors"""
+    """`soft_margin_loss`, `gaussian_nll_loss`, `binary_cross_entropy_with_logits`: no complex tensors"""
     x, y = torch.randn(2, dtype=torch.complex64), torch.rand(2)
     assert theirs.soft_margin_loss(x, y).is_complex()
     assert theirs.gaussian_nll_loss(x, y, y).is_complex()
     refuses(RuntimeError, ours.soft_margin_loss, x, y)
     refuses(NotImplementedError, ours.gaussian_nll_loss, x, y, y)
+    assert theirs.binary_cross_entropy_with_logits(y, x).is_complex()
+    refuses(RuntimeError, ours.binary_cross_entropy_with_logits, y, x)
 
 
 @deviation

@@ -126,8 +126,9 @@ MET: dict[str, Callable[[Call], bool]] = {
         and all(t.numel() for t in c.tensors)
         and bool((most(c.tensors[0]) * most(c.tensors[1]) > 10).any())
     ),
-    "`soft_margin_loss` and `gaussian_nll_loss` refuse complex tensors": lambda c: (
-        c.name in ("soft_margin_loss", "gaussian_nll_loss")
+    "`soft_margin_loss`, `gaussian_nll_loss`, `binary_cross_entropy_with_logits`: no complex "
+    "tensors": lambda c: (
+        c.name in ("soft_margin_loss", "gaussian_nll_loss", "binary_cross_entropy_with_logits")
         and any(t.is_complex() for t in c.tensors)
     ),
     "`hinge_embedding_loss`, `margin_ranking_loss`, `soft_margin_loss` of integers: nothing wraps around, "
