@@ -69,7 +69,7 @@ def _types(name, operands, weight, shapes):
     return promoted(*operands.values())
 
 
-ROUNDED = Bounds((3, 4), (3, 4), (8, 8))  # a power and five products follow each other
+ROUNDED = Bounds((6, 8), (6, 8), (8, 8))  # a power and five products follow each other
 TYPES = Types(_types, "in the type that both promote to", LOGITS.raises)
 
 
