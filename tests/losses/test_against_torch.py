@@ -88,6 +88,7 @@ def test_extensions(
             assert torch.autograd.gradgradcheck(function, inputs)
 
 
+@pytest.mark.one_in(2)
 @each_dtype
 @parameters_reduced()
 def test_result_type_is_that_of_torch(
@@ -102,6 +103,7 @@ def test_result_type_is_that_of_torch(
         assert (a.dtype, a.shape) == (e.dtype, e.shape), name
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtypes", list(itertools.permutations(FLOATS, 2)), ids=str)
 @parameters(lambda case: case.loss.indices is None)
 def test_mixed_types_are_those_of_torch(

@@ -33,6 +33,7 @@ def test_finite_differences(
         )
 
 
+@pytest.mark.one_in(2)
 @each_path
 @parameters_reduced()
 def test_finite_differences_of_the_gradient(

@@ -34,6 +34,7 @@ def around(*sizes: int) -> list[int]:
     return sorted({n + k for n in sizes for k in (-1, 0, 1)})
 
 
+@pytest.mark.one_in(2)
 @each_dtype
 @parameters_reduced()
 def test_formula_in_every_type(

@@ -23,6 +23,7 @@ from fusedloss.front.definition import REGISTRY
 LANES = 64  # positions side by side where classes are strided
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")], ids=str)
 @parameters_reduced()
 def test_specials_go_where_the_formula_lets_them(
