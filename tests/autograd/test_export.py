@@ -66,11 +66,15 @@ def model(generator: Generator) -> Losses:
     return Losses(generator)
 
 
-def check(found: Any, model: Losses) -> None:
+def check(found: Any, model: Losses, rtol: float = 1.3e-6) -> None:
     expected = model(*model.tensors)
     for (function, options, _), a, e in zip(model.calls, found, expected, strict=True):
         assert_close(
-            torch.as_tensor(a), e.detach(), msg=lambda m, f=function, o=options: f"{f} {o} {m}"
+            torch.as_tensor(a),
+            e.detach(),
+            rtol=rtol,
+            atol=1e-5,
+            msg=lambda m, f=function, o=options: f"{f} {o} {m}",
         )
     assert expected[-1].isfinite().all() and not any(e.isnan().any() for e in expected)
 
@@ -109,4 +113,5 @@ def test_onnx(dynamo: bool, model: Losses) -> None:
     )
     if program is not None:
         file = io.BytesIO(program.model_proto.SerializeToString())
-    check(in_onnxruntime(file.getvalue(), model.tensors), model)
+    # onnxruntime rounds exp and log otherwise.
+    check(in_onnxruntime(file.getvalue(), model.tensors), model, rtol=1e-5)
