@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..core import reduce
-from ..core.layout import empty_of_rows
 from ..kinds import CtcCall, DiceCall, MarginCall, PointwiseCall, ReductionCall, RowsCall
 
 Slot = Tensor | None
@@ -43,7 +42,8 @@ class Plan:
 
     def gradient(self, tensor: Tensor) -> Tensor:
         """Memory for the gradient by a tensor."""
-        raise NotImplementedError
+        found: Tensor = self.call.empty_gradient(tensor)
+        return found
 
     def unreduced(self) -> Tensor:
         """Memory for the losses."""
@@ -51,7 +51,7 @@ class Plan:
 
     def arrives(self, incoming: Tensor) -> None:
         """Lays out the gradient that arrives, of the shape of the result."""
-        raise NotImplementedError
+        self.incoming = incoming
 
 
 class PointwisePlan(Plan):
@@ -103,7 +103,7 @@ class RowsPlan(Plan):
     def spread(self) -> None:
         input, target, weight = self.tensors
         assert input is not None and target is not None
-        self.weight = weight if weight is None else weight.to(self.compute()).contiguous()
+        self.weight = of_kernel(weight, self.compute())
         self.x = flat(input, 2)
         self.target = flat(target, 2 if self.call.probabilities else 1)
 
@@ -116,9 +116,6 @@ class RowsPlan(Plan):
     def sizes(self) -> Sequence[int]:
         s = self.x.shape
         return s if len(s) == 3 else (1, s[1], s[0]) if len(s) == 2 else (1, *s, 1)
-
-    def gradient(self, tensor: Tensor) -> Tensor:
-        return empty_of_rows(tensor)
 
     def unreduced(self) -> Tensor:
         input, target, _ = self.tensors
@@ -140,7 +137,7 @@ class DicePlan(Plan):
     def spread(self) -> None:
         input, target, weight = self.tensors
         assert input is not None and target is not None
-        self.weight = weight if weight is None else weight.to(reduce.wide(input)).contiguous()
+        self.weight = of_kernel(weight, reduce.wide(input))
         self.x = self.of_images(input)
         if self.call.masks:
             self.target = self.of_images(target)
@@ -151,14 +148,8 @@ class DicePlan(Plan):
     def of_images(tensor: Tensor) -> Tensor:
         return tensor.unsqueeze(2) if tensor.dim() == 2 else flat(tensor, 2)
 
-    def gradient(self, tensor: Tensor) -> Tensor:
-        return empty_of_rows(tensor)
-
     def unreduced(self) -> Tensor:
         return self.x.new_empty(self.call.shape(self.x), dtype=self.call.dtype)
-
-    def arrives(self, incoming: Tensor) -> None:
-        self.incoming = incoming
 
 
 class ReductionPlan(Plan):
@@ -217,14 +208,8 @@ class CtcPlan(Plan):
     def batch(tensor: Tensor) -> Tensor:
         return tensor if tensor.dim() == 3 else tensor.unsqueeze(1)
 
-    def gradient(self, tensor: Tensor) -> Tensor:
-        return self.call.empty_gradient(tensor)
-
     def unreduced(self) -> Tensor:
         return self.x.new_empty(self.call.shape(*self.tensors), dtype=self.call.dtype)  # type: ignore[arg-type]
-
-    def arrives(self, incoming: Tensor) -> None:
-        self.incoming = incoming
 
 
 class MarginPlan(Plan):
@@ -241,16 +226,18 @@ class MarginPlan(Plan):
         self.shape = self.call.shape(input, target)
         self.x = input.reshape(self.shape.numel(), -1) if input.numel() else input
         self.target = target.reshape(len(self.x), -1) if target.numel() else target.unsqueeze(-1)
-        self.weight = weight if weight is None else weight.to(reduce.wide(input)).contiguous()
-
-    def gradient(self, tensor: Tensor) -> Tensor:
-        return self.call.empty_gradient(tensor)
+        self.weight = of_kernel(weight, reduce.wide(input))
 
     def unreduced(self) -> Tensor:
         return self.x.new_empty(self.shape, dtype=self.call.dtype)
 
     def arrives(self, incoming: Tensor) -> None:
         self.incoming = incoming.expand(self.shape).reshape(len(self.x))
+
+
+def of_kernel(weight: Slot, compute: torch.dtype) -> Slot:
+    """A class weight as kernels read it."""
+    return None if weight is None else weight.to(compute).contiguous()
 
 
 def common_shape(tensors: Slots) -> torch.Size:

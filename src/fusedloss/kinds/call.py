@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 
 class Kind:
     __slots__ = ()
 
+    reduction: str
     indices: ClassVar[tuple[int, ...]] = ()  # the tensors that may hold class indices, or counts
     operator: ClassVar[bool] = True  # a compiled graph holds the call as one operator of torch
     hides: ClassVar[bool] = False  # and so does every dispatch mode: the formula takes much memory
@@ -25,6 +28,19 @@ class Kind:
     def outputs(self) -> int:
         """How many results there are."""
         return 1
+
+    @property
+    def stores_gradients(self) -> bool:
+        """Whether forward computes the gradients, which backward then scales."""
+        return self.reduction != "none"
+
+    def reads(self, k: int, needed: Sequence[bool]) -> bool:
+        """Whether the gradients that are needed depend on what tensor k holds."""
+        return True
+
+    def empty_gradient(self, tensor: Tensor) -> Tensor:
+        """Laid out as the kernels lay out the gradient by this tensor."""
+        return tensor.new_empty(tensor.shape)
 
     def replicated(self, tensors: Sequence[Any]) -> tuple[int, int]:
         """From where to where plain tensors beside DTensors count as held alike by every process."""

@@ -46,14 +46,6 @@ class CtcCall(Kind):
         "target_lengths",
     )
 
-    @property
-    def stores_gradients(self) -> bool:
-        return self.reduction != "none"
-
-    def reads(self, k: int, needed: Sequence[bool]) -> bool:
-        """Whether the gradients that are needed depend on what tensor k holds: on all."""
-        return True
-
     def shape(self, log_probs: Tensor, *_: Tensor) -> torch.Size:
         """Of the unreduced losses."""
         return log_probs.shape[1:-1]

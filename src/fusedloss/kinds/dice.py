@@ -65,14 +65,6 @@ class DiceCall(Kind):
     def gpu_gap(self) -> str | None:
         return "there is no GPU kernel of overlaps"
 
-    @property
-    def stores_gradients(self) -> bool:
-        return self.reduction != "none"
-
-    def reads(self, k: int, needed: Sequence[bool]) -> bool:
-        """Whether the gradients that are needed depend on what tensor k holds: on all."""
-        return True
-
     def shape(self, input: Tensor, *_: Any) -> torch.Size:
         """Of the unreduced losses."""
         of_images = [] if self.batch else [input.shape[0]]
@@ -172,9 +164,6 @@ class DiceCall(Kind):
     def check(self, tensors: Sequence[Any]) -> None:
         if not self.masks:
             check_range(self.loss, tensors[1], tensors[0].shape[1], self.ignore_index)
-
-    def replicated(self, tensors: Sequence[Any]) -> tuple[int, int]:
-        return 1, len(tensors)
 
     def spread(self, incoming: Tensor) -> Tensor:
         return incoming

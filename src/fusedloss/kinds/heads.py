@@ -73,16 +73,8 @@ class LinearCall(Kind):
     )
 
     @property
-    def stores_gradients(self) -> bool:
-        return self.reduction != "none"
-
-    @property
     def outputs(self) -> int:
         return 4 if self.statistics else 1
-
-    def reads(self, k: int, needed: Sequence[bool]) -> bool:
-        """Whether the gradients that are needed depend on what tensor k holds: on all."""
-        return True
 
     def shape(self, input: Tensor, linear_weight: Tensor, *_: Slot) -> tuple[int, int]:
         """Of the unreduced results."""

@@ -41,25 +41,13 @@ class MarginCall(Kind):
         return f"margins/{self.loss}"
 
     @property
-    def stores_gradients(self) -> bool:
-        return self.reduction != "none"
-
-    @property
     def least(self) -> int:
         """The least number that a target may hold."""
         return -1 if self.sets else 0
 
-    def reads(self, k: int, needed: Sequence[bool]) -> bool:
-        """Whether the gradients that are needed depend on what tensor k holds: on all."""
-        return True
-
     def shape(self, input: Tensor, target: Tensor, weight: Tensor | None = None) -> torch.Size:
         """Of the unreduced losses."""
         return input.shape[:-1] if self.sets else target.shape
-
-    def empty_gradient(self, tensor: Tensor) -> Tensor:
-        """Laid out as the kernels lay out the gradient by this tensor."""
-        return tensor.new_empty(tensor.shape)
 
     def by_formula(self, input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         compute = reduce.exact(input) if self.sets else reduce.wide(input)
@@ -105,9 +93,6 @@ class MarginCall(Kind):
         at = first_outside(target, lambda y: (y < self.least) | (y >= classes))
         if at is not None:
             errors.label_out_of_range(self.loss, target, at, classes, self.sets)
-
-    def replicated(self, tensors: Sequence[Any]) -> tuple[int, int]:
-        return 1, len(tensors)
 
     def spread(self, incoming: Tensor) -> Tensor:
         return incoming.unsqueeze(-1)

@@ -47,10 +47,6 @@ class PointwiseCall(Kind):
         names = (ARGUMENTS.get(name, name) for name in self.formula.operands)
         return (*names, "weight")
 
-    @property
-    def stores_gradients(self) -> bool:
-        return self.reduction != "none"
-
     def reads(self, k: int, needed: Sequence[bool]) -> bool:
         """Whether the gradients that are needed depend on what tensor k holds."""
         return not (k == 0 and self.formula.linear and not any(needed[1:]))

@@ -197,14 +197,6 @@ class ReductionCall(Kind):
         label = self.record.label
         return (*self.record.measure.operands, *([label] if label else ()), "absent")[:OPERANDS]
 
-    @property
-    def stores_gradients(self) -> bool:
-        return self.reduction != "none"
-
-    def reads(self, k: int, needed: Sequence[bool]) -> bool:
-        """Whether the gradients that are needed depend on what tensor k holds: on all."""
-        return True
-
     def shape(self, *tensors: Tensor | None) -> torch.Size:
         """Of the unreduced losses."""
         given = [t for t in self.split(tensors)[0] if t is not None]
@@ -214,10 +206,6 @@ class ReductionCall(Kind):
         """The operands, and the label or None."""
         count = len(self.record.measure.operands)
         return tensors[:count], tensors[count] if self.record.label else None
-
-    def empty_gradient(self, tensor: Tensor) -> Tensor:
-        """Laid out as the kernels lay out the gradient by this tensor."""
-        return tensor.new_empty(tensor.shape)
 
     def by_formula(self, *tensors: Tensor) -> Tensor:
         record = self.record
