@@ -11,7 +11,7 @@ from ...kinds.ctc import refuse_label
 from .. import abi
 from ..plan import CtcPlan, Slot
 from .engine import CpuEngine
-from .load import DTYPES, address
+from .load import array
 
 PACK = abi.CTC.packer()
 
@@ -51,9 +51,7 @@ class CtcEngine(CpuEngine[CtcPlan]):
 
 
 def _array(name: str, tensor: Slot) -> tuple[int, ...]:
-    if tensor is None:
-        return abi.ARRAY.absent
-    return address("ctc_loss", name, tensor), DTYPES[tensor.dtype]
+    return abi.ARRAY.absent if tensor is None else array("ctc_loss", name, tensor)
 
 
 def _grid(name: str, tensor: Tensor) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from ...kinds.dice import ACTIVATIONS, WEIGHTINGS
 from .. import abi
 from ..plan import DicePlan, class_strides, value_strides
 from .engine import CpuEngine
-from .load import DTYPES, address
+from .load import array
 
 PACK = abi.DICE.packer()
 ABSENT = abi.GRID.absent
@@ -82,5 +82,6 @@ class DiceEngine(CpuEngine[DicePlan]):
 
 def _grid(loss: str, name: str, tensor: Tensor, strides: Sequence[int]) -> tuple[int, ...]:
     """Pointer, dtype and strides (n, c, d)."""
-    dtype = torch.uint8 if tensor.dtype is torch.bool else tensor.dtype
-    return (tensor.data_ptr() or address(loss, name, tensor), DTYPES[dtype], *strides)
+    if tensor.dtype is torch.bool:
+        tensor = tensor.view(torch.uint8)
+    return (*array(loss, name, tensor), *strides)

@@ -98,6 +98,22 @@ def address(loss: str, name: str, tensor: torch.Tensor) -> int:
     return found
 
 
+def array(loss: str, name: str, tensor: torch.Tensor) -> tuple[int, int]:
+    """Pointer and dtype, as kernels take them."""
+    return tensor.data_ptr() or address(loss, name, tensor), DTYPES[tensor.dtype]
+
+
+def matrix(
+    loss: str, name: str, tensor: torch.Tensor | None, rows: int, columns: int
+) -> tuple[int, ...]:
+    """The same with the strides of the tensor as so many rows."""
+    if tensor is None:
+        return abi.MATRIX.absent
+    if tensor.dim() != 2:
+        tensor = tensor.reshape(rows, columns)
+    return (*array(loss, name, tensor), *tensor.stride())
+
+
 def problem() -> str | None:
     """Why there are no CPU kernels, or None."""
     return _load()[1]

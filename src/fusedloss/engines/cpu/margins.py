@@ -6,9 +6,9 @@ from typing import NoReturn
 
 from ...core import errors
 from .. import abi
-from ..plan import MarginPlan, Slot
+from ..plan import MarginPlan
 from .engine import CpuEngine
-from .load import DTYPES, address
+from .load import array, matrix
 
 PACK = abi.MARGINS.packer()
 
@@ -18,39 +18,28 @@ class MarginEngine(CpuEngine[MarginPlan]):
     pointers = abi.MARGINS.pointers(("input", "target"), "total", ("grad",), "incoming")
 
     def pack(self, plan: MarginPlan) -> tuple[str, str, bytes, int]:
-        call, x, weight = plan.call, plan.x, plan.weight
-        rows, classes = x.shape
+        call, loss, x, weight = plan.call, plan.call.loss, plan.x, plan.weight
+        (rows, classes), labels = x.shape, plan.target.shape[1]
         denominator = float(rows) if call.reduction == "mean" else 1.0
-
-        def matrix(name: str, tensor: Slot, rows: int = rows) -> tuple[int, ...]:
-            """Pointer, dtype and strides of the tensor as so many rows."""
-            if tensor is None:
-                return abi.MATRIX.absent
-            if tensor.dim() != 2:
-                tensor = tensor.reshape(rows, -1 if rows else 1)
-            at = tensor.data_ptr() or address(call.loss, name, tensor)
-            return at, DTYPES[tensor.dtype], *tensor.stride()
 
         arguments = PACK(
             rows=rows,
             classes=classes,
-            labels=plan.target.shape[1],
+            labels=labels,
             sets=call.sets,
             squared=call.squared,
             margin=call.margin,
             denominator=denominator,
             grad_scale=1.0 / denominator if denominator else float("nan"),
-            input=matrix("input", x),
-            target=matrix("target", plan.target),
-            weight=abi.ARRAY.absent
-            if weight is None
-            else (weight.data_ptr() or address(call.loss, "weight", weight), DTYPES[weight.dtype]),
-            incoming=matrix("incoming", plan.incoming),
-            loss=matrix("losses", plan.losses),
-            total=matrix("loss", plan.total, 1),
-            grad=matrix("gradient", plan.grads[0]),
+            input=matrix(loss, "input", x, rows, classes),
+            target=matrix(loss, "target", plan.target, rows, labels),
+            weight=abi.ARRAY.absent if weight is None else array(loss, "weight", weight),
+            incoming=matrix(loss, "incoming", plan.incoming, rows, 1),
+            loss=matrix(loss, "losses", plan.losses, rows, 1),
+            total=matrix(loss, "loss", plan.total, 1, 1),
+            grad=matrix(loss, "gradient", plan.grads[0], rows, classes),
         )
-        return "margins", call.loss, arguments, x.numel()
+        return "margins", loss, arguments, x.numel()
 
     def refuse(self, plan: MarginPlan, position: int) -> NoReturn:
         target, call = plan.tensors[1], plan.call

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ...kinds.reduction import NUMBERS, OPERANDS
 from .. import abi
-from ..plan import ReductionPlan, Slot
+from ..plan import ReductionPlan
 from .engine import CpuEngine
-from .load import DTYPES, address, reduction_numbers
+from .load import matrix, reduction_numbers
 
 PACK = abi.REDUCTION.packer()
 ABSENT = abi.MATRIX.absent * OPERANDS
@@ -22,18 +22,9 @@ class ReductionEngine(CpuEngine[ReductionPlan]):
         call, rows, features = plan.call, plan.rows, plan.features
         loss, denominator = call.loss, float(rows) if call.reduction == "mean" else 1.0
 
-        def matrix(name: str, tensor: Slot, columns: int, rows: int = rows) -> tuple[int, ...]:
-            """Pointer, dtype and strides of the tensor as so many rows."""
-            if tensor is None:
-                return abi.MATRIX.absent
-            if tensor.dim() != 2:
-                tensor = tensor.reshape(rows, columns)
-            at = tensor.data_ptr() or address(loss, name, tensor)
-            return at, DTYPES[tensor.dtype], *tensor.stride()
-
         given = zip(call.arguments, plan.flat, strict=False)
-        inputs = [n for name, t in given for n in matrix(name, t, features)]
-        grads = [n for g in plan.grads for n in matrix("gradient", g, features)]
+        inputs = [n for name, t in given for n in matrix(loss, name, t, rows, features)]
+        grads = [n for g in plan.grads for n in matrix(loss, "gradient", g, rows, features)]
         arguments = PACK(
             definition=reduction_numbers()[call.definition],
             rows=rows,
@@ -42,9 +33,9 @@ class ReductionEngine(CpuEngine[ReductionPlan]):
             grad_scale=1.0 / denominator if denominator else float("nan"),
             numbers=(*call.numbers, *(0.0,) * NUMBERS)[:NUMBERS],
             input=(*inputs, *ABSENT)[: len(ABSENT)],
-            incoming=matrix("incoming", plan.incoming, 1),
-            loss=matrix("losses", plan.losses, 1),
-            total=matrix("loss", plan.total, 1, 1),
+            incoming=matrix(loss, "incoming", plan.incoming, rows, 1),
+            loss=matrix(loss, "losses", plan.losses, rows, 1),
+            total=matrix(loss, "loss", plan.total, 1, 1),
             grad=(*grads, *ABSENT)[: len(ABSENT)],
         )
         return "reduction", loss, arguments, plan.shape.numel()

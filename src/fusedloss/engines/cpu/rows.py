@@ -10,7 +10,7 @@ from ...core import errors
 from .. import abi
 from ..plan import RowsPlan, class_strides, flat, value_strides
 from .engine import CpuEngine
-from .load import DTYPES, address
+from .load import array
 
 PACK = abi.ROWS.packer()
 ABSENT = abi.GRID.absent
@@ -56,17 +56,9 @@ class RowsEngine(CpuEngine[RowsPlan]):
 
 def _classes(loss: str, name: str, tensor: Tensor) -> tuple[int, ...]:
     """Pointer, dtype and (n, c, d) strides of a tensor with a class dimension."""
-    return (
-        tensor.data_ptr() or address(loss, name, tensor),
-        DTYPES[tensor.dtype],
-        *class_strides(tensor),
-    )
+    return (*array(loss, name, tensor), *class_strides(tensor))
 
 
 def _values(loss: str, name: str, tensor: Tensor) -> tuple[int, ...]:
     """The same of a tensor with one value a row, or one for all."""
-    return (
-        tensor.data_ptr() or address(loss, name, tensor),
-        DTYPES[tensor.dtype],
-        *value_strides(tensor),
-    )
+    return (*array(loss, name, tensor), *value_strides(tensor))
