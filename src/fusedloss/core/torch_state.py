@@ -52,9 +52,16 @@ assert_async = torch._assert_async
 current_gpu: Any = getattr(torch._C, "_cuda_getDevice", None)
 current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
-any_module_hook = module._has_any_global_hook
 asm_output = adaptive._ASMoutput
 legacy_reduction = _reduction.legacy_get_string
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooked(called: torch.nn.Module) -> bool:
+    """Whether hooks, of this module or of all, run where it is called."""
+    return module._has_any_global_hook() or any(getattr(called, hooks) for hooks in _HOOKS)
 
 
 def forward_mode() -> bool:

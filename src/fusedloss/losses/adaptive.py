@@ -13,7 +13,6 @@ from ..front.modules import FACE, MODULES
 from .heads import linear_log_prob
 
 NAME = "AdaptiveLogSoftmaxWithLoss"
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class AdaptiveLogSoftmaxWithLoss(nn.modules.AdaptiveLogSoftmaxWithLoss):
@@ -99,8 +98,7 @@ def _is_plain(head: nn.Module) -> bool:
     return (
         type(head).forward is nn.Linear.forward
         and "forward" not in head.__dict__
-        and not any(getattr(head, hooks) for hooks in HOOKS)
-        and not torch_state.any_module_hook()
+        and not torch_state.hooked(head)
     )
 
 

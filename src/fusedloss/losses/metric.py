@@ -29,7 +29,6 @@ OWN = {
     name: getattr(torch.nn.PairwiseDistance, name)
     for name in ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
 }
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def triplet_hinge(near, far, *, margin):
@@ -228,8 +227,7 @@ def _norm(distance: Distance) -> tuple[float, float] | None:
 def _does_only_its_forward(module: torch.nn.Module) -> bool:
     """Whether to call this PairwiseDistance is to take torch's distance, and nothing else."""
     return (
-        not any(getattr(module, hooks) for hooks in HOOKS)
-        and not torch_state.any_module_hook()
+        not torch_state.hooked(module)
         and module._compiled_call_impl is None
         and "_call_impl" not in module.__dict__
         and module.forward == OWN["forward"].__get__(module)
