@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...losses import composed
+
 
 class Split(NamedTuple):
     """A data set, scaled, and cut into a part to train on and a part held out."""
@@ -251,15 +253,10 @@ def numbers(seed: int) -> Problem:
 
 
 class DiceFocal(nn.Module):
-    """Of one softmax, in operations of PyTorch."""
+    """In operations of PyTorch."""
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        log_p = logits.log_softmax(1)
-        p, own = log_p.exp(), log_p.gather(1, target.unsqueeze(1))
-        focal = (-((1 - own.exp()) ** 2) * own).mean()
-        mask = nn.functional.one_hot(target, logits.shape[1]).movedim(-1, 1).to(p.dtype)
-        shared, sizes = (p * mask).sum((2, 3)), (p + mask).sum((2, 3))
-        return focal + (1 - (2 * shared + 1e-5) / (sizes + 1e-5)).mean()
+        return composed.dice_focal(logits, target)
 
 
 WRITTEN = {"DiceFocalLoss": DiceFocal}
