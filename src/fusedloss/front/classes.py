@@ -57,7 +57,7 @@ class Classes:
         operands, more = loss.tensors(given, TypeError), loss.more_tensors(given, TypeError)
         input, target = operands.values()
         weight = more.get("weight")
-        ignore_index, smoothing, gamma = loss.chosen(given)
+        ignore_index, smoothing, gamma = loss.chosen(given, loss.checked(given))
         reduction = loss.reduction(given)
         if more or target.device != input.device:
             errors.same_device(name, **operands, **more)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from .settings import Setting
@@ -20,10 +20,11 @@ COMMON = {
 
 
 class Words(NamedTuple):
-    """What a family of losses says: of the result's type, and of the errors by exception."""
+    """What a family of losses says: of the result's type, of the errors by exception, of arguments."""
 
     returns: str
     raises: tuple[str, ...]
+    arguments: Mapping[str, str] = {}
 
 
 def of_function(
@@ -36,8 +37,8 @@ def of_function(
     text, sections = _parts(inspect.cleandoc(body.__doc__ or ""))
     if module and body.__name__ not in text:
         text += f"\n\nAs :func:`torch.nn.functional.{body.__name__}`\n({URL}.{module}.html)."
-    own = _items(sections.get("Args", ""))
-    arguments = [f"{n}: {own.get(n) or COMMON[n]}" for n in parameters if n in own or n in COMMON]
+    said = {**COMMON, **words.arguments, **_items(sections.get("Args", ""))}
+    arguments = [f"{n}: {said[n]}" for n in parameters if n in said]
     raised = [s.raises.format(argument=f"`{n}`") for n, s in settings.items()]
     raises = _grouped([*words.raises, *raised, *_lines(sections.get("Raises", ""))])
     parts = [text, _section("Args", arguments)]

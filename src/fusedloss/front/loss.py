@@ -67,9 +67,8 @@ class Definition:
         """
         return {n: s.check(self.name, n, given[n]) for n, s in self.settings.items()}
 
-    def chosen(self, given: dict[str, Any]) -> Any:
-        """What the body makes of the settings; raises as `checked`."""
-        settings = self.checked(given)
+    def chosen(self, given: dict[str, Any], settings: dict[str, Any]) -> Any:
+        """What the body makes of the settings that are meant."""
         return self.body(**{**given, **settings}) if self.alone else self.body(**settings)
 
     def reduction(self, given: dict[str, Any], allowed: tuple[str, ...] = reduce.REDUCTIONS) -> str:

@@ -29,6 +29,21 @@ class Parts(NamedTuple):
     gamma: float = 0.0
 
 
+AS_IN_DICE_LOSS = {
+    "overlap": "as in :func:`dice_loss`, as all that follow.",
+    "alpha": "of the Tversky index.",
+    "beta": "of the Tversky index.",
+    "generalized": "one fraction of all classes.",
+    "include_background": "whether class 0 counts in the overlap; in the other part it does.",
+    "batch": "sums are over all images.",
+    "smooth_nr": "in the numerator.",
+    "smooth_dr": "in the denominator.",
+    "skip_absent": "a class without a mask has no loss of overlap.",
+    "ignore_index": "places with this class index count in neither.",
+    "reduction": "'mean' or 'sum' of each of both.",
+}
+
+
 @dataclass(frozen=True)
 class Overlaps:
     """The input is (N, C, ...); the target holds class indices (N, ...), or masks of the input's shape.
@@ -50,7 +65,8 @@ class Overlaps:
         operands, more = loss.tensors(given, TypeError), loss.more_tensors(given, TypeError)
         input, target = operands.values()
         weight = more.get("weight")
-        parts, settings = loss.chosen(given), loss.checked(given)
+        settings = loss.checked(given)
+        parts = loss.chosen(given, settings)
         reduction = loss.reduction(given, self.reductions)
         if more or target.device != input.device:
             errors.same_device(name, **operands, **more)
@@ -103,7 +119,8 @@ class Overlaps:
         return dispatch(name, call, (input, target, weight), None, memo)
 
     def words(self, loss: Definition) -> docs.Words:
-        returns = "A scalar, or the losses by image and class with 'none', in the input's type"
+        unreduced = ", or the losses by image and class with 'none'"
+        returns = f"A scalar{unreduced if 'none' in self.reductions else ''}, in the input's type"
         raises = (
             "IndexError: a class index out of range; its position is named",
             "ValueError: unknown `reduction`; no class that counts; batch sizes that differ; an input of "
@@ -113,7 +130,7 @@ class Overlaps:
             "NotImplementedError: integer or complex input",
             "TypeError: an argument that is no tensor",
         )
-        return docs.Words(f"{returns}; float32 under autocast.", raises)
+        return docs.Words(f"{returns}; float32 under autocast.", raises, AS_IN_DICE_LOSS)
 
 
 def check_masks(name: str, target: Tensor) -> None:

@@ -267,17 +267,6 @@ def dice_cross_entropy(
         weight: of each class, (C), in both.
         lambda_dice: 0 or more.
         lambda_ce: 0 or more.
-        overlap: as in :func:`dice_loss`, as all that follow.
-        alpha: of the Tversky index.
-        beta: of the Tversky index.
-        generalized: one fraction of all classes.
-        include_background: whether class 0 counts in the overlap; in the cross entropy it does.
-        batch: sums are over all images.
-        smooth_nr: in the numerator.
-        smooth_dr: in the denominator.
-        skip_absent: a class without a mask has no loss of overlap.
-        ignore_index: places with this class index count in neither.
-        reduction: 'mean' or 'sum' of each of both.
     """
     return Parts(lambda_dice, lambda_ce)  # type: ignore[return-value]
 
@@ -346,16 +335,5 @@ def dice_focal(
         gamma: of the focal loss.
         lambda_dice: 0 or more.
         lambda_focal: 0 or more.
-        overlap: as in :func:`dice_loss`, as all that follow.
-        alpha: of the Tversky index.
-        beta: of the Tversky index.
-        generalized: one fraction of all classes.
-        include_background: whether class 0 counts in the overlap; in the focal loss it does.
-        batch: sums are over all images.
-        smooth_nr: in the numerator.
-        smooth_dr: in the denominator.
-        skip_absent: a class without a mask has no loss of overlap.
-        ignore_index: places with this class index count in neither.
-        reduction: 'mean' or 'sum' of each of both.
     """
     return Parts(lambda_dice, lambda_focal, gamma)  # type: ignore[return-value]
