@@ -72,7 +72,7 @@ def _targets() -> Iterator[Target]:
     yield Target(
         "MB beyond inputs and gradient, the most",
         # CTC keeps the states of a sequence for each thread.
-        worst(lambda r: r.excess("ours"), lambda r: r.case.row.name != "ctc_loss"),
+        worst(lambda r: r.excess("ours"), lambda r: r.case.row.kind != "sequences"),
         1.0,
     )
     yield Target(

@@ -242,7 +242,7 @@ def _softmax_row(
 def others(terms: Results) -> Results:
     """The sum of all but each: of all but the largest as it stands, or its digits would be lost."""
     total = mp.fsum(terms)
-    top = max(range(len(terms)), key=terms.__getitem__)
+    top = max(range(len(terms)), key=lambda k: abs(terms[k]))
     rest = mp.fsum(t for k, t in enumerate(terms) if k != top)
     return [rest if k == top else total - t for k, t in enumerate(terms)]
 

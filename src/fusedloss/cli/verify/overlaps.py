@@ -54,7 +54,7 @@ def reference(call: DiceCall, tensors: Sequence[Tensor | None]) -> list[Exact]:
             return v
         if call.activation == "sigmoid":
             return [each * a * b for each, a, b in zip(v, p, rest, strict=True)]
-        terms = _others([each * a for each, a in zip(v, p, strict=True)])
+        terms = others([each * a for each, a in zip(v, p, strict=True)])
         return [a * (each * b - o) for a, b, each, o in zip(p, rest, v, terms, strict=True)]
 
     grads, units = [], []
@@ -94,10 +94,6 @@ def _places(call: DiceCall, input: Tensor, target: Tensor) -> Sequence[Place]:
         group = 0 if call.batch else n
         found += [Place(group, *row) for row in zip(columns, each, counts, strict=True)]
     return found
-
-
-def _others(terms: Results) -> Results:
-    return [mp.fsum(t for k, t in enumerate(terms) if k != c) for c in range(len(terms))]
 
 
 def _probabilities(call: DiceCall, x: Results) -> tuple[Results, Results]:
