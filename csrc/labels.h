@@ -1,7 +1,5 @@
 // The class indices of a target: which count, whether they are in range, and what the mean divides by.
 #pragma once
-#include <atomic>
-#include <limits>
 #include <vector>
 
 #include "grid.h"
@@ -63,10 +61,10 @@ struct Rows {
 
     // Returns -1, or the first position whose index is out of range; sets the mean's denominator.
     int64_t check() {
-        constexpr int64_t size = 4096, strip = 1024, none = std::numeric_limits<int64_t>::max();
+        constexpr int64_t size = 4096, strip = 1024;
         const int64_t blocks = (positions() + size - 1) / size;
         std::vector<double> sums(static_cast<size_t>(blocks));
-        std::atomic<int64_t> outside{none};
+        FirstWrong outside;
         parallel(blocks, 4, [&](int64_t b) {
             int64_t y[strip];
             double sum = 0;
@@ -76,10 +74,7 @@ struct Rows {
                 const int64_t valid = counted(y, count, a.ignore_index, a.c, bad);
                 if (bad) {
                     const auto wrong = [&](int64_t label) { return is_wrong(label, a.ignore_index, a.c); };
-                    const int64_t at = i + (std::find_if(y, y + count, wrong) - y);
-                    int64_t seen = outside.load();
-                    while (at < seen && !outside.compare_exchange_weak(seen, at)) {
-                    }
+                    outside.note(i + (std::find_if(y, y + count, wrong) - y));
                     return;
                 }
                 if (!weight) sum += double(valid);
@@ -89,7 +84,7 @@ struct Rows {
             for (int64_t first = 0; first < size; first += strip) runs(b * size + first, strip, look);
             sums[size_t(b)] = sum;
         });
-        if (outside.load() != none) return outside.load();
+        if (outside.position() >= 0) return outside.position();
         if (a.mean) denominator = total_sum(sums);
         return -1;
     }

@@ -1,8 +1,6 @@
 // Losses of margins: of each label of a row, by how much each other class comes near it or passes it; with
 // the gradient from the same pass.
 #pragma once
-#include <atomic>
-#include <limits>
 #include <vector>
 
 #include "convert.h"
@@ -67,18 +65,15 @@ public:
           g_(size_t(a_.classes)),
           y_(size_t(a_.labels)) {}
 
-    // The loss of a row. `outside` becomes its first position whose label is out of range, if there is one.
-    double operator()(int64_t row, std::atomic<int64_t>& outside) {
+    // The loss of a row. `outside` notes its first position whose label is out of range, if there is one.
+    double operator()(int64_t row, FirstWrong& outside) {
         const Matrix &m = a_.input, &t = a_.target;
         load_indices(t.data, t.dtype, row * t.row_stride, t.stride, a_.labels, y_.data());
         const int64_t least = a_.sets ? -1 : 0;
         if (!all_within(y_.data(), a_.labels, least, a_.classes)) {
             int64_t k = 0;
             while (y_[size_t(k)] >= least && y_[size_t(k)] < a_.classes) ++k;
-            const int64_t at = row * a_.labels + k;
-            int64_t seen = outside.load();
-            while (at < seen && !outside.compare_exchange_weak(seen, at)) {
-            }
+            outside.note(row * a_.labels + k);
             return 0;
         }
         int64_t count = 0;
@@ -135,9 +130,8 @@ template <class T>
 int64_t margins_of(const MarginArgs& a) {
     const int64_t per_block = std::max<int64_t>(1, 2048 / std::max<int64_t>(a.classes, 1));
     const int64_t blocks = (a.rows + per_block - 1) / per_block;
-    constexpr int64_t none = std::numeric_limits<int64_t>::max();
     std::vector<double> sums(static_cast<size_t>(blocks));
-    std::atomic<int64_t> outside{none};
+    FirstWrong outside;
     advise_huge_pages(a.grad.data, a.rows * a.classes * size_of(a.grad.dtype));
     const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, per_block * a.classes));
     parallel_ranges(blocks, grain, [&](int64_t begin, int64_t end) {
@@ -153,7 +147,7 @@ int64_t margins_of(const MarginArgs& a) {
             sums[size_t(b)] = ordered_sum(losses.data(), count);
         }
     });
-    if (outside.load() != none) return outside.load();
+    if (outside.position() >= 0) return outside.position();
     if (a.total.data) store_one(a.total.data, a.total.dtype, 0, total_sum(sums) / a.denominator);
     return fine;
 }

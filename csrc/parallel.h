@@ -1,8 +1,10 @@
 // Threads from torch's own pool, sums in a fixed order, and memory advice.
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <vector>
 #if defined(__linux__)
@@ -64,6 +66,26 @@ private:
     static uint64_t read() { return 0; }
     static void write(uint64_t) {}
 #endif
+};
+
+// The first of the positions that threads found wrong.
+class FirstWrong {
+public:
+    void note(int64_t position) {
+        int64_t seen = first_.load();
+        while (position < seen && !first_.compare_exchange_weak(seen, position)) {
+        }
+    }
+
+    // Or -1.
+    int64_t position() const {
+        const int64_t first = first_.load();
+        return first == none ? -1 : first;
+    }
+
+private:
+    static constexpr int64_t none = std::numeric_limits<int64_t>::max();
+    std::atomic<int64_t> first_{none};
 };
 
 // f(begin, end) over stretches of [0, n), each of at least `grain`, in the caller's floating-point state.

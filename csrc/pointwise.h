@@ -1,8 +1,6 @@
 // What all pointwise losses share: loads, multipliers, stores and ordered sums around a formula's loops.
 #pragma once
 #include <algorithm>
-#include <atomic>
-#include <limits>
 #include <memory>
 
 #include "convert.h"
@@ -100,7 +98,7 @@ struct alignas(64) Scratch {
 template <class T>
 class PointwiseKernel {
 public:
-    PointwiseKernel(const PointwiseArgs& args, const Loops<T>& loops, std::atomic<int64_t>& outside)
+    PointwiseKernel(const PointwiseArgs& args, const Loops<T>& loops, FirstWrong& outside)
         : a(args), f(loops), walk(args), first_outside(outside), scratch(Scratch<T>::of_thread()) {}
 
     // What the block's losses sum to, if that is asked for.
@@ -128,7 +126,7 @@ private:
     const PointwiseArgs& a;
     const Loops<T>& f;
     const Walk walk;
-    std::atomic<int64_t>& first_outside;
+    FirstWrong& first_outside;
     Scratch<T>& scratch;
     Block<T> b;
 
@@ -170,9 +168,7 @@ private:
 
     bool refused(int64_t start) {
         const int64_t i = f.outside(a.numbers, b);
-        for (int64_t seen = first_outside.load();
-             i < b.n && start + i < seen && !first_outside.compare_exchange_weak(seen, start + i);) {
-        }
+        if (i < b.n) first_outside.note(start + i);
         return i < b.n;
     }
 
@@ -190,10 +186,9 @@ private:
 // Returns -1, or the position of the first element that lies outside the formula's domain.
 template <class T>
 int64_t pointwise(const PointwiseArgs& a, const Loops<T>& loops) {
-    constexpr int64_t none = std::numeric_limits<int64_t>::max();
     const int64_t blocks = (a.numel + block_size - 1) / block_size;
     std::vector<double> sums(a.total.data ? size_t(blocks) : 0);
-    std::atomic<int64_t> outside{none};
+    FirstWrong outside;
     for (const Array& grad : a.grad) advise_huge_pages(grad.data, a.numel * size_of(grad.dtype));
     advise_huge_pages(a.loss.data, a.numel * size_of(a.loss.dtype));
     parallel_ranges(blocks, 32, [&](int64_t begin, int64_t end) {
@@ -203,7 +198,7 @@ int64_t pointwise(const PointwiseArgs& a, const Loops<T>& loops) {
             if (a.total.data) sums[size_t(b)] = sum;
         }
     });
-    if (outside.load() != none) return outside.load();
+    if (outside.position() >= 0) return outside.position();
     if (a.total.data) store_one(a.total.data, a.total.dtype, 0, total_sum(sums) / a.denominator);
     return -1;
 }

@@ -128,7 +128,7 @@ MUTANTS = [
     kernel("pointwise.h", "total_sum(sums) / a.denominator", "total_sum(sums)", KERNELS + " and mse_loss"),
     kernel("pointwise.h", "std::min(block_size, a.numel - start)", "std::min(block_size - 1, a.numel - start)", KERNELS + " and mse_loss"),
     kernel("pointwise.h", "- size(d) * stride(slot, d);", "- (size(d) - 1) * stride(slot, d);", KERNELS + " and mse_loss"),
-    kernel("pointwise.h", "start + i < seen &&", "start + i > seen &&", "input", **ERRORS),
+    kernel("parallel.h", "position < seen &&", "position > seen &&", "input", **ERRORS),
     kernel("formula.h", "inside = inside & lie(i)", "inside = lie(i)", "input", **ERRORS),
     kernel("formula.h", "add_to_lanes(b.values, count, b.lanes);", "", KERNELS + " and mse_loss"),
     kernel("formula.h", "at += turn", "at += 2 * turn", KERNELS + " and kl_div"),
