@@ -167,6 +167,9 @@ class Elements:
             return self.by_torch(loss, operands, weight, settings, reduction, dtype)
         given_tensors = (*(t for t in given_tensors if t is not None), weight)
         if of_batch is not None:
+            check_memory(
+                name, **{OF_BATCH: of_batch}, **({} if weight is None else {"weight": weight})
+            )
             of_batch = spread_over(name, first, of_batch)
             if weight is not None:
                 of_batch = of_batch.to(wide(weight, of_batch)) * weight
