@@ -187,6 +187,16 @@ def test_a_class_out_of_range_is_an_index_error(value: int, head: dict[str, Tens
             make_fx(call)()
 
 
+def test_a_label_out_of_range_is_told_while_traced() -> None:
+    x = torch.randn(3, 5)
+    for call in (
+        lambda: fusedloss.multi_margin_loss(x, torch.tensor([0, 1, 7])),
+        lambda: fusedloss.multilabel_margin_loss(x, torch.tensor([[7, -1, 0, 0, 0]] * 3)),
+    ):
+        with pytest.raises(RuntimeError, match=r"target\[.+\] = 7 is "):
+            make_fx(call)()
+
+
 def test_the_check_of_classes_is_not_seen(generator: Generator) -> None:
     x, y = torch.randn(4, 5, generator=generator), torch.tensor([0, 1, 2, 4])
     with Watching() as mode:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -20,22 +21,24 @@ def readable(tensor: Tensor) -> Tensor | None:
 
 def check_range(loss: str, target: Tensor, classes: int, ignore_index: int) -> None:
     """IndexError for the first class index out of range, where it can be read without a sync."""
+    refuse_first(
+        target,
+        lambda index: (index != ignore_index) & ((index < 0) | (index >= classes)),
+        lambda target, at: errors.out_of_range(loss, target, at, classes, ignore_index),
+    )
 
-    def outside(index: Tensor) -> Tensor:
-        return (index != ignore_index) & ((index < 0) | (index >= classes))
 
-    if (position := first_outside(target, outside)) is not None:
-        errors.out_of_range(loss, target, position, classes, ignore_index)
-
-
-def first_outside(target: Tensor, outside: Callable[[Tensor], Tensor]) -> int | None:
-    """The first position whose index is outside, where it can be read without a sync, or None."""
+def refuse_first(
+    target: Tensor, outside: Callable[[Tensor], Tensor], refuse: Callable[[Tensor, int], NoReturn]
+) -> None:
+    """Refuses the first position whose index is outside, where it can be read without a sync."""
     seen = torch_state.dispatch_modes()
     if target.is_cpu and not seen:
         target = sharded.whole(target)
     if not target.is_cpu or plain.gap(target) or torch_state.is_tracing():
-        return None
-    # Who watches operations sees those of the loss alone.
+        return
+    # Who watches operations sees those of the loss alone, and not what is asked for the message.
     with torch_state.without_modes() if seen else contextlib.nullcontext():
         found = outside(target.to(torch.int64))
-        return int(found.flatten().nonzero()[0]) if found.any() else None
+        if found.any():
+            refuse(target, int(found.flatten().nonzero()[0]))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core import errors, reduce
-from ..core.indices import first_outside
+from ..core.indices import refuse_first
 from .alone import lifted
 from .call import Kind
 from .torch_m import inf
@@ -90,9 +90,11 @@ class MarginCall(Kind):
     def check(self, tensors: Sequence[Any]) -> None:
         input, target, _ = tensors
         classes = input.shape[-1] if input.dim() else 1
-        at = first_outside(target, lambda y: (y < self.least) | (y >= classes))
-        if at is not None:
-            errors.label_out_of_range(self.loss, target, at, classes, self.sets)
+        refuse_first(
+            target,
+            lambda y: (y < self.least) | (y >= classes),
+            lambda target, at: errors.label_out_of_range(self.loss, target, at, classes, self.sets),
+        )
 
     def spread(self, incoming: Tensor) -> Tensor:
         return incoming.unsqueeze(-1)
