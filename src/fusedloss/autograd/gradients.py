@@ -79,6 +79,9 @@ def gradients(saved: Saved, arrived: Tensor) -> Sequence[Tensor | None]:
     readable = is_plain(arrived)
     if not readable:
         plain.check(saved.loss, incoming=arrived)
+        if arrived.is_neg():  # a sign is all that the kernel lacks
+            arrived = arrived.resolve_neg()
+            readable = is_plain(arrived)
     if arrived.shape != saved.shape:
         words = (
             f"a gradient of shape {list(arrived.shape)} arrived for a loss of {list(saved.shape)}"
