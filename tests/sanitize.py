@@ -79,7 +79,8 @@ def valgrind(root: Path) -> None:
 
 
 def kernel_tests(root: Path) -> None:
-    """On a library built with the memory sanitizers."""
+    """On a library built with the memory sanitizers, in a copy of its own: it prints what others compile."""
+    root = elsewhere.copy(root.with_name("tested"))
     elsewhere.build(root, *MEMORY)
     environment = {
         # torch's own leaks are not ours to find, and nothing else in the process is instrumented.
