@@ -13,6 +13,8 @@ from torch import Tensor
 from ..core import errors
 from ..core.plain import check as check_memory
 from ..core.reduce import result_dtype
+from ..kinds.formula import Pointwise
+from ..kinds.pointwise import PointwiseCall
 from ..kinds.reduction import Distances, Reduction, ReductionCall
 from ..route.dispatch import dispatch
 from . import docs
@@ -138,13 +140,17 @@ def _check_pairs(name: str, operands: dict[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class MeanOfClasses:
-    """A row of classes, whose losses are averaged: with a target of its shape, and maybe a weight."""
+    """A row of classes, whose losses are averaged: with a target of its shape, and maybe a weight.
+
+    Reduced, it is the loss `of_class` of all elements alike, which needs no sums of rows.
+    """
 
     kind: ClassVar[str] = "multilabel"
     computes: ClassVar[bool] = False
 
     record: Reduction
     weighted: Reduction
+    of_class: Pointwise
 
     def memo(self, loss: Definition) -> Memo:
         return loss.memo(weighted=True)
@@ -178,10 +184,26 @@ class MeanOfClasses:
         kept = [t if t.is_floating_point() else t.to(input.dtype) for t in every.values()]
         if any(a is not b for a, b in zip(kept, every.values(), strict=True)):
             memo = None
-        record = self.weighted if more else self.record
-        classes = float(input.shape[-1] or math.nan)
-        call = ReductionCall(record.name, (classes,), reduction, result_dtype(dtype, input))
-        return dispatch(name, call, (*kept, None)[:3], None, memo)
+        tensors = (*kept, None)[:3]
+        classes, dtype = input.shape[-1], result_dtype(dtype, input)
+        call: PointwiseCall | ReductionCall
+        if reduction != "none" and self._alike(input, tensors):
+            of_sum = classes if reduction == "sum" else None
+            call = PointwiseCall(self.of_class, (), "mean", of_sum, dtype)
+        else:
+            record = self.weighted if more else self.record
+            call = ReductionCall(record.name, (float(classes or math.nan),), reduction, dtype)
+        return dispatch(name, call, tensors, None, memo)
+
+    def _alike(self, input: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
+        """Whether each element of the input counts once; by a weight only the sums of rows are differentiated."""
+        whole = torch.broadcast_shapes(*(t.shape for t in tensors if t is not None))
+        weight = tensors[2]
+        return (
+            whole == input.shape
+            and input.numel() > 0
+            and not (weight is not None and weight.requires_grad)
+        )
 
     def words(self, loss: Definition) -> docs.Words:
         returns = (

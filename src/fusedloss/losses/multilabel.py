@@ -8,6 +8,7 @@ from ..front.vectors import MeanOfClasses
 from ..kinds import torch_m as m
 from ..kinds.formula import Pointwise
 from ..kinds.reduction import Reduction, Sums
+from .binary import BCE_WITH_LOGITS
 
 
 def logistic(input, target):
@@ -76,7 +77,7 @@ def _of_classes(tensors, generator):
 
 @loss(
     "MultiLabelSoftMarginLoss",
-    MeanOfClasses(SOFT_MARGIN, WEIGHTED_SOFT_MARGIN),
+    MeanOfClasses(SOFT_MARGIN, WEIGHTED_SOFT_MARGIN, BCE_WITH_LOGITS),
     row(
         _labels,
         {"plain": plain, "weight": lambda t, g: {"weight": _of_classes(t, g)}},
