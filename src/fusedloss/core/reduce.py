@@ -67,7 +67,7 @@ def count_other(tensor: Tensor, value: float) -> Tensor:
     parts: tuple[Tensor, ...] = (tensor,)
     if type(tensor) is Tensor and tensor.dim() and not torch.compiler.is_compiling():
         parts = tensor.split(max(1, PART // max(1, tensor.shape[1:].numel())))
-    counts = ((part.to(wide(part)) != value).sum(dtype=exact(part)) for part in parts)
+    counts = (torch.count_nonzero(part.to(wide(part)) != value).to(exact(part)) for part in parts)
     return functools.reduce(torch.add, counts)
 
 
