@@ -168,7 +168,12 @@ template <class T>
 class DistillKernel {
 public:
     explicit DistillKernel(const DistillArgs& args)
-        : a(args), by(T(1 / args.temperature)), mixture(args.beta) {}
+        : a(args), by(T(1 / args.temperature)), mixture(args.beta) {
+        if (!a.beyond) return;
+        const double warmth = a.label ? std::min(a.temperature, 1.0) : a.temperature;
+        ordinary = a.ordinary * warmth - largest_bias<T>(a.student, a.c);
+        teacher_ordinary = a.teacher_ordinary * warmth - largest_bias<T>(a.teacher, a.c);
+    }
 
     void operator()(int64_t n) {
         student = teacher = Softmax<T>();
@@ -178,6 +183,10 @@ public:
             student.add(s, c, count, by, out);
             teacher.add(t, c, count, by, out);
         });
+        if (a.beyond) {
+            a.beyond[n] = is_beyond(student.origin(), ordinary) || is_beyond(teacher.origin(), teacher_ordinary);
+            if (a.beyond[n]) return;
+        }
         difference = T(teacher.log_sum() - student.log_sum());
         // The sum weighted by p_s is of gaps less that of the student's largest class, so that no digits are
         // lost where p_s is near 1.
@@ -226,6 +235,7 @@ private:
     Mixture<T> mixture;
     Softmax<T> student, teacher;
     T difference = 0, own_gap = 0;
+    double ordinary = 0, teacher_ordinary = 0;
     alignas(64) T s[row_block], t[row_block], p[row_block], q[row_block], d[row_block], out[row_block],
         to_teacher[row_block];
 

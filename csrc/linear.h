@@ -7,6 +7,7 @@
 //   loss = sum_c b_c (L - x'_c) + z_loss L^2,   entropy = L - sum_c p_c x'_c.
 #pragma once
 #include <memory>
+#include <numeric>
 
 #include "softmax.h"
 
@@ -58,12 +59,20 @@ FUSEDLOSS_LOOP void add_low(T* __restrict x, const bf16* __restrict low, int64_t
     }
 }
 
+template <class T>
+FUSEDLOSS_LOOP void add_bias(const T* x, const T* __restrict bias, int64_t n, T* y) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) y[i] = x[i] + bias[i];
+}
+
 // `count` logits of row n from class c on, in `buffer` or where they lie.
 template <class T>
 inline const T* load_logits(const Logits& x, int64_t n, int64_t c, int64_t count, T* buffer) {
     const T* found = load<T>(memory(x, n, c), x.dtype, 1, count, buffer);
     if (x.low) add_low(buffer, static_cast<const bf16*>(x.low) + offset_of(x, n, c), count);
-    return found;
+    if (!x.bias) return found;
+    add_bias(found, static_cast<const T*>(x.bias) + c, count, buffer);
+    return buffer;
 }
 
 template <class T>
@@ -116,6 +125,26 @@ FUSEDLOSS_LOOP void take(T* __restrict g, T factor, const T* __restrict part, in
     for (int64_t i = 0; i < n; ++i) g[i] -= factor * part[i];
 }
 
+// Of a product and a bias the bound is the size of the sum and of the largest finite bias.
+template <class T>
+double largest_bias(const Logits& x, int64_t classes) {
+    double largest = 0;
+    for (int64_t c = 0; x.bias && c < classes; ++c) {
+        const double size = std::fabs(double(static_cast<const T*>(x.bias)[c]));
+        if (std::isfinite(size)) largest = std::max(largest, size);
+    }
+    return largest;
+}
+
+// Whether the roundings of a row's logits count.
+inline bool is_beyond(double largest, double ordinary) { return !(std::fabs(largest) <= ordinary); }
+
+// How many rows stayed as they were.
+inline int64_t count_beyond(const int64_t* beyond, int64_t n) {
+    const int64_t count = beyond ? std::accumulate(beyond, beyond + n, int64_t(0)) : 0;
+    return count ? count : int64_t(fine);
+}
+
 template <class T>
 class LinearKernel {
 public:
@@ -123,6 +152,7 @@ public:
         : a(args), weight(static_cast<const T*>(args.weight)), hard(T(1 - args.smoothing)) {
         soft = a.smoothing > 0 ? T(a.smoothing / double(a.c)) : T(0);
         mixed = !a.label || soft != T(0);
+        if (a.beyond) ordinary = a.ordinary - std::fabs(a.logit_scale) * largest_bias<T>(a.logits, a.columns);
     }
 
     void operator()(int64_t n) {
@@ -131,6 +161,7 @@ public:
         if (kept && a.first) s = *kept;
         gather(n, s);
         if (kept) *kept = s;
+        if (a.beyond && (a.beyond[n] = is_beyond(s.max, ordinary))) return;
         if (a.finish) finish(n, s);
     }
 
@@ -139,6 +170,7 @@ private:
     const T* weight;
     T hard, soft;
     bool mixed;  // b has more than the target's class
+    double ordinary = 0;
     alignas(64) T x_buffer[row_block], e_buffer[row_block], q_buffer[row_block];
 
     static double value(const double* of_rows, int64_t n, double absent) {

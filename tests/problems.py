@@ -15,7 +15,8 @@ from torch.nn import functional as F  # noqa: N812
 from fusedloss import linear_cross_entropy, linear_kl_div, linear_log_prob
 from fusedloss.autograd import operators
 from fusedloss.engines.chunks import loop as chunks
-from fusedloss.front import head
+from fusedloss.engines.chunks import plan, straight
+from fusedloss.route import heads
 
 N, D, C = 37, 19, 53
 
@@ -127,12 +128,13 @@ def close(found: list[Tensor], expected: list[Tensor], **tolerance: float) -> No
 def torch_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """The row step of devices that have no kernel."""
 
-    def step(*args: Any, **of_kernels: Any) -> None:
-        chunks.steps.step(*args)
+    without_kernels(monkeypatch)
 
-    whole = chunks.plan
-    monkeypatch.setattr(chunks, "plan", lambda call, x, c, _: whole(call, x, c, True))
-    monkeypatch.setattr(chunks.kernel, "step", step)
+
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on devices that have none."""
+    for module in (chunks, plan, straight):
+        monkeypatch.setattr(module, "on_host", lambda _: False)
 
 
 WIDE = (6, 5, 2500)  # more classes than a block of the kernels
@@ -303,13 +305,10 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
             stack.enter_context(formula_path())
         elif request.param == "operator":
             monkeypatch.setattr(
-                head, "dispatch", lambda call, tensors, _: operators.run(call, tensors)
+                heads, "results", lambda call, tensors, _: operators.run(call, tensors)
             )
         elif request.param == "steps":  # of devices that have no kernel
-            whole = chunks.plan
-            monkeypatch.setattr(chunks, "plan", lambda call, x, c, _: whole(call, x, c, True))
-            monkeypatch.setattr(chunks.kernel, "step", lambda *a, **_: chunks.steps.step(*a))
-            monkeypatch.setattr(chunks.kernel, "distill", lambda *a, **_: chunks.steps.distill(*a))
+            without_kernels(monkeypatch)
         yield request.param
 
 

@@ -103,7 +103,7 @@ def heads(generator: Generator) -> Iterator[tuple[Any, tuple[Tensor | None, ...]
         for reduction in ("none", "mean"):
             for soft, statistics in ((False, False), (True, False), (False, reduction == "none")):
                 first = ("linear_cross_entropy", soft, reduction, -100, 0.1, 0.0, 0.0, 1.0)
-                call = LinearCall(*first, statistics, 0, 0, dtype)
+                call = LinearCall(*first, statistics, 0, 0, False, dtype)
                 yield call, (x, w, b, q if soft else y, None, None, None)
 
 
@@ -114,7 +114,7 @@ def distillations(generator: Generator) -> Iterator[tuple[Any, tuple[Tensor | No
         y = torch.randint(6, (n, 1), generator=generator)
         for reduction in ("none", "mean"):
             first = ("linear_kl_div", False, reduction, -100, 0.0, 0.0, 0.0, 1.0, False, 0, 0)
-            call = DistillCall(*first, FLOAT32, "js", 0.5, 1.0, 0.0, 1.0, 0.5)
+            call = DistillCall(*first, False, FLOAT32, "js", 0.5, 1.0, 0.0, 1.0, 0.5)
             head, nothing = (x, w, None), (None, None, None)
             yield call, (*head, None, *nothing, *nothing, logits)
             yield call, (*head, y, *nothing, teacher_x, teacher_w, None, None)

@@ -229,7 +229,7 @@ class Step:
         logits, compute = torch.empty(self.shape, dtype=self.dtype), wide_dtype(self.dtype)
         call = LinearCall(
             "linear_cross_entropy", False, "none", -100, **settings,
-            memory_budget=0, chunk_rows=0, dtype=compute,
+            memory_budget=0, chunk_rows=0, exact_logits=False, dtype=compute,
         )  # fmt: skip
         one = torch.empty(self.shape[0], dtype=compute)
         many = Rows(one, one, one, one) if call.statistics else Rows(one)

@@ -23,7 +23,13 @@ from fusedloss.kinds.heads import LinearCall, Rows
 assert GPU, "test_gpu.py runs this file"
 
 CALL = LinearCall(
-    "linear_cross_entropy", False, "none", -100, 0.0, 0.0, 0.0, 1.0, False, 0, 0, torch.float32
+    "linear_cross_entropy",
+    False,
+    "none",
+    -100,
+    *(0.0, 0.0, 0.0, 1.0),
+    *(False, 0, 0, False),
+    torch.float32,
 )
 
 

@@ -18,6 +18,7 @@ from problems import (
     leaves,
     plain_divergence,
     rising,
+    without_kernels,
 )
 from torch import Generator, Tensor
 
@@ -94,10 +95,8 @@ def test_divergence_by_torch_steps(
     problem = Distillation(generator)
     settings = {"divergence": divergence, "hard_weight": 0.5, **problem.teacher}
     expected = problem.run(linear_kl_div, **settings)
-    monkeypatch.setattr(
-        chunks.kernel, "distill", lambda *args, **of_kernels: chunks.steps.distill(*args)
-    )
-    close(problem.run(linear_kl_div, **settings, memory_budget=SMALL), expected)
+    without_kernels(monkeypatch)
+    close(problem.run(linear_kl_div, **settings, memory_budget=6 * SMALL), expected)
 
 
 @each_divergence

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import HALVES, formula_path, name_of
-from problems import N, Problem, close, double, each_reduction, error, exact, leaves
+from problems import SMALL, N, Problem, close, double, each_reduction, error, exact, leaves
 from torch import Generator, Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from fusedloss import linear_cross_entropy
 from fusedloss.engines.chunks import loop as chunks
-from fusedloss.engines.chunks import products
+from fusedloss.engines.chunks import products, straight
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=name_of)
@@ -71,19 +71,17 @@ def test_bfloat16_by_the_machines_own_products(
     close(found, expected, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 5), (33, 64, 1000)])
 def test_bfloat16_products_lose_no_digits_of_the_logits(
-    biased: bool, shape: tuple[int, int, int], generator: Generator
+    shape: tuple[int, int, int], generator: Generator
 ) -> None:
     n, d, c = shape
-    x, weight, bias = (
-        torch.randn(s, generator=generator).bfloat16() for s in ((n, d), (c, d), (c,))
-    )
-    bias = 30 * bias if biased else None
-    high, low = torch.empty(2, n, c, dtype=torch.bfloat16)
-    products.Split(weight, bias).logits(x, high, low)
-    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    x, weight = (torch.randn(s, d, generator=generator).bfloat16() for s in (n, c))
+    high = torch.empty(n, c, dtype=torch.bfloat16)
+    own = products.Native(weight, None)
+    own.logits(x, high)
+    low = own.lost(x, high)
+    exact = F.linear(x.double(), weight.double())
     torch.testing.assert_close(
         high.double() + low.double(), exact, rtol=2**-15, atol=2**-16 * exact.abs().max().item()
     )
@@ -128,15 +126,26 @@ def test_only_the_gradients_that_are_needed(
             then(self, *args)
 
         monkeypatch.setattr(products.Direct, product, counted)
+    multiply = straight.multiplied
+
+    def multiplied(a: Tensor, b: Tensor) -> Tensor:
+        calls.append("one of a single chunk")
+        return multiply(a, b)
+
+    monkeypatch.setattr(straight, "multiplied", multiplied)
     for wanted in itertools.chain.from_iterable(
         itertools.combinations(range(3), size) for size in (1, 2)
     ):
         problem.learned = [names[k] for k in wanted]
         calls.clear()
-        close(problem.run(linear_cross_entropy), [whole[0], *(whole[1 + k] for k in wanted)])
-        assert set(calls) == {
-            f"grad_{name.removeprefix('linear_')}" for name in problem.learned
-        } - {"grad_bias"}
+        expected = [whole[0], *(whole[1 + k] for k in wanted)]
+        of_products = {f"grad_{name.removeprefix('linear_')}" for name in problem.learned}
+        of_products -= {"grad_bias"}
+        close(problem.run(linear_cross_entropy, memory_budget=SMALL), expected)
+        assert set(calls) == of_products
+        calls.clear()
+        close(problem.run(linear_cross_entropy), expected)
+        assert len(calls) == 1 + len(of_products)
 
 
 def test_the_result_of_float16_scales_before_it_rounds(generator: Generator) -> None:
@@ -154,11 +163,12 @@ def test_options(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     step = chunks.kernel.step
 
-    def counted(call: Any, logits: Tensor, *args: Any, **kwargs: Any) -> None:
-        seen.append(logits.shape[0])
-        step(call, logits, *args, **kwargs)
+    def counted(call: Any, logits: Any, *args: Any, **kwargs: Any) -> int:
+        seen.append(logits.values.shape[0])
+        return step(call, logits, *args, **kwargs)
 
     monkeypatch.setattr(chunks.kernel, "step", counted)
+    monkeypatch.setattr(chunks, "straight", lambda *_: False)
     problem = Problem(generator)
     problem.tensors["target"].clamp_(min=0)
     whole = problem.run(linear_cross_entropy)

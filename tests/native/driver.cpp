@@ -211,18 +211,20 @@ void reduction_call(Random& r) {
 
 // Logits of rows with gaps between them, that a kernel may overwrite: `fill` brings them back.
 struct Head {
-    Tensor source, logits, low;
+    Tensor source, logits, low, bias;
 
     Head(Random& r, int64_t n, int64_t c, bool special)
         : source(floats(r, float_type(r), {n, c}, DENSE, -4, 4, special)),
           logits(make(r, source.dtype, {n, c + r.below(3)}, DENSE, untouched)) {
         if (source.dtype == BF16 && r.chance(60))
             low = floats(r, BF16, {n, logits.strides[0]}, DENSE, -0.01, 0.01, special);
+        if (r.chance(40)) bias = floats(r, source.dtype == F64 ? F64 : F32, {c}, DENSE, -1, 1, special);
         logits.sizes = source.sizes;
     }
     Logits from(int64_t c) const {
         const void* lost = low ? at(low.data(), low.dtype, c) : nullptr;
-        return {at(logits.data(), logits.dtype, c), lost, logits.dtype, logits.strides[0]};
+        const void* added = bias ? at(bias.data(), bias.dtype, c) : nullptr;
+        return {at(logits.data(), logits.dtype, c), lost, added, logits.dtype, logits.strides[0]};
     }
     void fill() const {
         const int64_t width = size_of(logits.dtype), row = source.sizes[1] * width;

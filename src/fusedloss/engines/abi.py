@@ -32,12 +32,13 @@ DTYPES = {
 FINE = -1
 NO_MEMORY = -2  # for its scratch
 UNREADABLE = -3  # a pointer is that of a tensor without memory: null, or an offset from it
+SOME = -4  # less m where m rows of a head count, but not all
 MAX_DIMS = 16
 LIMITS = runpy.run_path(str(Path(__file__).parents[1] / "kinds" / "names.py"))  # of formulas
 FORMULA_OPERANDS, FORMULA_NUMBERS = LIMITS["OPERANDS"], LIMITS["NUMBERS"]
 LINEAR_SUMS = 8  # doubles that a head keeps of a row
 NUMBERS = (
-    *("FINE", "NO_MEMORY", "UNREADABLE"),
+    *("FINE", "NO_MEMORY", "UNREADABLE", "SOME"),
     *("MAX_DIMS", "FORMULA_OPERANDS", "FORMULA_NUMBERS", "LINEAR_SUMS"),
 )
 
@@ -104,6 +105,12 @@ class Struct:
             at[incoming],
         )
 
+    def place(self, name: str) -> int:
+        """The word of a field, or of one `outer.inner`."""
+        outer, _, inner = name.partition(".")
+        within = next(f.inner for f in self.fields if f.name == outer)
+        return self.places[outer] + (within.places[inner] if within and inner else 0)
+
     def printed(self) -> str:
         """With its layout, which the compiler checks."""
         lines = [f"struct {self.name} {{"]
@@ -145,6 +152,7 @@ LOGITS = Struct(
     "Logits",  # rows of them
     "void* data",
     "const void* low  // of the same type and strides or null: what rounding took from them",
+    "const void* bias  // of each class, in the type that is computed in, or null",
     "int64_t dtype",
     "int64_t stride  // from row to row",
 )
@@ -253,6 +261,8 @@ LINEAR = Struct(
     "double* entropy",
     "double* correct  // 1 where no class is above the target's",
     "Grid grad_target",
+    "double ordinary  // a row whose largest logit is larger in size stays as it is",
+    "int64_t* beyond  // of each row, whether it does; or null, and none does",
 )
 ACCUMULATE = Struct(
     "AccumulateArgs",  # the sums of the products of chunks
@@ -272,6 +282,36 @@ DISTILL = Struct(
     "const int64_t* label  // of the hard term, or null",
     "const double* incoming",
     "double* loss",
+    "double ordinary, teacher_ordinary  // as above",
+    "int64_t* beyond",
+)
+HEAD_ROWS = Struct(
+    "HeadRowsArgs",
+    "int64_t n, classes, ignore_index",
+    "int64_t divide  // by the class weights of the rows that count",
+    "double sign",
+    "Array label  // class indices, or null: all rows count",
+    "Array weight  // of each class",
+    "Array share  // of each row",
+    "Array incoming",
+    "int64_t incoming_stride",
+    # Of the rows that count, and are not weighed with 0:
+    "int64_t* labels",
+    "int64_t* kept  // which these are",
+    "double* shares",
+    "double* scale  // of the gradient of each",
+    "double* divisor",
+)
+HEAD_RESULTS = Struct(
+    "HeadResultsArgs",
+    "int64_t n, count  // rows, and how many of them are kept",
+    "int64_t reduced",
+    "double sign",
+    "const int64_t* kept",
+    "const double* loss",
+    "const double* shares",
+    "const double* divisor",
+    "Array out",
 )
 # In the order of their numbers.
 KERNELS = {
@@ -285,6 +325,8 @@ KERNELS = {
     "linear": LINEAR,
     "distill": DISTILL,
     "accumulate": ACCUMULATE,
+    "head_rows": HEAD_ROWS,
+    "head_results": HEAD_RESULTS,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,7 @@ from torch import Tensor
 from ..core import errors, plain, sharded
 from ..core.plain import PLAIN
 from ..core.reduce import autocasts, resolve, result_dtype
-from ..kinds.heads import LinearCall, Slots
-from ..route.heads import dispatch
+from ..kinds.heads import LinearCall, Ready, Slots
 from .classes import check_indices, check_weight
 
 SOFTMAX = "log_softmax_lastdim_kernel_impl"  # PyTorch's name for what a type is lacking
@@ -47,6 +47,10 @@ def reduction_of(name: str, reduction: str, denominator: Tensor | float | None) 
     return reduction
 
 
+def the_only(results: Sequence[Tensor]) -> Tensor:
+    return results[0]
+
+
 class Head:
     """A checked head: its tensors in the shapes of `kinds/heads.py`, and the settings of its logits."""
 
@@ -59,6 +63,7 @@ class Head:
         softcap: Tensor | float | None,
         logit_scale: Tensor | float,
         memory_budget: int | None,
+        exact_logits: bool = False,
         prefix: str = "",  # of a teacher's arguments
     ) -> None:
         self.name, self.prefix = name, prefix
@@ -100,7 +105,7 @@ class Head:
             memory_budget = errors.integer(name, "memory_budget", memory_budget)
             if memory_budget <= 0:
                 errors.fail(ValueError, name, f"memory_budget must be above 0, got {memory_budget}")
-        self.memory_budget = memory_budget or 0
+        self.memory_budget, self.exact_logits = memory_budget or 0, exact_logits
 
     def _check_shapes(
         self, names: list[str], input: Tensor, weight: Tensor, bias: Tensor | None
@@ -288,9 +293,10 @@ class Head:
         sample_weight: Tensor | None = None,
         denominator: Tensor | None = None,
         teacher: Slots = (),
+        finish: Callable[..., Any] = the_only,
         **settings: Any,
-    ) -> tuple[Tensor, ...]:
-        """Runs the call; results of rows are shaped as the caller's rows."""
+    ) -> Any:
+        """The call, ready to run; `finish` makes the loss of its results, of rows in the caller's shape."""
         call = kind(
             **{
                 "loss": self.name,
@@ -299,6 +305,7 @@ class Head:
                 "softcap": self.softcap,
                 "logit_scale": self.logit_scale,
                 "memory_budget": self.memory_budget,
+                "exact_logits": self.exact_logits,
                 "dtype": self.dtype,
                 **settings,
             }
@@ -320,10 +327,8 @@ class Head:
             tensors = tuple(
                 t.clone() if t is not None and t._is_zerotensor() else t for t in tensors
             )
-        results = dispatch(call, tensors, target)
-        if call.reduction != "none":
-            return results
-        return tuple(t.reshape((*self.batch, *self.out)) for t in results)
+        shape = torch.Size((*self.batch, *self.out)) if call.reduction == "none" else None
+        return Ready(call, tensors, target, shape, finish)
 
 
 def index(name: str, ignore_index: int | None) -> int | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class LinearCall(Kind):
     statistics: bool
     memory_budget: int  # 0: the default
     chunk_rows: int  # the most rows a chunk; 0: as many as the budget holds
+    exact_logits: bool  # where the products round them: of all rows, or where that counts
     dtype: torch.dtype  # of the result
 
     family: ClassVar[str] = "linear"
@@ -201,6 +202,42 @@ class LinearCall(Kind):
         if self.reduction == "mean":
             total = total / self.divisor(tensors, add)
         return (total.to(self.dtype),)
+
+
+class Ready(NamedTuple):
+    """A checked call: what runs it gives `finish` the results, those of rows in a `shape`."""
+
+    call: LinearCall
+    tensors: Slots
+    target: Slot  # as the caller shaped it
+    shape: torch.Size | None
+    finish: Callable[[Sequence[Tensor]], Any]
+
+    def done(self, results: Sequence[Tensor]) -> Any:
+        shape = self.shape
+        return self.finish(results if shape is None else [t.reshape(shape) for t in results])
+
+
+def of_one_head(tensors: Slots) -> Slots:
+    """The tensors of a call, as it takes them, from what the caller of one head gave."""
+    input, linear_weight, bias, target, weight, share, denominator, *teacher = tensors
+    assert input is not None
+    rows = (input.shape[:-1].numel(), -1)
+    theirs = zip(teacher, (False, True, True, False), strict=False)
+    return (
+        input.reshape(rows),
+        _of_classes(linear_weight),
+        _of_classes(bias),
+        None if target is None else target.reshape(rows),
+        weight,
+        None if share is None else share.reshape(rows),
+        denominator,
+        *(_of_classes(t) if c else t if t is None else t.reshape(rows) for t, c in theirs),
+    )
+
+
+def _of_classes(tensor: Slot) -> Slot:
+    return None if tensor is None else tensor.unsqueeze(1)
 
 
 def scaled(x: Tensor, scale: Tensor | float) -> Tensor:

@@ -10,6 +10,7 @@ from ..front.definition import Bounds, row
 from ..front.definition import plain as no_options
 from ..front.head import Head, finite, reduction_of, scalar, setting
 from ..front.loss import loss
+from ..front.settings import boolean
 from ..kinds.distill import KINDS, DistillCall
 from . import composed
 from .heads import CLASSES, HEADS, biased, ignored, of_rows, of_states
@@ -48,6 +49,7 @@ def _hard(t, g):
         bounds=Bounds(float32=(2, 4), float64=(2, 4), formula=(4, 1e13)),
         triton=False,
     ),
+    exact_logits=boolean,
 )
 def linear_kl_div(
     input: Tensor,
@@ -71,6 +73,7 @@ def linear_kl_div(
     teacher_softcap: float | None = None,
     denominator: Tensor | float | None = None,
     memory_budget: int | None = None,
+    exact_logits: bool = False,
 ) -> Tensor:
     r"""Distillation: the divergence of a student's head from a teacher's, the logits of neither in full.
 
@@ -126,7 +129,8 @@ def linear_kl_div(
     if hard_weight and target is None:
         errors.fail(ValueError, name, f"hard_weight = {hard_weight} needs a target")
     reduction = reduction_of(name, reduction, denominator)
-    head = Head(name, input, linear_weight, linear_bias, softcap, 1.0, memory_budget)
+    given = (softcap, 1.0, memory_budget, exact_logits)
+    head = Head(name, input, linear_weight, linear_bias, *given)
     if head.out:
         errors.fail(
             RuntimeError,
@@ -137,7 +141,7 @@ def linear_kl_div(
         errors.fail(
             RuntimeError, name, f"target holds probabilities of {target.dtype}, not indices"
         )
-    (result,) = head.run(
+    return head.run(
         DistillCall,
         target,
         None,
@@ -158,4 +162,3 @@ def linear_kl_div(
         soft_weight=finite(name, "soft_weight", soft_weight),
         hard_weight=hard_weight,
     )
-    return result

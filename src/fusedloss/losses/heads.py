@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core import errors
-from ..front.composed import Composed
 from ..front.definition import Bounds, normal, row, uniform
 from ..front.definition import plain as no_options
 from ..front.head import RAISES, Head, check_tensors, finite, index, reduction_of, scalar, setting
+from ..front.heads import Heads
 from ..front.loss import loss
 from ..front.settings import boolean, within
 from ..kinds.heads import LinearCall
@@ -50,7 +51,7 @@ def ignored(target):
     return int(found[0]) if len(found) > 1 else -100
 
 
-HEADS = Composed("in the input's type (float32 under autocast)", RAISES, check_tensors)
+HEADS = Heads("in the input's type (float32 under autocast)", RAISES, check_tensors)
 
 
 @loss(
@@ -91,6 +92,7 @@ HEADS = Composed("in the input's type (float32 under autocast)", RAISES, check_t
         composed=composed.linear_cross_entropy,
     ),
     label_smoothing=within(0.0, 1.0, RuntimeError, "Got: {value}"),
+    exact_logits=boolean,
 )
 def linear_cross_entropy(
     input: Tensor,
@@ -109,6 +111,7 @@ def linear_cross_entropy(
     logit_scale: Tensor | float = 1.0,
     denominator: Tensor | float | None = None,
     memory_budget: int | None = None,
+    exact_logits: bool = False,
 ) -> Tensor:
     r"""Cross entropy of a linear head's logits, which never exist as a whole.
 
@@ -157,10 +160,11 @@ def linear_cross_entropy(
     """
     name = "linear_cross_entropy"
     reduction = reduction_of(name, reduction, denominator)
-    head = Head(name, input, linear_weight, linear_bias, softcap, logit_scale, memory_budget)
+    given = (softcap, logit_scale, memory_budget, exact_logits)
+    head = Head(name, input, linear_weight, linear_bias, *given)
     ignore_index = index(name, ignore_index)
     probabilities = head.check_target(target, weight, ignore_index)
-    (result,) = head.run(
+    return head.run(
         LinearCall,
         target,
         weight,
@@ -173,7 +177,6 @@ def linear_cross_entropy(
         z_loss=finite(name, "z_loss", z_loss),
         chunk_rows=head.chunk_rows(options),
     )
-    return result
 
 
 def of_any(kind: Any) -> Any:
@@ -218,6 +221,7 @@ class LogProb(NamedTuple):
         composed=composed.linear_log_prob,
     ),
     statistics=boolean,
+    exact_logits=boolean,
 )
 def linear_log_prob(
     input: Tensor,
@@ -230,6 +234,7 @@ def linear_log_prob(
     softcap: Tensor | float | None = None,
     statistics: bool = False,
     memory_budget: int | None = None,
+    exact_logits: bool = False,
 ) -> Tensor | LogProb:
     r"""The log-probability that a linear head gives each target, :math:`\log \mathrm{softmax}(x / T)_y`.
 
@@ -258,7 +263,8 @@ def linear_log_prob(
     """
     name = "linear_log_prob"
     temperature = setting(name, "temperature", temperature, above=0.0, folds=softcap is None)
-    head = Head(name, input, linear_weight, linear_bias, softcap, 1 / temperature, memory_budget)
+    given = (softcap, 1 / temperature, memory_budget, exact_logits)
+    head = Head(name, input, linear_weight, linear_bias, *given)
     if softcap is not None:
         head.softcap = head.softcap / temperature
     head.dtype = torch.promote_types(head.dtype, torch.float32)
@@ -268,7 +274,16 @@ def linear_log_prob(
             RuntimeError, name, f"target holds probabilities of {target.dtype}, not indices"
         )
     ignored = -100 if ignore_index is None else ignore_index
-    losses, *rest = head.run(
+
+    def finish(results: Sequence[Tensor]) -> Tensor | LogProb:
+        losses, *rest = results
+        if not statistics:
+            return -losses
+        lse, entropy, correct = rest
+        valid = (target.to(torch.int64) != ignored).sum()
+        return LogProb(-losses, lse, entropy, correct.bool(), valid)
+
+    return head.run(
         LinearCall,
         target,
         probabilities=False,
@@ -277,8 +292,5 @@ def linear_log_prob(
         smoothing=0.0,
         z_loss=0.0,
         statistics=statistics,
+        finish=finish,
     )
-    if not statistics:
-        return -losses
-    lse, entropy, correct = rest
-    return LogProb(-losses, lse, entropy, correct.bool(), (target.to(torch.int64) != ignored).sum())

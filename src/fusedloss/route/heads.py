@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,11 +13,16 @@ from ..autograd.heads import Chunked
 from ..core import torch_state, trace
 from ..engines import gpu
 from ..engines.chunks.loop import run as run_chunks
-from ..kinds.heads import LinearCall, Slot, Slots
+from ..kinds.heads import LinearCall, Ready, Slot, Slots
 from .dispatch import by_formula, formula_reason, operator_serves
 
 
-def dispatch(call: LinearCall, tensors: Slots, given: Slot) -> tuple[Tensor, ...]:
+def dispatch(ready: Ready) -> Any:
+    """The loss of a checked call."""
+    return ready.done(results(ready.call, ready.tensors, ready.target))
+
+
+def results(call: LinearCall, tensors: Slots, given: Slot) -> tuple[Tensor, ...]:
     """The results of the call; `given` is the target as the caller shaped it."""
     why = "a setting requires a gradient" if call.learns else None
     if torch.compiler.is_compiling():

@@ -7,73 +7,24 @@ Nothing of the size of all logits exists. Rows that do not count take part in no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...core import errors
 from ...core.reduce import wide
 from ...kinds.distill import DistillCall
 from ...kinds.heads import LinearCall, Rows, Slot, Slots
 from .. import abi, gpu
 from ..cpu import linear as kernel
 from . import steps
-from .products import HALVES, TILE_BYTES, Direct, products
+from .plan import AGAIN, ORDINARY, on_host, plan, rounded, takes_triton
+from .products import Direct, Native, products
+from .straight import Straight, straight
 
-BUDGET = 64 << 20
-LEAST_ON_GPU, MOST_ON_GPU = 256 << 20, 1 << 30  # smaller products leave a GPU idle
-FORWARD_BUDGET = 10 << 20  # with what a matrix product takes itself, 16 MiB
-FORWARD_ROWS = 512
 SUM_BLOCK = 1 << 14
-ALIGNED = 16  # rows; odd numbers slow the products down
-
-
 Index = slice | Tensor
-
-
-class Plan(NamedTuple):
-    """How much of the logits is there at a time."""
-
-    rows: int
-    classes: int
-
-
-def plan(call: LinearCall, input: Tensor, classes: int, differentiate: bool) -> Plan:
-    """Chunks within the budget. ValueError where not even one row fits."""
-    n, features = input.shape
-    half, triton = input.dtype in HALVES, takes_triton(call, input)
-    computed = wide(input).itemsize
-    size = input.element_size() if input.is_cuda and triton else computed  # of logits
-    # Beside the logits: the row itself, its gradient, and a few numbers of it.
-    per_row = size * call.logits * classes + 2 * computed * features + 128
-    fixed = TILE_BYTES if half and not input.is_cuda else 0
-    half_a_gradient = computed * classes * features // 2
-    default = min(max(half_a_gradient, LEAST_ON_GPU), MOST_ON_GPU) if input.is_cuda else BUDGET
-    budget = call.memory_budget or default
-    if budget < per_row + fixed:
-        errors.fail(
-            ValueError,
-            call.loss,
-            f"memory_budget = {budget} bytes does not hold one row of {classes} classes and "
-            f"{features} features: the least is {per_row + fixed}",
-        )
-    if differentiate or not on_host(input) or call.logits > 1:
-        # Where there is no kernel, torch operations take copies of the logits.
-        per_row *= 1 if on_host(input) or triton else 6
-        # An eighth is for what the matrix products take themselves.
-        most, width = (budget * 7 // 8 - fixed) // per_row, classes
-    else:
-        budget = min(budget, FORWARD_BUDGET) - fixed
-        most = min(FORWARD_ROWS, max(1, budget // (size * (64 + 2 * features) + 128)))
-        most = most if most <= ALIGNED else most // ALIGNED * ALIGNED
-        width = (budget - most * (2 * size * features + 128)) // (size * most)
-        width = min(classes, max(64, width // 64 * 64))
-    most = max(1, min(most, call.chunk_rows or n, n))
-    rows = -(-max(n, 1) // max(1, -(-n // most)))  # all chunks alike
-    aligned = -(-rows // ALIGNED) * ALIGNED
-    return Plan(aligned if aligned <= most else rows, width)
 
 
 def run(
@@ -87,6 +38,14 @@ def run(
     Reduced losses differentiate themselves; others by `incoming`, the gradients of all results.
     Gradients by half types are of float32, for whoever scales and rounds them.
     """
+    arriving = incoming[0] if incoming else None
+    if straight(call, tensors, needed, arriving):
+        result, grads = Straight(call, tensors, needed, arriving)(tensors, arriving)
+        result = result if call.reduction != "none" else result.unsqueeze(1)
+        pairs = zip((*grads, None), tensors, strict=False)
+        return (result,), [
+            None if g is None or t is None else g.to(wide(g)).view(t.shape) for g, t in pairs
+        ]
     loop = LOOPS[call.family](call, tensors, needed, incoming)
     for head in range(loop.heads):
         loop.head(head)
@@ -101,17 +60,6 @@ def _in_blocks(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return flat.sum(dtype=dtype)
     blocks = flat[:whole].view(-1, SUM_BLOCK).sum(1, dtype=dtype)
     return blocks.sum() + flat[whole:].sum(dtype=dtype)
-
-
-def on_host(input: Tensor) -> bool:
-    """Whether the row steps are those of the C++ core."""
-    return input.is_cpu and not gpu.serves(input)
-
-
-def takes_triton(call: LinearCall, input: Tensor) -> bool:
-    """Whether the row steps are Triton's; elsewhere they are torch operations."""
-    indices = call.family == "linear" and not call.probabilities
-    return indices and gpu.serves(input) and gpu.problem(call.family) is None
 
 
 class _Loop:
@@ -136,7 +84,9 @@ class _Loop:
         self.incoming = self.incoming_rows(incoming) if any(needed) else None
         self.grads = self.gradients(needed)
         self.chunk: Slot = None
-        self.low: Slot = None  # what rounding took from the chunk
+        self.bias: Slot = None  # of the head, where the row step adds it
+        exact = call.exact_logits or self.incoming is None
+        self.ordinary = -1.0 if exact else ORDINARY
 
     def of_rows(self) -> Tensor:
         """A number for each row, (N, K), those of a head side by side."""
@@ -166,14 +116,12 @@ class _Loop:
 
     def head(self, head: int) -> None:
         """All rows of one head."""
-        bias = None if self.linear_bias is None else self.linear_bias[:, head]
-        product = products(self.linear_weight[:, head], bias, on_host(self.input))
+        product = self.products(self.linear_weight[:, head], self.linear_bias, head)
+        self.bias = self.added(self.linear_bias, head)
         if self.chunk is None:
             size, dtype = self.plan.rows * self.plan.classes, product.chunk_dtype
             self.chunk = torch.empty(size, dtype=dtype, device=self.input.device)
             kernel.advise_huge_pages(self.chunk)
-            self.low = torch.empty_like(self.chunk) if product.splits else None
-            kernel.advise_huge_pages(self.low)
         kept = self.kept(head)
         n = self.input.shape[0] if kept is None else kept.shape[0]
         for a in range(0, n, self.plan.rows):
@@ -187,6 +135,18 @@ class _Loop:
             for grad in self.grads[1:3]:
                 if grad is not None:
                     grad[:, head].zero_()
+
+    def products(self, weight: Tensor, bias: Slot, head: int = 0) -> Direct:
+        """Those of one head; on the host the row step adds the bias."""
+        host = on_host(self.input)
+        own = None if host or bias is None else bias[:, head]
+        return products(weight, own, self.call.exact_logits and not host)
+
+    def added(self, bias: Slot, head: int = 0) -> Slot:
+        """The bias of one head, where the row step adds it."""
+        if bias is None or not on_host(self.input):
+            return None
+        return bias[:, head].to(wide(bias)).contiguous()
 
     def kept(self, head: int) -> Slot:
         """The rows that count; None where all do, or where to find out would stop a queue."""
@@ -217,21 +177,22 @@ class _Loop:
         sums = torch.empty(n, abi.LINEAR_SUMS, dtype=torch.float64)
         for first in range(0, self.classes, self.plan.classes):
             columns = min(self.plan.classes, self.classes - first)
-            logits, low = self.matrices(n, columns)
-            product.logits(x, logits, low, first)
-            given = (self.call, logits, target, self.weight, results)
-            kernel.step(*given, first=first, classes=self.classes, sums=sums, low=low)
+            logits = self.matrix(n, columns)
+            product.logits(x, logits, first)
+            lost = product.lost(x, logits, first) if isinstance(product, Native) else None
+            bias = None if self.bias is None else self.bias[first:]
+            given = (self.call, kernel.Logits(logits, lost, bias), target, self.weight, results)
+            kernel.step(*given, first=first, classes=self.classes, sums=sums)
         self.keep(results, head, rows)
 
     def differentiate(self, product: Direct, head: int, rows: Index, n: int, add: bool) -> None:
         """The results of some rows, and their part of the gradients that are needed."""
         x = product.rows(self.input[rows])
-        g, low = self.matrices(n, self.classes)
-        product.logits(x, g, low)
-        results = self.results.each(lambda t: t[:, head][rows])
-        arriving = self.incoming and self.incoming.each(lambda t: t[:, head][rows])
-        self.step(g, low, head, rows, results, arriving)
-        self.keep(results, head, rows)
+        g = self.matrix(n, self.classes)
+        product.logits(x, g)
+        beyond = torch.empty(n, dtype=torch.int64) if rounded(self.input) else None
+        if self.step(g, head, rows, beyond=beyond) > 0:
+            self.step_exactly(product, x, g, head, rows, beyond)
         grad_input, grad_weight, grad_bias, _ = self.grads
         if grad_input is not None:
             if self.heads == 1 and isinstance(rows, slice):
@@ -246,40 +207,63 @@ class _Loop:
             total = g.sum(0, dtype=grad_bias.dtype)
             grad_bias[:, head] = grad_bias[:, head] + total if add else total
 
-    def matrices(self, n: int, columns: int) -> tuple[Tensor, Slot]:
-        """The logits of some rows in the chunk, and what rounding took from them."""
+    def matrix(self, n: int, columns: int) -> Tensor:
+        """The logits of some rows, in the chunk."""
         assert self.chunk is not None
-        high, low = (
-            None if t is None else t[: n * columns].view(n, columns) for t in (self.chunk, self.low)
-        )
-        assert high is not None
-        return high, low
+        return self.chunk[: n * columns].view(n, columns)
 
     def step(
+        self, logits: Tensor, head: int, rows: Index, lost: Slot = None, beyond: Slot = None
+    ) -> int:
+        """Logits become their gradient; of rows `beyond` what is ordinary they stay, and so many there are."""
+        results = self.results.each(lambda t: t[:, head][rows])
+        incoming = self.incoming and self.incoming.each(lambda t: t[:, head][rows])
+        found = self.run_step(logits, head, rows, results, incoming, lost, beyond)
+        self.keep(results, head, rows)
+        return found
+
+    def step_exactly(
+        self, product: Direct, x: Tensor, g: Tensor, head: int, rows: Index, beyond: Slot
+    ) -> None:
+        """Once more for the rows that stayed, with what rounding took from their logits."""
+        assert isinstance(product, Native) and beyond is not None
+        index = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+        for part in beyond.nonzero().squeeze(1).split(-(-len(beyond) // AGAIN)):
+            logits = g[part]
+            self.step(logits, head, index[part], product.lost(x[part], logits))
+            g[part] = logits
+
+    def run_step(
         self,
         logits: Tensor,
-        low: Slot,
         head: int,
         rows: Index,
         results: Rows,
         incoming: Rows | None,
-    ) -> None:
+        lost: Slot,
+        beyond: Slot,
+    ) -> int:
         if takes_triton(self.call, self.input):
             assert self.target is not None and isinstance(rows, slice)
             target, first = self.target[:, head][rows], rows.start * self.heads + head
             given = (self.call, logits, target, self.weight, results, incoming)
             try:
-                return gpu.family("linear").step(*given, first, self.target.shape)
+                gpu.family("linear").step(*given, first, self.target.shape)
+                return 0
             except gpu.Failed as failed:
                 gpu.turn_off(failed, self.call.family)
         grad_target = self.grads[3]
-        grad_target = None if grad_target is None else grad_target[:, :, head][rows]
+        part = None if grad_target is None else grad_target[:, :, head][rows]
         target = self.targets(head, rows)
-        arguments = (self.call, logits, target, self.weight, results, incoming, grad_target)
-        if on_host(self.input):
-            kernel.step(*arguments, low=low)
-        else:
-            steps.step(*arguments)
+        if not on_host(self.input):
+            steps.step(self.call, logits, target, self.weight, results, incoming, part)
+            return 0
+        own = kernel.Logits(logits, lost, self.bias)
+        arguments = (self.call, own, target, self.weight, results, incoming, part)
+        found = kernel.step(*arguments, ordinary=self.ordinary, beyond=beyond)
+        if grad_target is not None and part is not None and not isinstance(rows, slice):
+            grad_target[:, :, head][rows] = part
+        return found
 
     def keep(self, results: Rows, head: int, rows: Index) -> None:
         """Gathered rows go back to where they are from."""
@@ -292,43 +276,44 @@ class _Loop:
 class _DistillLoop(_Loop):
     """With the teacher's logits of the same rows in a chunk beside."""
 
-    def step(
+    def run_step(
         self,
         logits: Tensor,
-        low: Slot,
         head: int,
         rows: Index,
         results: Rows,
         incoming: Rows | None,
-    ) -> None:
+        lost: Slot,
+        beyond: Slot,
+    ) -> int:
         assert isinstance(self.call, DistillCall)
-        teacher, teacher_low = self.teacher(rows)
+        teacher = self.teacher(rows, lost is not None)
         target = None if self.target is None else self.targets(head, rows)
-        given = (self.call, logits, teacher, target, results, incoming)
-        if on_host(self.input):
-            kernel.distill(*given, low=low, teacher_low=teacher_low)
-        else:
-            steps.distill(*given)
+        if not on_host(self.input):
+            steps.distill(self.call, logits, teacher.values, target, results, incoming)
+            return 0
+        student = kernel.Logits(logits, lost, self.bias)
+        given = (self.call, student, teacher, target, results, incoming)
+        theirs = math.inf if self.tensors[10] is not None else self.ordinary
+        return kernel.distill(*given, self.ordinary, theirs, beyond)
 
-    def teacher(self, rows: Index) -> tuple[Tensor, Slot]:
-        """The teacher's logits of some rows, and what rounding took from them."""
+    def teacher(self, rows: Index, exactly: bool) -> kernel.Logits:
+        """The teacher's logits of some rows."""
         input, weight, bias, logits = self.tensors[7:]
         if logits is not None:
-            return logits[rows], None
+            return kernel.Logits(logits[rows])
         assert input is not None and weight is not None
         if not hasattr(self, "product"):
-            bias = None if bias is None else bias[:, 0]
-            self.product = products(weight[:, 0], bias, on_host(self.input))
+            self.product = self.products(weight[:, 0], bias)
+            self.teachers_bias = self.added(bias)
             shape, dtype = (self.plan.rows, self.classes), self.product.chunk_dtype
             self.other = torch.empty(shape, dtype=dtype, device=input.device)
             kernel.advise_huge_pages(self.other)
-            self.other_low = torch.empty_like(self.other) if self.product.splits else None
-            kernel.advise_huge_pages(self.other_low)
         x = self.product.rows(input[rows])
         out = self.other[: x.shape[0]]
-        low = None if self.other_low is None else self.other_low[: x.shape[0]]
-        self.product.logits(x, out, low)
-        return out, low
+        self.product.logits(x, out)
+        lost = self.product.lost(x, out) if exactly and isinstance(self.product, Native) else None
+        return kernel.Logits(out, lost, self.teachers_bias)
 
 
 LOOPS = {"linear": _Loop, "distill": _DistillLoop}

@@ -1,8 +1,8 @@
 """The three matrix products of a head, on a chunk of rows, for each type of input.
 
 float32 and float64 multiply as they are. bfloat16 and float16 multiply exactly in float32, on tiles of the
-weight that are widened on the way. Where a CPU multiplies bfloat16 itself, in that, and the logits are
-multiplied twice: the second product keeps what rounding took from the first.
+weight that are widened on the way. Where a CPU multiplies bfloat16 itself, in that, and a second product keeps
+what rounding took from those logits of which it counts.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from ..cpu import linear as kernel
 HALVES = (torch.bfloat16, torch.float16)
 TILE_BYTES = 4 << 20
 NARROWEST_TILE = 64  # classes
+LARGE = 1 << 22  # bytes, from which on large pages are asked for
 
 
 class Direct:
     """`weight` is (C, D) of the inputs' type."""
-
-    splits = False  # the logits are the sum of two chunks
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
@@ -34,8 +33,8 @@ class Direct:
         """The rows of a chunk as the products take them."""
         return input
 
-    def logits(self, x: Tensor, out: Tensor, low: Slot, first: int = 0) -> None:
-        """Those of the classes [first, first + out.shape[1]); `low` where this `splits` them."""
+    def logits(self, x: Tensor, out: Tensor, first: int = 0) -> None:
+        """Those of the classes [first, first + out.shape[1])."""
         last = first + out.shape[1]
         torch.mm(x, self.weight[first:last].t(), out=out)
         self.add_bias(out, first, last)
@@ -63,7 +62,7 @@ class Widened(Direct):
         classes, features = weight.shape
         fit = TILE_BYTES // (4 * max(features, 1))
         rows = min(classes, max(NARROWEST_TILE, fit))
-        self.buffer = torch.empty(rows, features, dtype=self.chunk_dtype)
+        self.buffer = weight.new_empty(rows, features, dtype=self.chunk_dtype)
 
     def rows(self, input: Tensor) -> Tensor:
         return input.float()
@@ -73,7 +72,7 @@ class Widened(Direct):
             b = min(a + len(self.buffer), last)
             yield a, b, self.buffer[: b - a].copy_(self.weight[a:b])
 
-    def logits(self, x: Tensor, out: Tensor, low: Slot, first: int = 0) -> None:
+    def logits(self, x: Tensor, out: Tensor, first: int = 0) -> None:
         for a, b, weight in self.tiles(first, first + out.shape[1]):
             torch.mm(x, weight.t(), out=out[:, a - first : b - first])
         self.add_bias(out, first, first + out.shape[1])
@@ -85,10 +84,14 @@ class Widened(Direct):
 
 
 class Native(Direct):
-    """bfloat16 by the machine's own instructions; sums over chunks are of float32."""
+    """bfloat16 by the machine's own instructions, which round; sums over chunks are of float32."""
+
+    def lost(self, x: Tensor, logits: Tensor, first: int = 0) -> Tensor:
+        """What rounding took from logits."""
+        return rounded_away(x, self.weight[first : first + logits.shape[1]], logits)
 
     def grad_input(self, g: Tensor, out: Tensor) -> None:
-        out.copy_(torch.mm(g, self.weight))
+        out.copy_(multiplied(g, self.weight))
 
     def grad_weight(self, g: Tensor, x: Tensor, out: Tensor, add: bool) -> None:
         step = max(NARROWEST_TILE, TILE_BYTES // (2 * max(x.shape[1], 1)))
@@ -97,13 +100,12 @@ class Native(Direct):
             columns = g[:, a : a + step]
             part = product[: columns.shape[1]]
             torch.mm(columns.t(), x, out=part)
-            self.take(part, out[a : a + step], add)
-
-    def take(self, product: Tensor, out: Tensor, add: bool) -> None:
-        if add:
-            out += product
-        else:
-            out.copy_(product)
+            if out.is_cpu:
+                kernel.accumulate(part, out[a : a + step], add)
+            elif add:
+                out[a : a + step] += part
+            else:
+                out[a : a + step] = part
 
 
 class Accelerated(Direct):
@@ -119,39 +121,35 @@ class Accelerated(Direct):
             torch.mm(g.t(), x, out_dtype=torch.float32, out=out)
 
 
-class Split(Native):
-    """On a CPU, where a kernel takes the logits: in two parts, the second what rounding took from the first."""
-
-    splits = True
-
-    def logits(self, x: Tensor, out: Tensor, low: Slot, first: int = 0) -> None:
-        assert low is not None
-        last = first + out.shape[1]
-        weight = self.weight[first:last].t()
-        torch.mm(x, weight, out=out)
-        torch.addmm(out, x, weight, beta=-1, out=low)  # sums of float32, rounded once
-        if self.bias is None:
-            return
-        step = max(1, TILE_BYTES // (4 * out.shape[1]))
-        for high, rest in zip(out.split(step), low.split(step), strict=True):
-            # The rounding of an infinite logit took NaN.
-            exact = rest.float().nan_to_num_(0.0).add_(high).add_(self.bias[first:last])
-            high.copy_(exact)
-            rest.copy_(exact.sub_(high))
-
-    def take(self, product: Tensor, out: Tensor, add: bool) -> None:
-        kernel.accumulate(product, out, add)
+def multiplied(a: Tensor, b: Tensor) -> Tensor:
+    """The product in the type of its operands: autocast leaves what is written to alone."""
+    out = a.new_empty(a.shape[0], b.shape[1])
+    if out.nbytes >= LARGE:
+        kernel.advise_huge_pages(out)
+    return torch.mm(a, b, out=out)
 
 
-def products(weight: Tensor, bias: Tensor | None, host: bool) -> Direct:
-    """The products of one head, a weight (C, D) and a bias (C); on a `host` a kernel takes their logits."""
+def rounded_away(x: Tensor, weight: Tensor, logits: Tensor) -> Tensor:
+    """What rounding took from logits: sums of float32, rounded once."""
+    return torch.addmm(logits, x, weight.t(), beta=-1, out=torch.empty_like(logits))
+
+
+def products(weight: Tensor, bias: Slot, exact: bool) -> Direct:
+    """The products of one head, a weight (C, D) and a bias (C); `exact` ones keep all digits."""
     if weight.dtype not in HALVES:
         return Direct(weight, bias)
+    if exact:
+        return Widened(weight, bias)
     if weight.is_cuda and torch.version.hip is None:
         return Accelerated(weight, bias)
-    if weight.device.type != "cpu" or (weight.dtype is torch.bfloat16 and multiplies_bfloat16()):
-        return Split(weight, bias) if host else Native(weight, bias)
+    if weight.device.type != "cpu" or multiplies(weight.dtype):
+        return Native(weight, bias)
     return Widened(weight, bias)
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU's own products serve a half type."""
+    return dtype is torch.bfloat16 and multiplies_bfloat16()
 
 
 @functools.cache

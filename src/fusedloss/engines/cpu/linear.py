@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from torch import Tensor
 
 from ...kinds.distill import DistillCall
@@ -13,9 +15,17 @@ PACK, PACK_DISTILL = abi.LINEAR.packer(), abi.DISTILL.packer()
 PACK_ACCUMULATE = abi.ACCUMULATE.packer()
 
 
+class Logits(NamedTuple):
+    """Of rows (n, C); `lost` is what rounding took from them, the bias (C) of the type that is computed in."""
+
+    values: Tensor
+    lost: Slot = None
+    bias: Slot = None
+
+
 def step(
     call: LinearCall,
-    logits: Tensor,
+    logits: Logits,
     target: Tensor,
     weight: Slot,
     results: Rows,
@@ -25,15 +35,17 @@ def step(
     first: int = 0,
     classes: int = 0,
     sums: Slot = None,
-    low: Slot = None,
-) -> None:
+    ordinary: float = 0.0,
+    beyond: Slot = None,
+) -> int:
     """Fills `results` from a chunk (n, C) of logits; with `incoming` it becomes its gradient.
 
     `target` is (n) of int64, or (n, C). `results` and `incoming` are float64 for each row. A chunk
-    may hold fewer than all `classes`, those from `first` on: then `sums` remember the row. `low` is
-    what rounding took from the logits.
+    may hold fewer than all `classes`, those from `first` on: then `sums` remember the row. Where `beyond`
+    is given, rows whose largest logit is beyond what is `ordinary` stay as they are, and it tells which:
+    so many are returned.
     """
-    n, columns = logits.shape
+    n, columns = logits.values.shape
     arguments = PACK(
         n=n,
         c=classes or columns,
@@ -45,7 +57,7 @@ def step(
         z_loss=call.z_loss,
         softcap=call.softcap,
         logit_scale=call.logit_scale,
-        logits=_logits(logits, low),
+        logits=_logits(logits),
         label=0 if call.probabilities else target.data_ptr(),
         target=_grid(target if call.probabilities else None),
         weight=_pointer(weight),
@@ -58,43 +70,56 @@ def step(
         entropy=_pointer(results.entropy),
         correct=_pointer(results.correct),
         grad_target=_grid(grad_target),
+        ordinary=ordinary,
+        beyond=_pointer(beyond),
     )
-    run("linear", call.loss, arguments)
+    return run("linear", call.loss, arguments)
 
 
 def distill(
     call: DistillCall,
-    logits: Tensor,
-    teacher: Tensor,
+    logits: Logits,
+    teacher: Logits,
     target: Slot,
     results: Rows,
     incoming: Rows | None = None,
-    low: Slot = None,
-    teacher_low: Slot = None,
-) -> None:
+    ordinary: float = 0.0,
+    teacher_ordinary: float = 0.0,
+    beyond: Slot = None,
+) -> int:
     """The same for the divergence from a teacher's logits (n, C)."""
-    n, classes = logits.shape
-    if teacher.stride(1) != 1:
-        teacher = teacher.contiguous()
+    n, classes = logits.values.shape
+    if teacher.values.stride(1) != 1:
+        teacher = teacher._replace(values=teacher.values.contiguous())
     arguments = PACK_DISTILL(
         n=n,
         c=classes,
-        of_teacher=call.divergence != "reverse",
-        of_student=call.divergence != "forward",
+        **of_divergence(call),
         differentiate=incoming is not None,
-        beta=call.beta,
-        temperature=call.temperature,
-        soft_weight=call.soft_weight,
-        hard_weight=call.hard_weight,
         softcap=call.softcap,
-        teacher_softcap=call.teacher_softcap,
-        student=_logits(logits, low),
-        teacher=_logits(teacher, teacher_low),
+        student=_logits(logits),
+        teacher=_logits(teacher),
         label=_pointer(target),
         incoming=_pointer(incoming and incoming.loss),
         loss=_pointer(results.loss),
+        ordinary=ordinary,
+        teacher_ordinary=teacher_ordinary,
+        beyond=_pointer(beyond),
     )
-    run("distill", call.loss, arguments)
+    return run("distill", call.loss, arguments)
+
+
+def of_divergence(call: DistillCall) -> dict[str, Any]:
+    """The settings of the divergence, as the kernel takes them."""
+    return {
+        "of_teacher": call.divergence != "reverse",
+        "of_student": call.divergence != "forward",
+        "beta": call.beta,
+        "temperature": call.temperature,
+        "soft_weight": call.soft_weight,
+        "hard_weight": call.hard_weight,
+        "teacher_softcap": call.teacher_softcap,
+    }
 
 
 def accumulate(terms: Tensor, sums: Tensor, add: bool) -> None:
@@ -117,8 +142,9 @@ def advise_huge_pages(tensor: Slot) -> None:
         library().fusedloss_advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
 
 
-def _logits(logits: Tensor, low: Slot) -> tuple[int, ...]:
-    return logits.data_ptr(), _pointer(low), DTYPES[logits.dtype], logits.stride(0)
+def _logits(logits: Logits) -> tuple[int, ...]:
+    values, *rest = logits
+    return values.data_ptr(), *map(_pointer, rest), DTYPES[values.dtype], values.stride(0)
 
 
 def _pointer(tensor: Slot) -> int:

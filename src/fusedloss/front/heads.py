@@ -1,0 +1,18 @@
+"""Losses of linear heads: what runs them, and runs them again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..route.heads import dispatch
+from .composed import Composed
+from .loss import Definition
+
+
+@dataclass(frozen=True)
+class Heads(Composed):
+    """The definition's function checks the arguments and makes the call ready."""
+
+    def run(self, loss: Definition, memo: tuple[Any, ...] | None, given: dict[str, Any]) -> Any:
+        return dispatch(super().run(loss, memo, given))
