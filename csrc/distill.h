@@ -184,7 +184,8 @@ public:
             teacher.add(t, c, count, by, out);
         });
         if (a.beyond) {
-            a.beyond[n] = is_beyond(student.origin(), ordinary) || is_beyond(teacher.origin(), teacher_ordinary);
+            a.beyond[n] =
+                is_beyond(student.origin(), ordinary) || is_beyond(teacher.origin(), teacher_ordinary);
             if (a.beyond[n]) return;
         }
         difference = T(teacher.log_sum() - student.log_sum());

@@ -37,11 +37,13 @@ if hasattr(modules, "LinearCrossEntropyLoss"):  # since torch 2.13
             softcap: Tensor | float | None = None,
             logit_scale: Tensor | float = 1.0,
             memory_budget: int | None = None,
+            exact_logits: bool = False,
             **settings: Any,
         ) -> None:
             super().__init__(in_features, num_classes, **settings)
             self.z_loss, self.softcap = z_loss, softcap
             self.logit_scale, self.memory_budget = logit_scale, memory_budget
+            self.exact_logits = exact_logits
 
         def forward(
             self,
@@ -68,6 +70,7 @@ if hasattr(modules, "LinearCrossEntropyLoss"):  # since torch 2.13
                 logit_scale=self.logit_scale,
                 denominator=denominator,
                 memory_budget=self.memory_budget,
+                exact_logits=self.exact_logits,
             )
 
     MODULES["LinearCrossEntropyLoss"] = LinearCrossEntropyLoss

@@ -111,6 +111,7 @@ def linear_kl_div(
         teacher_softcap: of the teacher's.
         denominator: as in :func:`linear_cross_entropy`.
         memory_budget: as in :func:`linear_cross_entropy`.
+        exact_logits: as there, of both heads, whose logits count by what the temperature makes of them.
 
     Raises:
         ValueError: an unknown `divergence`; a `temperature` or `beta` out of range; a teacher given twice or

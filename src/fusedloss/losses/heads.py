@@ -152,6 +152,9 @@ def linear_cross_entropy(
         memory_budget: bytes of scratch beside the gradients; None: 64 MiB, on a GPU half of what the weight's
             gradient takes in float32, at least 256 MiB and at most 1 GiB. The float32 sum of a half-typed
             weight's gradient comes on top.
+        exact_logits: whether logits of half types keep their digits in every row. A CPU that multiplies
+            bfloat16 itself rounds them to it, but for rows that have one beyond 8, and for results that come
+            without gradients ('none', `no_grad`); a GPU rounds all of them, or takes its products in float32.
 
     Raises:
         ValueError: `softcap` not above 0; a `memory_budget` that does not hold one row.
@@ -253,6 +256,7 @@ def linear_log_prob(
         statistics: also give each row's log-sum-exp, entropy and whether no class is above the target's, and
             the number of rows that count: from the same pass, and without a stop of a GPU's queue.
         memory_budget: as in :func:`linear_cross_entropy`.
+        exact_logits: as there; it is the gradients' that may be rounded.
 
     Returns:
         The log-probabilities in the target's shape, of float32 at least; or a `LogProb` of them
