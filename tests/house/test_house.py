@@ -28,7 +28,7 @@ FLOORS = (
 APART = {"engines.cpu", "engines.gpu"}
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 450, 80
 # Who may know torch's private names: `cli/bench` times what lies under torch's own losses.
-PRIVATE_NAMES = ("core/torch_state.py", "cli/bench/")
+PRIVATE_NAMES = ("core/torch_state.py", "core/inductor.py", "cli/bench/")
 PRIVATE = re.compile(r"\btorch(\.\w+)*\._[A-Za-z]\w*|\bforward_ad\._|\b_dynamo_marked_constant\b")
 
 

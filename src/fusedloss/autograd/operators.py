@@ -2,41 +2,47 @@
 
 Each kind of call has two. The arguments of `fusedloss::<family>` are the tensors of the call, which gradients
 are to be stored, and the settings, field by field; it gives the results and those gradients: what is changed
-before backward does not reach them, and backward only scales them. `fusedloss::<family>_backward` gives those
-of unreduced losses. The only overload of each is named by our version: a cached graph keeps the strides that
-it was compiled for.
+before backward does not reach them, and backward only scales them, by `fusedloss::scaled`.
+`fusedloss::<family>_backward` gives those of unreduced losses. The only overload of each is named by our
+version: a cached graph keeps the strides that it was compiled for.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..core import caches, trace
+from ..core import caches, inductor, torch_state, trace
 from ..core.torch_state import differentiating
 from ..engines import engine_of, gpu
 from ..engines.chunks.loop import run as run_chunks
 from ..kinds.ctc import CtcCall
 from ..kinds.dice import DiceCall
 from ..kinds.distill import DistillCall
+from ..kinds.formula import FORMULAS, Pointwise
 from ..kinds.heads import LinearCall
 from ..kinds.margins import MarginCall
+from ..kinds.pointwise import PointwiseCall
 from ..kinds.reduction import ReductionCall
 from ..kinds.rows import RowsCall
-from .gradients import redo, scaled
+from ..kinds.torch_m import OutsideDomain
+from .gradients import redo
 from .saved import Changed, unpacked
 
 KINDS = {
     "str": "str",
     "bool": "bool",
     "int": "SymInt",
+    "int | None": "SymInt?",
     "float": "float",
+    "float | None": "float?",
     "torch.dtype": "ScalarType",
     "tuple[float, ...]": "float[]",
+    "Pointwise": "str",  # by its name
 }
 HEAD = (
     "Tensor input",
@@ -54,6 +60,13 @@ TEACHER = (
     "Tensor? teacher_logits",
 )
 TENSORS: dict[type[Any], tuple[str, ...]] = {
+    PointwiseCall: (
+        "Tensor first",
+        "Tensor second",
+        "Tensor? third",
+        "Tensor? fourth",
+        "Tensor? weight",
+    ),
     RowsCall: ("Tensor input", "Tensor target", "Tensor? weight"),
     DiceCall: ("Tensor input", "Tensor target", "Tensor? weight"),
     ReductionCall: ("Tensor first", "Tensor second", "Tensor? third"),
@@ -75,7 +88,14 @@ T = TypeVar("T")
 
 
 def settings(call: Any) -> tuple[Any, ...]:
-    return tuple(getattr(call, field.name) for field in dataclasses.fields(call))
+    each = (getattr(call, field.name) for field in dataclasses.fields(call))
+    return tuple(value.name if isinstance(value, Pointwise) else value for value in each)
+
+
+def arguments(call: Any, tensors: Sequence[Any]) -> tuple[Any, ...]:
+    """Of the call's tensors; None for the operands that its formula lacks, which are before the last."""
+    lacking = len(TENSORS[type(call)]) - len(tensors)
+    return (*tensors[:-1], *(None,) * lacking, tensors[-1])
 
 
 def operator(name: str) -> Any:
@@ -87,7 +107,7 @@ def run(call: Any, tensors: Sequence[Slot]) -> tuple[Tensor, ...]:
     needed = [t is not None and t.requires_grad for t in tensors[: call.gradients]]
     if not (torch.is_grad_enabled() and _stores(call, tensors, needed)):
         needed = [False] * len(needed)
-    found = operator(call.family)(*tensors, needed, *settings(call))
+    found = operator(call.family)(*arguments(call, tensors), needed, *settings(call))
     return tuple(found[: call.outputs])
 
 
@@ -117,10 +137,34 @@ def gradients(
         here = [g is not None for g in incoming]
         given = [g for g in incoming if g is not None]
         backward = operator(f"{call.family}_backward")
-        each = iter(backward(given, here, list(needed), *tensors, *settings(call)))
+        slots = arguments(call, tensors)
+        each = iter(backward(given, here, list(needed), *slots, *settings(call)))
         grads = [next(each) if need else None for need in needed]
     pairs = zip(grads, tensors, strict=False)
     return [g if g is None or t is None else g.sum_to_size(t.shape).to(t.dtype) for g, t in pairs]
+
+
+def scaled(stored: Sequence[Slot], incoming: Tensor) -> list[Slot]:
+    """The stored gradients times the scalar that arrives, in a graph."""
+    scale = operator("scaled")
+    return [
+        g if g is None else scale(g, incoming, False) if g.device.type == "cpu" else g * incoming
+        for g in stored
+    ]
+
+
+def _scaled(gradient: Tensor, incoming: Tensor, given: bool) -> Tensor:
+    """The product; in the gradient's own memory where that is `given`, as Inductor alone does, which knows."""
+    if not given or torch_state.keeps_graph():
+        return gradient * incoming
+    if incoming.item() != 1.0:
+        gradient.mul_(incoming)
+    return gradient.detach()
+
+
+def _fake_scaled(gradient: Tensor, incoming: Tensor, given: bool) -> Tensor:
+    inductor.gives_away(operator("scaled"))
+    return torch.empty_like(gradient)
 
 
 def _unless_triton_fails(
@@ -145,7 +189,10 @@ def _forward(
 
     def by_kernel() -> tuple[Tensor, Sequence[Slot]]:
         wanted = needed if any(needed) else ()
-        result, grads = engine_of(call, tensors[0]).forward(call, tensors, wanted)
+        try:
+            result, grads = engine_of(call, tensors[0]).forward(call, tensors, wanted)
+        except OutsideDomain:
+            call.refuse(tensors)
         return result, grads[: call.gradients]
 
     def by_formula() -> tuple[Tensor, Sequence[Slot]]:
@@ -185,9 +232,14 @@ def _by_formula(
     return [g if g is None else call.empty_gradient(t).copy_(g.detach()) for g, t in found]
 
 
-def _present(grads: Sequence[Slot], tensors: Sequence[Any]) -> list[Tensor]:
+def _present(call: Any, grads: Sequence[Slot], tensors: Sequence[Any]) -> list[Tensor]:
+    """The gradients that there are, laid out as the fakes say: of what was broadcast a sum."""
     pairs = zip(grads, tensors, strict=False)
-    return [g.sum_to_size(t.shape) for g, t in pairs if g is not None]
+    return [
+        g if g.shape == t.shape else call.empty_gradient(t).copy_(g.sum_to_size(t.shape))
+        for g, t in pairs
+        if g is not None
+    ]
 
 
 def _of(saved: Any, reads: bool) -> Slot:
@@ -199,21 +251,28 @@ def _of(saved: Any, reads: bool) -> Slot:
     return saved.now
 
 
+def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """An operator, with its kernel for every device."""
+    name, arguments = schema.split("(", 1)
+    name = f"{name}.{OVERLOAD}"
+    LIBRARY.define(f"{name}({arguments}")
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, kernel, key)
+    torch.library.register_fake(f"fusedloss::{name}", fake, lib=LIBRARY)
+
+
 class Operator:
     """The operators of a kind of call."""
 
     def __init__(self, kind: type[Any], tensors: Sequence[str]) -> None:
         self.kind, self.count = kind, len(tensors)
         fields = dataclasses.fields(kind)
-        self.others = 1 + len(fields)  # arguments that are no tensors
-        settings = ", ".join(f"{KINDS[str(field.type)]} {field.name}" for field in fields)
+        others = ", ".join(f"{KINDS[str(field.type)]} {field.name}" for field in fields)
         given = ", ".join(tensors)
         name = kind.family
-        self.define(
-            f"{name}({given}, bool[] needed, {settings}) -> Tensor[]", self.forward, self.fake
-        )
-        self.define(
-            f"{name}_backward(Tensor[] incoming, bool[] arrived, bool[] needed, {given}, {settings})"
+        define(f"{name}({given}, bool[] needed, {others}) -> Tensor[]", self.forward, self.fake)
+        define(
+            f"{name}_backward(Tensor[] incoming, bool[] arrived, bool[] needed, {given}, {others})"
             " -> Tensor[]",
             self.backward,
             self.fake_backward,
@@ -225,27 +284,23 @@ class Operator:
             lib=LIBRARY,
         )
 
-    def define(self, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-        """An operator, with its kernel for every device."""
-        name, arguments = schema.split("(", 1)
-        name = f"{name}.{OVERLOAD}"
-        LIBRARY.define(f"{name}({arguments}")
-        for key in ("CPU", "CUDA"):
-            LIBRARY.impl(name, kernel, key)
-        torch.library.register_fake(f"fusedloss::{name}", fake, lib=LIBRARY)
+    def call(self, settings: Sequence[Any]) -> Any:
+        pairs = zip(settings, dataclasses.fields(self.kind), strict=True)
+        return self.kind(*(FORMULAS[v] if f.type == "Pointwise" else v for v, f in pairs))
+
+    def own(self, call: Any, slots: Sequence[Any]) -> tuple[Any, ...]:
+        """Of the arguments for tensors those of the call."""
+        return (*slots[: len(call.arguments) - 1], slots[self.count - 1])
 
     def parts(self, given: Sequence[Any]) -> tuple[tuple[Any, ...], list[bool], Any]:
-        return (
-            tuple(given[: self.count]),
-            given[self.count],
-            self.kind(*given[self.count + 1 :]),
-        )
+        call = self.call(given[self.count + 1 :])
+        return self.own(call, given), given[self.count], call
 
     def forward(self, *given: Any) -> list[Tensor]:
         tensors, needed, call = self.parts(given)
         trace.by_kernel[call.loss] += 1
         results, grads = _forward(call, tensors, needed)
-        return [*(t.contiguous() for t in results), *_present(grads, tensors)]
+        return [*(t.contiguous() for t in results), *_present(call, grads, tensors)]
 
     def fake(self, *given: Any) -> list[Tensor]:
         tensors, needed, call = self.parts(given)
@@ -262,16 +317,16 @@ class Operator:
     def backward(
         self, incoming: list[Tensor], arrived: list[bool], needed: list[bool], *given: Any
     ) -> list[Tensor]:
-        tensors, call = given[: self.count], self.kind(*given[self.count :])
-        each = iter(incoming)
+        call = self.call(given[self.count :])
+        tensors, each = self.own(call, given), iter(incoming)
         arriving = [next(each) if here else None for here in arrived]
-        return _present(_backward(call, tensors, needed, arriving), tensors)
+        return _present(call, _backward(call, tensors, needed, arriving), tensors)
 
     def fake_backward(
         self, incoming: list[Tensor], arrived: list[bool], needed: list[bool], *given: Any
     ) -> list[Tensor]:
-        tensors, call = given[: self.count], self.kind(*given[self.count :])
-        return self.empty_gradients(call, tensors, needed)
+        call = self.call(given[self.count :])
+        return self.empty_gradients(call, self.own(call, given), needed)
 
     def keep(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
         tensors, ctx.stored, ctx.call = self.parts(inputs)
@@ -281,24 +336,30 @@ class Operator:
         ctx.set_materialize_grads(False)
 
     def differentiate(self, ctx: Any, incoming: list[Slot]) -> tuple[Any, ...]:
-        call, needed = ctx.call, ctx.needs_input_grad[: self.count]
+        call, needed = ctx.call, self.own(ctx.call, ctx.needs_input_grad)
         saved = unpacked(ctx)  # a checkpoint gives them once
         create_graph, stores = torch.is_grad_enabled(), any(ctx.stored)
         reads = create_graph or not stores
-        tensors = tuple(_of(each, reads) for each in saved[: self.count])
+        count = len(needed)
+        tensors = tuple(_of(each, reads) for each in saved[:count])
         arriving = incoming[: call.outputs]
         grads: Sequence[Slot] = ()
         if any(g is not None for g in arriving):
             if create_graph:
-                grads = redo(call, tensors, needed, arriving)
+                grads = arguments(call, redo(call, tensors, needed, arriving))
             else:
-                each = iter(saved[self.count :])
+                each = iter(saved[count:])
                 stored = [next(each) if s else None for s in ctx.stored] if stores else None
                 grads = gradients(call, tensors, needed[: call.gradients], stored, arriving)
         lacking = (None,) * (self.count - len(grads))
-        of_stored: Any = None if ctx.stored else []  # torch takes an empty list for one of tensors
-        return (*grads, *lacking, of_stored, *(None,) * (self.others - 1))
+        others = (ctx.stored, *settings(call))
+        # torch takes an empty list for one of tensors.
+        of_others: Iterator[Any] = (
+            [] if isinstance(o, list | tuple) and not o else None for o in others
+        )
+        return (*grads, *lacking, *of_others)
 
 
+define("scaled(Tensor gradient, Tensor incoming, bool given) -> Tensor", _scaled, _fake_scaled)
 for _kind, _tensors in TENSORS.items():
     Operator(_kind, _tensors)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..kinds.pointwise import PointwiseCall
 from . import operators
-from .gradients import scaled
 
 Slot = Tensor | None
 
@@ -31,7 +30,7 @@ def _gradients(
     assert arrived is not None
     found: Sequence[Slot]
     found = (
-        scaled(stored, arrived)
+        operators.scaled(stored, arrived)
         if stored is not None
         else call.gradients_by_formula(tensors, needed, arrived)
     )

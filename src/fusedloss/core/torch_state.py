@@ -98,6 +98,14 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
+def is_large(size: int, least: int) -> bool:
+    """Whether a number of elements reaches `least`: a symbolic one as it is now, and no guard says so."""
+    shapes = torch.fx.experimental.symbolic_shapes
+    if hasattr(shapes, "optimization_hint"):  # it came with 2.13
+        return shapes.optimization_hint(size, 0) >= least
+    return shapes.statically_known_true(size >= least)
+
+
 @contextlib.contextmanager
 def differentiating() -> Iterator[None]:
     """Autograd is off within an operator: here it is on."""

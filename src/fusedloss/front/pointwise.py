@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..core import errors, sharded, trace
+from ..core import errors, trace
 from ..core.plain import check as check_memory
 from ..core.reduce import result_dtype, sum_of, total, wide
 from ..kinds.formula import Pointwise
@@ -180,7 +180,7 @@ class Elements:
         try:
             result = dispatch(name, call, tensors, settings=memo)
         except OutsideDomain:
-            refuse_first(call, tensors[:-1])
+            call.refuse(tensors)
         return result / first.shape[0] if by_batch and first.dim() else result
 
     def call(
@@ -211,7 +211,9 @@ class Elements:
         formula, numbers = self.chosen(loss, settings, further)
         dtype = result_dtype(dtype, first)
         ignored = settings.get("ignore_index")
-        call = PointwiseCall(formula, numbers, reduction, denominator, dtype, by_weights, ignored)
+        call = PointwiseCall(
+            formula, numbers, reduction, denominator, dtype, by_weights, ignored, name
+        )
         return call, (*operands.values(), *further.values(), weight)
 
     def by_torch(
@@ -304,14 +306,3 @@ def _make_floating(name: str, kernel: str, operands: Tensors, dtype: torch.dtype
         kind = dtype if any(floats) else torch.float64
         for argument, t in operands.items():
             operands[argument] = t if t.is_floating_point() else t.to(kind)
-
-
-def refuse_first(call: PointwiseCall, operands: Sequence[Tensor | None]) -> NoReturn:
-    """Tells of the first element outside of the formula's domain."""
-    formula = call.formula
-    assert formula.domain is not None and formula.refuse is not None
-    spread = torch.broadcast_tensors(*map(sharded.whole, operands))
-    named = dict(zip(formula.params, call.params, strict=True))
-    at = int((~formula.domain(*spread, **named)).flatten().nonzero()[0])
-    told = (spread[k].flatten()[at].item() for k in formula.told)
-    formula.refuse(errors.position(at, spread[0].shape), *told)

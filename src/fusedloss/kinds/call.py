@@ -13,11 +13,14 @@ class Kind:
 
     reduction: str
     indices: ClassVar[tuple[int, ...]] = ()  # the tensors that may hold class indices, or counts
-    operator: ClassVar[bool] = True  # a compiled graph holds the call as one operator of torch
-    hides: ClassVar[bool] = False  # and so does every dispatch mode: the formula takes much memory
+    hides: ClassVar[bool] = False  # every dispatch mode: the formula takes much memory
     separable: ClassVar[bool] = True  # what arrives at a loss scales gradients of its own
     counts: ClassVar[bool] = False  # its divisor is counted at each call, outside of the kernel
     everywhere: ClassVar[bool] = False  # torch operations serve as well on devices without kernels
+
+    def compiles(self, tensors: Sequence[Any]) -> bool:
+        """Whether a compiled graph holds the call as one operator of torch."""
+        return True
 
     @property
     def gpu_gap(self) -> str | None:

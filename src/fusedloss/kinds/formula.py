@@ -15,6 +15,8 @@ from ..core import sharded, torch_state
 from .names import NUMBERS, OPERANDS
 from .torch_m import NAMESPACES, OutsideDomain
 
+FORMULAS: dict[str, Pointwise] = {}
+
 
 class Functions(NamedTuple):
     """Those of a formula over one namespace `m`."""
@@ -73,6 +75,7 @@ class Pointwise:
         }
         for name, what in made.items():
             object.__setattr__(self, name, what)
+        FORMULAS.setdefault(self.name, self)
 
     def over(self, m: Any) -> Functions:
         """The functions with this namespace in place of their own."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..core import reduce
+from ..core import errors, reduce, sharded, torch_state
 from .alone import lifted, lowered
 from .call import Kind
 from .formula import Pointwise, apply
 
+LEAST = (
+    1 << 16
+)  # elements: of fewer what torch.compile makes of the formula takes less time than an operator
 ARGUMENTS = {"x": "input", "t": "target", "w": "pos_weight"}  # by the operands of formulas
 
 
@@ -24,13 +27,21 @@ class PointwiseCall(Kind):
     formula: Pointwise
     params: tuple[float, ...]
     reduction: str
-    denominator: float | None  # of 'mean'; the number of losses where None
+    denominator: int | None  # of 'mean'; the number of losses where None
     dtype: torch.dtype  # of the result
     by_weights: bool = False  # 'mean' divides by the sum of the weights
     ignored: float | None = None  # the target of elements that 'mean' does not count
+    loss: str = ""
 
     family: ClassVar[str] = "pointwise"
-    operator: ClassVar[bool] = False
+
+    def compiles(self, tensors: Sequence[Any]) -> bool:
+        """Losses of elements are for torch.compile to fuse with what is made of them, and so are few."""
+        return (
+            self.reduction != "none"
+            and all(t is None or t.device.type == "cpu" for t in tensors)
+            and torch_state.is_large(tensors[0].numel(), LEAST)
+        )
 
     @property
     def name(self) -> str:
@@ -101,3 +112,16 @@ class PointwiseCall(Kind):
 
     def spread(self, incoming: Tensor) -> Tensor:
         return incoming
+
+    def empty_gradient(self, tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor)
+
+    def refuse(self, tensors: Sequence[Any]) -> NoReturn:
+        """Tells of the first element outside of the formula's domain."""
+        formula, operands = self.formula, tensors[:-1]
+        assert formula.domain is not None and formula.refuse is not None
+        spread = torch.broadcast_tensors(*map(sharded.whole, operands))
+        named = dict(zip(formula.params, self.params, strict=True))
+        at = int((~formula.domain(*spread, **named)).flatten().nonzero()[0])
+        told = (spread[k].flatten()[at].item() for k in formula.told)
+        formula.refuse(errors.position(at, spread[0].shape), *told)

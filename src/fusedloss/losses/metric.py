@@ -199,7 +199,8 @@ def triplet_margin_with_distance_loss(
     dtype = promoted(near, far)
     if not dtype.is_floating_point:
         return _of_integers(name, near, far, reduction)
-    call = PointwiseCall(HINGE, (margin,), reduction, None, result_dtype(dtype, near))
+    dtype = result_dtype(dtype, near)
+    call = PointwiseCall(HINGE, (margin,), reduction, None, dtype, loss=name)
     return dispatch(name, call, (near, far, None))
 
 

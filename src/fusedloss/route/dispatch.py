@@ -52,8 +52,7 @@ def _mode_gap(call: Any, tensors: tuple[Tensor | None, ...]) -> str | None:
 def operator_serves(call: Any, tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether a traced call becomes an operator of torch; an exported one does not."""
     return (
-        call.operator
-        and not torch_state.is_exporting()
+        not torch_state.is_exporting()
         and not torch_state.transforms_active()
         and all(
             t is None or (t.device.type in ("cpu", "cuda") and not sharded.is_sharded(t))
@@ -61,6 +60,7 @@ def operator_serves(call: Any, tensors: tuple[Tensor | None, ...]) -> bool:
         )
         and (call.everywhere or not (tensors[0].is_cuda and gpu.problem(call.family)))  # type: ignore[union-attr]
         and _kernel_gap(call, tensors) is None
+        and call.compiles(tensors)
     )
 
 

@@ -20,7 +20,7 @@ from ..arguments import (
     chosen_threads,
 )
 from ..processes import NO_COMPILER, available
-from . import cuda, heads, overhead, report, tables
+from . import compiled, cuda, heads, overhead, report, tables
 from .cases import TIMED, Case
 from .cpu import Job, needed, stream
 from .harness import Result
@@ -42,10 +42,12 @@ def run(args: argparse.Namespace) -> int:
             if args.linear:
                 return heads.run_on_gpu(args.output)
             return cuda.run(args.output, chosen_losses(args.only, TIMED))
-        if args.linear or args.calls:
-            check_writable("--output", args.output)
-            check_picture(args.picture)
-            return (heads if args.linear else overhead).run(args, chosen_threads(args.threads))
+        own = {"linear": heads.run, "calls": overhead.run, "compiled": compiled.run}
+        for name, bench in own.items():
+            if getattr(args, name):
+                check_writable("--output", args.output)
+                check_picture(args.picture)
+                return bench(args, chosen_threads(args.threads))
         return run_cases(args, selection(args))
     except UsageError as error:
         print(f"fusedloss bench: {error}", file=sys.stderr)

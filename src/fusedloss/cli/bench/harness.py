@@ -186,12 +186,14 @@ def _widened(value: Any) -> Any:
     return value.detach().float() if floating else value
 
 
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def compiled(function: Callable[..., Tensor], anew: bool = True) -> Callable[..., Tensor]:
+    """The function under torch.compile, which forgets what it compiled before if `anew`."""
     import torch._inductor.config
 
     # A pool of compilers would still be closing while the clock runs.
     torch._inductor.config.compile_threads = 1
-    torch._dynamo.reset()
+    if anew:
+        torch._dynamo.reset()
     return torch.compile(function, dynamic=False)
 
 

@@ -1,0 +1,306 @@
+"""Compiled losses of large tensors: kernels, whose stored gradients backward gives away, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+import torch._functorch.config
+import torch._inductor.config
+from conftest import CASES, Case
+from torch import Generator, Tensor
+from torch.nn import functional as F  # noqa: N812
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+import fusedloss
+from fusedloss.core import inductor, trace
+from fusedloss.kinds import pointwise
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
+ROWS, CLASSES = 64, 1024
+Function = Callable[..., Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _anew() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def logits(generator: Generator) -> tuple[Tensor, Tensor]:
+    x = torch.randn(ROWS, CLASSES, generator=generator).requires_grad_()
+    return x, torch.randint(CLASSES, (ROWS,), generator=generator)
+
+
+def elements(generator: Generator) -> tuple[Tensor, Tensor]:
+    x, t = torch.rand(2, ROWS, CLASSES, generator=generator)
+    return x.requires_grad_(), t
+
+
+DRAWN = {
+    fusedloss.cross_entropy: logits,
+    fusedloss.binary_cross_entropy: elements,
+    fusedloss.mse_loss: elements,
+}
+each_loss = pytest.mark.parametrize("loss", DRAWN, ids=lambda f: f.__name__)
+
+
+def gradient(function: Function, x: Tensor, *rest: Tensor) -> Tensor:
+    (found,) = torch.autograd.grad(function(x, *rest), x)
+    return found
+
+
+# Who else could see the memory
+
+
+def twice_in_one_graph(loss: Function, x: Tensor, t: Tensor) -> Tensor:
+    return 0.5 * loss(x, t) + loss(x, t)
+
+
+def squared_beside(loss: Function, x: Tensor, t: Tensor) -> Tensor:
+    return loss(x, t) + x.square().mean()
+
+
+def of_a_product(loss: Function, x: Tensor, t: Tensor) -> Tensor:
+    return loss((x @ torch.eye(CLASSES) * 0.5).clamp(0, 1), t)
+
+
+def of_a_sum(loss: Function, x: Tensor, t: Tensor) -> Tensor:
+    """Both terms get the same gradient, one of them as a view."""
+    return loss(0.5 * x + 0.5 * x.flatten().view_as(x), t)
+
+
+def scaled_within(loss: Function, x: Tensor, t: Tensor) -> Tensor:
+    return 3 * loss(x, t)
+
+
+def recomputed(loss: Function, x: Tensor, t: Tensor) -> Tensor:
+    result: Tensor = checkpoint(
+        lambda x: loss((x * 1.0) @ torch.eye(CLASSES), t), x, use_reentrant=False
+    )
+    return result
+
+
+def unwatched(loss: Function, x: Tensor, t: Tensor) -> Tensor:
+    return loss(x, t)
+
+
+@pytest.mark.slow
+@each_loss
+def test_gradients_by_the_default_backend(loss: Function, generator: Generator) -> None:
+    """In all these graphs, by Inductor, with what arrives 1 and not 1, and accumulated."""
+    x, t = DRAWN[loss](generator)
+    ways = (
+        *(unwatched, twice_in_one_graph, squared_beside, of_a_product, of_a_sum),
+        *(scaled_within, recomputed),
+    )
+    for way in ways:
+        fast = torch.compile(lambda x, t, way=way: way(loss, x, t), fullgraph=True, dynamic=False)
+        expected = gradient(lambda x, t, way=way: way(loss, x, t), x, t)
+        before = x.detach().clone()
+        first, second = (gradient(fast, x, t) for _ in range(2))
+        kept = first.clone()
+        second.mul_(0)  # as an optimizer does to what it was given
+        third = gradient(lambda x, t, fast=fast: 0.75 * fast(x, t), x, t)
+        assert_close(first, expected, msg=lambda m, way=way: f"{way.__name__}: {m}")
+        assert torch.equal(first, kept), way.__name__
+        assert_close(third, 0.75 * expected, msg=lambda m, way=way: f"{way.__name__}: {m}")
+        x.grad = None
+        for _ in range(3):
+            fast(x, t).backward()
+        assert_close(x.grad, 3 * expected)
+        x.grad = None
+        assert torch.equal(x.detach(), before)
+
+
+@pytest.mark.slow
+@each_loss
+def test_the_stored_gradient_is_given_away(loss: Function, generator: Generator) -> None:
+    """And by no backward whose graph is kept, which would find it changed."""
+    x, t = DRAWN[loss](generator)
+    expected = gradient(loss, x, t)
+    # Inductor's cache on disk does not tell graphs with buffers that are donated from others.
+    uncached = torch._inductor.config.patch(fx_graph_cache=False)
+    for donates in (True, False):
+        torch._dynamo.reset()
+        with uncached, torch._functorch.config.patch(donated_buffer=donates):
+            fast = torch.compile(loss, fullgraph=True, dynamic=False)
+            saved: list[int] = []
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda s, saved=saved: saved.append(s.data_ptr()) or s, lambda s: s
+            ):
+                value = fast(x, t)
+            value.backward()
+            assert (x.grad.data_ptr() in saved) is donates  # type: ignore[union-attr]
+            assert_close(x.grad, expected)
+            x.grad = None
+            if not donates:
+                value = fast(x, t)
+                for k in range(1, 4):
+                    value.backward(retain_graph=k < 3)
+                    assert_close(x.grad, k * expected)
+                x.grad = None
+
+
+@pytest.mark.slow
+def test_compiled_autograd_gives_nothing_away(generator: Generator) -> None:
+    x, t = logits(generator)
+    expected = gradient(fusedloss.cross_entropy, x, t)
+    for function in (fusedloss.cross_entropy, torch.compile(fusedloss.cross_entropy)):
+        x.grad = None
+        for k in range(1, 3):
+            value = function(x, t)
+            with torch._dynamo.compiled_autograd._enable(torch.compile()):
+                value.backward()
+            assert_close(x.grad, k * expected)
+
+
+SCRIPT = """
+import json, sys, torch
+import torch._dynamo
+import fusedloss
+generator = torch.Generator().manual_seed(0)
+x = torch.rand(64, 1024, generator=generator).requires_grad_()
+t, y = torch.rand(64, 1024, generator=generator), torch.randint(1024, (64,), generator=generator)
+def losses(x, t, y):
+    return fusedloss.cross_entropy(x, y), fusedloss.binary_cross_entropy(x, t)
+fast = torch.compile(losses, fullgraph=True)
+saved, found = [], []
+for factor in (1, 1, 0.5):
+    for k in (0, 1):
+        with torch.autograd.graph.saved_tensors_hooks(lambda s: saved.append(s.data_ptr()) or s, lambda s: s):
+            value = fast(x, t, y)[k]
+        (factor * value).backward()
+        found.append((value.item(), x.grad.double().square().sum().item()))
+        x.grad = None
+print(json.dumps((found, torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"])))
+"""
+
+
+@pytest.mark.slow
+def test_a_cached_graph_gives_the_same(tmp_path: Path) -> None:
+    """Another process finds the graphs of the first on disk."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", SCRIPT]
+    found = []
+    for hits in (0, 1):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        values, cached = json.loads(done.stdout)
+        assert cached == hits
+        found.append(values)
+    assert found[0] == found[1]
+    assert found[0][:2] == found[0][2:4]
+
+
+# Which path a compiled call takes
+
+
+def counted(case: Case, rows: int, generator: Generator, fast: Function) -> int:
+    """Runs the case on so many rows, and says how often it has run its kernel."""
+    tensors, options = case.example((rows, 16), torch.float32, generator)
+    before = trace.by_kernel[case.loss.name]
+    fast(
+        *(
+            t.requires_grad_() if k in case.loss.differentiable else t
+            for k, t in enumerate(tensors)
+        ),
+        **options,
+    )
+    return trace.by_kernel[case.loss.name] - before
+
+
+def test_large_tensors_take_the_kernel_and_small_ones_the_formula(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pointwise, "LEAST", 128)
+    case = next(c for c in CASES if c.loss.name == "mse_loss")
+    fast = torch.compile(fusedloss.mse_loss, backend="aot_eager", dynamic=False)
+    assert [counted(case, rows, generator, fast) for rows in (4, 7, 8, 9)] == [0, 0, 1, 1]
+
+
+def graphs() -> int:
+    found: int = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return found
+
+
+@pytest.mark.one_in(2)
+@pytest.mark.parametrize("key", sorted({c.loss.key for c in CASES if c.loss.kind != "heads"}))
+def test_as_many_graphs_as_pytorch(
+    key: str, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over ten batch sizes, on both sides of the size from which the kernel runs."""
+    monkeypatch.setattr(pointwise, "LEAST", 128)
+    case = next(c for c in CASES if c.loss.key == key)
+    compiled = []
+    for function in (case.loss.torch_function, case.function):
+        torch._dynamo.reset()
+        before = graphs()
+        fast = torch.compile(function, backend="eager")
+        for rows in (32, 31, 8, 7, 9, 64, 3, 5, 100, 30):
+            if case.kind == "sequences":
+                pytest.skip("its batch sizes are those of lengths, which are read")
+            counted(case, rows, generator, fast)
+        compiled.append(graphs() - before)
+    theirs, ours = compiled
+    assert ours <= max(theirs, 2)  # one of the first size, one of all
+
+
+def test_weights_that_change_in_place_and_layouts_and_options_in_turn(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pointwise, "LEAST", 1)
+    fast = torch.compile(fusedloss.binary_cross_entropy_with_logits, backend="aot_eager")
+    x, t = torch.randn(2, 8, 6, generator=generator)
+    weight, pos_weight = torch.rand(8, 6, generator=generator), torch.rand(6, generator=generator)
+    options: tuple[dict[str, Any], ...] = (
+        {"weight": weight},
+        {"pos_weight": pos_weight},
+        {"weight": weight, "pos_weight": pos_weight, "reduction": "sum"},
+    )
+    for _ in range(3):
+        for layout in (x, x.t().contiguous().t(), x[:, ::2]):
+            for given in options if layout.shape == x.shape else ({},):
+                leaf = layout.detach().requires_grad_()
+                target = t[:, : leaf.shape[1]]
+                found = fast(leaf, target, **given)
+                expected = fusedloss.binary_cross_entropy_with_logits(leaf, target, **given)
+                assert_close(found, expected)
+                assert_close(*(torch.autograd.grad(v, leaf)[0] for v in (found, expected)))
+        weight.mul_(2)
+        pos_weight.add_(1)
+
+
+def test_a_break_of_the_graph(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pointwise, "LEAST", 1)
+    x, t = torch.randn(2, 8, 6, generator=generator)
+    x.requires_grad_()
+
+    def step(x: Tensor, t: Tensor) -> Tensor:
+        first = fusedloss.mse_loss(x, t)
+        torch._dynamo.graph_break()
+        return first + fusedloss.l1_loss(x, t)
+
+    fast = torch.compile(step, backend="aot_eager")
+    assert_close(fast(x, t), step(x, t))
+    assert_close(gradient(fast, x, t), gradient(step, x, t))
+
+
+def test_the_least_is_large_enough_for_the_tests() -> None:
+    """What the tests above take for large is."""
+    assert max(pointwise.LEAST, inductor.LEAST) <= ROWS * CLASSES
+    assert F.mse_loss is not fusedloss.mse_loss
