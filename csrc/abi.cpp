@@ -42,7 +42,7 @@ FUSEDLOSS_EXPORT int64_t fusedloss_run(int64_t kernel, const void* arguments) {
 // A call like an earlier one. `plan`: which kernel, how many words its arguments have, how many of these are
 // pointers, which ones, and the arguments; `pointers` take their places.
 FUSEDLOSS_EXPORT int64_t fusedloss_again(const int64_t* plan, const int64_t* pointers) {
-    constexpr int64_t most = 64;
+    constexpr int64_t most = 256;
     const int64_t kernel = plan[0], words = plan[1], count = plan[2];
     const int64_t* places = plan + 3;
     int64_t arguments[most];

@@ -44,15 +44,14 @@ def learns() -> bool:
 
 
 def repeat(again: Again, tensors: tuple[Any, ...]) -> Tensor:
-    """The same, for tensors like those that `prepare` was given."""
-    given = tensors[: again.inputs]
+    """The same, for tensors like those that `prepare` was given, but for the None among these."""
     if not again.learned:
         if _profiling():
-            return spanned(again.loss, lambda: again.forward(given)[0])
-        return again.forward(given)[0]
+            return spanned(again.loss, lambda: again.forward(tensors)[0])
+        return again.forward(tensors)[0]
     if _hooks(True) is not None:  # what is saved may come back as anything
-        return run(again.loss, again.call, tensors)
-    return _recorded(again.apply, again, given)
+        return run(again.loss, again.call, again.whole(tensors))
+    return _recorded(again.apply, again, tensors)
 
 
 def _recorded(apply: Callable[..., Any], first: Any, tensors: tuple[Any, ...]) -> Tensor:
@@ -75,18 +74,12 @@ def spanned(loss: str, compute: Callable[[], R]) -> R:
 
 
 def prepare(loss: str, call: Call, tensors: tuple[Tensor | None, ...]) -> Again | None:
-    """How a call may be repeated at less cost: a reduced loss of contiguous tensors. Or None."""
+    """How a call may be repeated at less cost, or None."""
     enabled = learns()
     needed = [enabled and t is not None and t.requires_grad for t in tensors[: call.gradients]]
-    learned = sum(needed)
-    if (
-        call.reduction == "none"
-        or call.counts
-        or not all(needed[:learned])
-        or not all(t is None or (t.is_contiguous() and t.numel()) for t in tensors)
-    ):
+    if not all(t is None or t.numel() for t in tensors):
         return None
-    stores = stores_gradients(call, tensors, needed)
+    stores = any(needed) and stores_gradients(call, tensors, needed)
     again: Again | None = engine_of(call, tensors[0]).prepare(call, tensors, needed, stores)
     if again is not None:
         kind = _AgainOnGpu if gpu.serves(tensors[0]) else _Again
@@ -151,17 +144,17 @@ class _Again(torch.autograd.Function):
             saved = ctx.saved_tensors
         except RuntimeError:
             return _by_all_means(ctx, incoming)
-        if not _grad_enabled() and is_plain(incoming):
-            if again.stored:
-                stored = saved[again.inputs :]
-                if incoming.item() == 1.0 and not _keeps_graph():
-                    return (None, *stored, *again.undefined)
-                if scales_exactly(stored, incoming):
-                    return (None, *scaled(stored, incoming, True), *again.undefined)
-            elif again.fits(saved, incoming):
+        if not _grad_enabled():
+            if not again.stores:
                 grads = again.backward(saved, incoming)
                 if grads is not None:
-                    return (None, *grads, *again.undefined)
+                    return again.returned(grads)
+            elif is_plain(incoming):
+                stored = saved[again.inputs :]
+                if incoming.item() == 1.0 and not _keeps_graph():
+                    return again.returned(stored)
+                if scales_exactly(stored, incoming):
+                    return again.returned(scaled(stored, incoming, True))
         return _by_all_means(ctx, incoming)
 
 
@@ -183,7 +176,7 @@ class _AgainOnGpu(_Again):
             and again.fits(tensors, incoming)
         ):
             try:
-                return (None, *again.backward(tensors, stored, incoming))
+                return again.returned(again.backward(tensors, stored, incoming))
             except (gpu.Failed, plain.Unreadable):
                 pass  # told below
         return _by_all_means(ctx, incoming)
@@ -192,18 +185,18 @@ class _AgainOnGpu(_Again):
 def _by_all_means(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
     """What backward returns for a call like an earlier one that is differentiated otherwise."""
     again, saved = ctx.again, unpacked(ctx)
-    tensors, stored = again.whole(saved[: again.inputs]), saved[again.inputs :] or None
+    tensors, stored = again.whole(saved[: again.inputs]), saved[again.inputs :]
     needed = (*ctx.needs_input_grad[1:], *(False for _ in again.absent))
-    shapes, result = again.whole(again.shapes), again.scalar
+    shapes = again.whole(again.shapes)
     found = Saved(
         ctx,
         again.call,
         tensors,
         needed,
-        stored,
-        result.shape,
+        again.kept(stored) if again.stores else None,
+        again.shape,
         shapes,
-        result.get_device(),
+        -1 if again.device.type == "cpu" else again.device.index,
         own=True,
     )
     grads = gradients(found, incoming)

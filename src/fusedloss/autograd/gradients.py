@@ -16,14 +16,21 @@ from ..kinds import Call
 from ..kinds.heads import LinearCall
 from .saved import Saved, unchanged
 
+FEW = 4096  # elements
 T = TypeVar("T", Tensor, "Tensor | None")
 
 _keeps_graph = torch_state.keeps_graph
 
 
 def stores_gradients(call: Call, tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> bool:
-    """Whether forward computes the gradients; one of float16, stored before it is scaled, would underflow."""
-    return call.stores_gradients and not any(
+    """Whether forward computes the gradients; one of float16, stored before it is scaled, would underflow.
+
+    Few are stored in any case: that costs less than to run another kernel.
+    """
+    first = tensors[0]
+    few = first is not None and first.numel() <= FEW and not gpu.serves(first)
+    stores = call.stores_gradients or (few and call.reduction != "none")
+    return stores and not any(
         need and t is not None and t.dtype is torch.float16
         for t, need in zip(tensors, needed, strict=False)
     )

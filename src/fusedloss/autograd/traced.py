@@ -51,9 +51,8 @@ def again(ctx: Any, incoming: Tensor) -> tuple[Slot, ...]:
     """Of a call like an earlier one."""
     plan, saved = ctx.again, ctx.saved_tensors
     tensors, stored = (*saved[: plan.inputs], *plan.absent), saved[plan.inputs :]
-    needed = [k < plan.learned for k in range(plan.call.gradients)]
-    stores = plan.stored
-    kept = stored[: plan.learned] if stores else None
+    needed = [*plan.needed, *(False,) * (plan.call.gradients - len(plan.needed))]
+    kept = plan.kept(stored)[: plan.call.gradients] if plan.stores else None
     grads = _gradients(plan.call, tensors, needed, kept, [incoming])
     lacking = (None,) * (plan.inputs - len(grads))
     return (None, *grads[: plan.inputs], *lacking)

@@ -230,12 +230,12 @@ def broadcast(function: str, **tensors: Tensor) -> torch.Size:
     raise AssertionError("the shapes broadcast")
 
 
-def warn_broadcast(function: str, input: Tensor, target: Tensor) -> None:
+def broadcasts(function: str, input: Tensor, target: Tensor) -> str:
     """PyTorch's warning, and after it what is computed and the fix."""
     common = list(torch.broadcast_shapes(input.shape, target.shape))
     same = input.numel() == target.numel()
     fix = "target.reshape(input.shape)" if same else "expand the smaller one yourself"
-    warn(
+    return (
         f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
         "This will likely lead to incorrect results due to broadcasting. Please ensure they have the "
         f"same size. {function}: the loss is taken over {common}; {fix}"

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C import _autograd, _functorch, _profiler
+from torch._C import _autograd, _dynamo, _functorch, _profiler
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
@@ -54,6 +54,25 @@ current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 asm_output = adaptive._ASMoutput
 legacy_reduction = _reduction.legacy_get_string
+
+
+# Memory by shape, strides and type: torch.empty_strided takes twice the time, to tell its arguments apart.
+empty_on_cpu: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
+empty_on_cpu = _dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
+
+
+def alike(*tensors: Tensor) -> Callable[..., bool]:
+    """Whether other tensors are like these, asked by one call of C++: what guards a compiled graph.
+
+    In class, type, device, shape, strides, lazy signs and whether they require gradients; and whether
+    inference mode, autocast, transforms, tracers and dispatch modes are as now, but not grad mode. No tensor
+    that is given twice is like others.
+    """
+    guards = _dynamo.guards.TensorGuards(
+        *tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None
+    )
+    found: Callable[..., bool] = guards.check
+    return found
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

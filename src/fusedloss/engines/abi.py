@@ -56,12 +56,13 @@ class Field(NamedTuple):
 
 
 class Pointers(NamedTuple):
-    """Which words of an argument block are the pointers of a reduced loss."""
+    """Which words of an argument block differ from call to call: they are pointers."""
 
     inputs: tuple[int, ...]
-    total: int
     grads: tuple[int, ...]
     incoming: int  # where the gradient is computed in backward
+    losses: int  # unreduced
+    total: int
 
 
 class Struct:
@@ -95,15 +96,11 @@ class Struct:
         return made
 
     def pointers(
-        self, inputs: tuple[str, ...], total: str, grads: tuple[str, ...], incoming: str
+        self, inputs: tuple[str, ...], grads: tuple[str, ...], incoming: str = "incoming"
     ) -> Pointers:
         at = self.places
-        return Pointers(
-            tuple(map(at.__getitem__, inputs)),
-            at[total],
-            tuple(map(at.__getitem__, grads)),
-            at[incoming],
-        )
+        found, of_grads = (tuple(map(at.__getitem__, names)) for names in (inputs, grads))
+        return Pointers(found, of_grads, at[incoming], at["loss"], at["total"])
 
     def place(self, name: str) -> int:
         """The word of a field, or of one `outer.inner`."""

@@ -10,27 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.plain import PLAIN
 from ..kinds import Call
-from .plan import Slots
+from .plan import Slot, Slots
 from .protocol import Engine
 
 
 @dataclass(slots=True, kw_only=True)
 class Again(ABC):
-    """A reduced loss of contiguous tensors, whose shapes and types are those of an earlier call."""
+    """A loss of tensors whose shapes, strides and types are those of an earlier call; it holds no values."""
 
     call: Call
     engine: Engine[Any]
-    device: torch.device
     inputs: int  # how many tensors there are
-    learned: int  # the first so many need a gradient
-    stored: int  # as many gradients forward computes
+    needed: tuple[bool, ...]  # by which of the call's first tensors gradients are wanted
+    learned: int  # by how many
+    stores: bool  # whether forward computes the gradients
     absent: tuple[None, ...]  # the tensors that the call lacks
-    undefined: tuple[None, ...]  # the gradients of those that need none
-    scalar: Tensor  # what the result is like
+    undefined: tuple[None, ...] | None  # the gradients after those, if no other stands between them
+    shape: torch.Size  # of the result
+    device: torch.device
     shapes: tuple[torch.Size, ...]  # of the tensors
-    dtypes: tuple[torch.dtype, ...]
+    broadcast: tuple[torch.Size, ...] | None = (
+        None  # the shapes of the gradients, where they are sums
+    )
     loss: str = ""
     apply: Any = None  # of the autograd function that bears its name
 
@@ -38,38 +40,49 @@ class Again(ABC):
     def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Slots]:
         """The loss, and what the engine's forward gives beside it."""
 
-    def fits(self, tensors: Sequence[Tensor], incoming: Tensor) -> bool:
-        """Whether the tensors are what the plan says: `.data` and hooks of saved tensors may change them."""
-        for tensor, dtype, shape in zip(tensors, self.dtypes, self.shapes, strict=True):
-            if not (
-                type(tensor) in PLAIN
-                and tensor.dtype is dtype
-                and tensor.shape == shape
-                and tensor.device == self.device
-                and tensor.is_contiguous()
-                and not tensor.is_neg()
-            ):
-                return False
-        return incoming.dtype is self.scalar.dtype and not incoming.dim()
-
     def whole(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
         """With None for the tensors that the call lacks."""
         return (*tensors, *self.absent)
 
+    def returned(self, grads: Sequence[Tensor]) -> tuple[Slot, ...]:
+        """What backward returns: the gradients that are needed, each of its tensor's shape and in its place."""
+        if self.broadcast is not None:
+            pairs = zip(grads, self.broadcast, strict=True)
+            grads = [g if g.shape == shape else g.sum_to_size(shape) for g, shape in pairs]
+        if self.undefined is not None:
+            return (None, *grads, *self.undefined)
+        return (None, *self.slots(grads), *(None,) * (self.inputs - len(self.needed)))
+
+    def kept(self, stored: Sequence[Slot]) -> Sequence[Slot]:
+        """What forward gave beside the loss, as the engine's forward gives it."""
+        return self.slots(stored)
+
+    def slots(self, grads: Sequence[Slot]) -> tuple[Slot, ...]:
+        """With None for those that nothing needs."""
+        found = iter(grads)
+        return tuple(next(found) if need else None for need in self.needed)
+
 
 def common(
-    call: Call, inputs: Sequence[Tensor], slots: int, learned: int, stored: int, result: Tensor
+    call: Call,
+    inputs: Sequence[Tensor],
+    slots: int,
+    needed: Sequence[bool],
+    stores: bool,
+    result: Tensor,
 ) -> dict[str, Any]:
     """What an `Again` says of its call on every device: of `slots` tensors `inputs` are there."""
+    needed = tuple(needed[: len(inputs)])
+    learned = sum(needed)
     return {
         "call": call,
-        "device": inputs[0].device,
         "inputs": len(inputs),
+        "needed": needed,
         "learned": learned,
-        "stored": stored,
+        "stores": bool(learned) and stores,
         "absent": (None,) * (slots - len(inputs)),
-        "undefined": (None,) * (len(inputs) - learned),
-        "scalar": result,
+        "undefined": (None,) * (len(inputs) - learned) if all(needed[:learned]) else None,
+        "shape": result.shape,
+        "device": result.device,
         "shapes": tuple(t.shape for t in inputs),
-        "dtypes": tuple(t.dtype for t in inputs),
     }

@@ -40,6 +40,10 @@ class Plan:
         """Finds the shape, and lays out the tensors."""
         raise NotImplementedError
 
+    def read(self) -> Slots:
+        """The tensors as the kernel reads them."""
+        return self.tensors
+
     def gradient(self, tensor: Tensor) -> Tensor:
         """Memory for the gradient by a tensor."""
         found: Tensor = self.call.empty_gradient(tensor)
@@ -48,6 +52,14 @@ class Plan:
     def unreduced(self) -> Tensor:
         """Memory for the losses."""
         raise NotImplementedError
+
+    def result(self) -> Tensor:
+        """Memory for what the call gives."""
+        if self.call.reduction == "none":
+            self.losses = found = self.unreduced()
+        else:
+            self.total = found = self.tensors[0].new_empty((), dtype=self.call.dtype)  # type: ignore[union-attr]
+        return found
 
     def arrives(self, incoming: Tensor) -> None:
         """Lays out the gradient that arrives, of the shape of the result."""
@@ -117,6 +129,9 @@ class RowsPlan(Plan):
         s = self.x.shape
         return s if len(s) == 3 else (1, s[1], s[0]) if len(s) == 2 else (1, *s, 1)
 
+    def read(self) -> Slots:
+        return self.x, self.target, self.weight
+
     def unreduced(self) -> Tensor:
         input, target, _ = self.tensors
         assert input is not None and target is not None
@@ -148,6 +163,9 @@ class DicePlan(Plan):
     def of_images(tensor: Tensor) -> Tensor:
         return tensor.unsqueeze(2) if tensor.dim() == 2 else flat(tensor, 2)
 
+    def read(self) -> Slots:
+        return self.x, self.target, self.weight
+
     def unreduced(self) -> Tensor:
         return self.x.new_empty(self.call.shape(self.x), dtype=self.call.dtype)
 
@@ -170,6 +188,9 @@ class ReductionPlan(Plan):
         self.flat = list(given if len(shape) == 2 else (t.reshape(rows, features) for t in given))
         if label is not None:
             self.flat.append(label.expand(shape[:-1]).reshape(rows, 1))
+
+    def read(self) -> Slots:
+        return self.flat
 
     def gradient(self, tensor: Tensor) -> Tensor:
         return tensor.new_empty(self.shape)
@@ -227,6 +248,9 @@ class MarginPlan(Plan):
         self.x = input.reshape(self.shape.numel(), -1) if input.numel() else input
         self.target = target.reshape(len(self.x), -1) if target.numel() else target.unsqueeze(-1)
         self.weight = of_kernel(weight, reduce.wide(input))
+
+    def read(self) -> Slots:
+        return self.x, self.target, self.weight
 
     def unreduced(self) -> Tensor:
         return self.x.new_empty(self.shape, dtype=self.call.dtype)

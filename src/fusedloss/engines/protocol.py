@@ -27,10 +27,7 @@ class Engine(ABC, Generic[P]):
         After these a GPU's engine may give more, which its `rescale` takes beside them.
         """
         plan = self.plan(call, tensors, needed)
-        if call.reduction == "none":
-            plan.losses = result = plan.unreduced()
-        else:
-            plan.total = result = tensors[0].new_empty((), dtype=call.dtype)  # type: ignore[union-attr]
+        result = plan.result()
         self.launch(plan)
         return result, plan.grads
 

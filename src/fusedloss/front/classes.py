@@ -12,6 +12,7 @@ from ..core import advice, errors
 from ..core.reduce import result_dtype
 from ..kinds.rows import RowsCall
 from ..route.dispatch import dispatch
+from ..route.memo import Asked
 from . import docs
 from .loss import Definition
 from .signature import Memo
@@ -50,9 +51,9 @@ class Classes:
     soft: bool = False  # the target may hold probabilities
 
     def memo(self, loss: Definition) -> Memo:
-        return loss.memo(weighted=True)
+        return loss.memo()
 
-    def run(self, loss: Definition, memo: tuple[Any, ...] | None, given: dict[str, Any]) -> Tensor:
+    def run(self, loss: Definition, asked: Asked | None, given: dict[str, Any]) -> Tensor:
         name = loss.name
         operands, more = loss.tensors(given, TypeError), loss.more_tensors(given, TypeError)
         input, target = operands.values()
@@ -78,9 +79,7 @@ class Classes:
         why = None
         if probabilities and input.numel() == 0 and input.shape[min(input.dim() - 1, 1)] == 0:
             why = "there are no classes"
-        if weight is not more.get("weight"):
-            memo = None  # what is repeated gets the tensors as they are given
-        return dispatch(name, call, (input, target, weight), why, memo)
+        return dispatch(name, call, (input, target, weight), why, asked)
 
     def _check_probabilities(
         self, name: str, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int

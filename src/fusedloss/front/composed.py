@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..route.memo import Asked
 from . import docs
 from .loss import Definition
 
@@ -24,7 +25,7 @@ class Composed:
     def memo(self, loss: Definition) -> None:
         """It is never repeated unchecked."""
 
-    def run(self, loss: Definition, memo: tuple[Any, ...] | None, given: dict[str, Any]) -> Any:
+    def run(self, loss: Definition, asked: Asked | None, given: dict[str, Any]) -> Any:
         loss.tensors(given, TypeError)
         if self.check:
             self.check(loss.name, **given)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from ..core import errors, levels, reduce
+from ..route.memo import Asked
 from . import docs, modules, signature, strict
 from .definition import Loss, register
 from .modules import OF_BATCH
@@ -80,24 +81,21 @@ class Definition:
             allowed,
         )
 
-    def memo(self, weighted: bool, has_domain: bool = False) -> Memo:
-        """A call is repeated by its settings and its tensors, which go to its kernel as they are given.
-
-        The last of these is the weight, or None, if it is `weighted`.
-        """
-        legacy = [n for n in signature.LEGACY if n in self.signature.parameters]
+    def memo(self, has_domain: bool = False, *conditions: str) -> Memo:
+        """A call is repeated by its settings and its tensors: the operands, and then those that it may have."""
+        absent = [n for n in signature.LEGACY if n in self.signature.parameters]
         settled = [s.settled.format(n) for n, s in self.settings.items() if s.settled]
-        absent = [*legacy, *(n for n in self.optional if n == OF_BATCH)]
-        plain = " and ".join([*(f"{n} is None" for n in absent), *settled]) or "True"
+        plain = " and ".join([*(f"{n} is None" for n in absent), *settled, *conditions]) or "True"
+        more = sorted(self.optional, key=(*self.further, "weight", OF_BATCH).index)
         keys = ["reduction", *(s.key.format(n) for n, s in self.settings.items())]
-        keys += [f"{n} is None" for n in self.further]  # where tensors stand depends on it
-        tensors = [*self.operands, *self.further]
-        if weighted:
-            tensors.append("weight" if "weight" in self.optional else "None")
-        found = f"({', '.join(tensors)})"
-        for n in self.further:
-            found = f"({found} if {n} is not None else {found.replace(f'{n}, ', '')})"
-        return Memo(plain, ", ".join(keys), found, has_domain)
+        keys += [f"{n} is None" for n in more]  # where tensors stand depends on it
+        tensors = f"({', '.join(self.operands)})"
+        if more:
+            none = " and ".join(f"{n} is None" for n in more)
+            every = ", ".join((*self.operands, *more))
+            others = f"({every})" if len(more) == 1 else f"_present({every})"
+            tensors = f"({tensors} if {none} else {others})"
+        return Memo(plain, ", ".join(keys), tensors, has_domain)
 
     def refuse_what_users_rue(self, tensors: dict[str, Tensor], **settings: Any) -> None:
         """ValueError where `checks("strict")` refuses the call."""
@@ -115,7 +113,7 @@ class Ladder(Protocol):
     def memo(self, loss: Definition) -> Memo | None:
         """How a call is told to be like an earlier one; None: it is never repeated unchecked."""
 
-    def run(self, loss: Definition, memo: tuple[Any, ...] | None, given: dict[str, Any]) -> Any: ...
+    def run(self, loss: Definition, asked: Asked | None, given: dict[str, Any]) -> Any: ...
 
     def words(self, loss: Definition) -> docs.Words: ...
 
@@ -143,8 +141,9 @@ def loss(
         theirs = signature.of_torch(found.name)
         names = list(found.signature.parameters)
 
-        def finish(memo: tuple[Any, ...] | None, *arguments: Any) -> Any:
-            return ladder.run(found, memo, dict(zip(names, arguments, strict=True)))
+        def finish(asked: tuple[Any, Any] | None, *arguments: Any) -> Any:
+            given = dict(zip(names, arguments, strict=True))
+            return ladder.run(found, Asked(*asked) if asked else None, given)
 
         made = signature.function(
             found.name, body.__globals__, found.signature, theirs, finish, ladder.memo(found)

@@ -12,6 +12,7 @@ from ..core import advice, errors
 from ..core.reduce import result_dtype
 from ..kinds.margins import MarginCall
 from ..route.dispatch import dispatch
+from ..route.memo import Asked
 from . import docs
 from .classes import INDICES
 from .loss import Definition
@@ -47,9 +48,9 @@ class Margins:
     sets: bool = False
 
     def memo(self, loss: Definition) -> Memo:
-        return loss.memo(weighted=True)
+        return loss.memo()
 
-    def run(self, loss: Definition, memo: tuple[Any, ...] | None, given: dict[str, Any]) -> Tensor:
+    def run(self, loss: Definition, asked: Asked | None, given: dict[str, Any]) -> Tensor:
         name, operands = loss.name, loss.tensors(given, TypeError)
         reduction, settings = loss.reduction(given), loss.checked(given)
         more = loss.more_tensors(given, AttributeError)
@@ -68,7 +69,7 @@ class Margins:
         loss.refuse_what_users_rue(operands, reduction=reduction)
         squared, margin = loss.body(**settings)
         call = MarginCall(name, self.sets, squared, margin, reduction, dtype)
-        return dispatch(name, call, (input, target, weight), None, memo)
+        return dispatch(name, call, (input, target, weight), None, asked)
 
     def _check_shapes(self, name: str, input: Tensor, target: Tensor) -> int:
         """The number of classes."""

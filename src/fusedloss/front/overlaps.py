@@ -12,6 +12,7 @@ from ..core import errors
 from ..core.reduce import result_dtype
 from ..kinds.dice import DiceCall
 from ..route.dispatch import dispatch
+from ..route.memo import Asked
 from . import docs
 from .classes import INDICES, check_indices, check_weight
 from .loss import Definition
@@ -58,9 +59,9 @@ class Overlaps:
     reductions: tuple[str, ...] = ("none", "mean", "sum")
 
     def memo(self, loss: Definition) -> Memo:
-        return loss.memo(weighted=True)
+        return loss.memo()
 
-    def run(self, loss: Definition, memo: tuple[Any, ...] | None, given: dict[str, Any]) -> Tensor:
+    def run(self, loss: Definition, asked: Asked | None, given: dict[str, Any]) -> Tensor:
         name = loss.name
         operands, more = loss.tensors(given, TypeError), loss.more_tensors(given, TypeError)
         input, target = operands.values()
@@ -116,7 +117,7 @@ class Overlaps:
             reduction=reduction,
             dtype=dtype,
         )
-        return dispatch(name, call, (input, target, weight), None, memo)
+        return dispatch(name, call, (input, target, weight), None, asked)
 
     def words(self, loss: Definition) -> docs.Words:
         unreduced = ", or the losses by image and class with 'none'"

@@ -16,6 +16,7 @@ from ..kinds.formula import Pointwise
 from ..kinds.pointwise import PointwiseCall
 from ..kinds.torch_m import OutsideDomain
 from ..route.dispatch import dispatch
+from ..route.memo import Asked, conversion
 from . import docs
 from .loss import OF_BATCH, Definition
 from .operands import Shapes, Tensors, Types, warn
@@ -24,7 +25,7 @@ from .signature import Memo
 
 class Reduction(NamedTuple):
     name: str
-    remembered: bool = True  # whether the call may be repeated unchecked
+    warning: str = ""  # what is said of it each time
     by_batch: bool = False  # whether the result is divided by the batch size once more
 
 
@@ -126,7 +127,7 @@ class Elements:
     def memo(self, loss: Definition) -> Memo:
         defaults = {n: p.default for n, p in loss.signature.parameters.items()}
         formula, _ = self.chosen(loss, {n: defaults[n] for n in loss.settings}, {})
-        return loss.memo(True, formula.domain is not None)
+        return loss.memo(formula.domain is not None)
 
     def chosen(
         self, loss: Definition, settings: dict[str, Any], further: Tensors
@@ -136,17 +137,16 @@ class Elements:
         found = loss.body(**{**whole, **settings}, **{n: further.get(n) for n in loss.further})
         return (found, ()) if isinstance(found, Pointwise) else found
 
-    def run(self, loss: Definition, memo: tuple[Any, ...] | None, given: dict[str, Any]) -> Tensor:
+    def run(self, loss: Definition, asked: Asked | None, given: dict[str, Any]) -> Tensor:
         name = loss.name
-        given_tensors = tuple(given[n] for n in (*loss.operands, *loss.further))
         if self.arranged:
             given = self.arranged(name, given)
         operands = loss.tensors(given, self.no_tensor)
         more = loss.more_tensors(given, self.weight.no_tensor if self.weight else self.no_tensor)
         settings = loss.checked(given)
         if self.instead and (other := self.instead(**settings)):
-            return other.run(loss, memo, given)
-        reduction, remembered, by_batch = self.reduction(loss, given)
+            return other.run(loss, asked, given)
+        reduction, warning, by_batch = self.reduction(loss, given)
         first, *others = operands.values()
         differ = any(t.shape != first.shape for t in others)
         if differ and not self.shapes.late:
@@ -160,25 +160,27 @@ class Elements:
             self.shapes.check(name, operands)
         loss.refuse_what_users_rue(operands, reduction=reduction, **settings)
         if differ and self.shapes.warns:
-            errors.warn_broadcast(name, first, others[0])
-        if (differ and self.shapes.warns) or not remembered:
-            memo = None  # to warn again
+            warning = errors.broadcasts(name, first, others[0])
+        if warning:
+            errors.warn(warning)
         if self.types.anything and not dtype.is_floating_point:
             return self.by_torch(loss, operands, weight, settings, reduction, dtype)
-        given_tensors = (*(t for t in given_tensors if t is not None), weight)
+        weights = weight, of_batch
         if of_batch is not None:
             check_memory(
                 name, **{OF_BATCH: of_batch}, **({} if weight is None else {"weight": weight})
             )
             of_batch = spread_over(name, first, of_batch)
-            if weight is not None:
-                of_batch = of_batch.to(wide(weight, of_batch)) * weight
-            weight = of_batch
+            weight = of_batch if weight is None else product(weight, of_batch)
         call, tensors = self.call(loss, operands, more, weight, settings, reduction, dtype)
-        if any(t is not u for t, u in zip(tensors, given_tensors, strict=True)):
-            memo = None  # what is repeated gets the tensors as they are given
+        if asked:
+            asked = asked._replace(warning=warning)
+            if None not in weights:
+                asked = asked._replace(make=with_product(name, asked.tensors, tensors))
+            if not first.is_floating_point():
+                asked = None  # the type of the losses may be torch's default, which may change
         try:
-            result = dispatch(name, call, tensors, settings=memo)
+            result = dispatch(name, call, tensors, asked=asked)
         except OutsideDomain:
             call.refuse(tensors)
         return result / first.shape[0] if by_batch and first.dim() else result
@@ -292,6 +294,24 @@ def spread_over(name: str, input: Tensor, of_batch: Tensor) -> Tensor:
         errors.fail(RuntimeError, name, f"{words} {list(shape)}")
     weight = floating(name, input, **{OF_BATCH: of_batch})
     return weight.reshape((*own, *(1,) * (len(shape) - len(own))))
+
+
+def product(weight: Tensor, of_batch: Tensor) -> Tensor:
+    return of_batch.to(wide(weight, of_batch)) * weight
+
+
+def with_product(
+    name: str, given: tuple[Tensor, ...], made: tuple[Tensor | None, ...]
+) -> Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """How the kernel's tensors are made where the last two, a weight and one of the batch, are multiplied."""
+    convert = conversion(given[:-2], made[:-1])
+
+    def make(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        *operands, weight, of_batch = tensors
+        kept = convert(tuple(operands)) if convert else operands
+        return (*kept, product(weight, spread_over(name, tensors[0], of_batch)))
+
+    return make
 
 
 def _make_floating(name: str, kernel: str, operands: Tensors, dtype: torch.dtype) -> None:

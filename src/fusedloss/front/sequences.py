@@ -12,9 +12,11 @@ from ..core import errors
 from ..core.reduce import result_dtype
 from ..kinds.ctc import CtcCall
 from ..route.dispatch import dispatch
+from ..route.memo import Asked
 from . import docs
 from .classes import INDICES
 from .loss import Definition
+from .signature import Memo
 
 LENGTHS = ("input_lengths", "target_lengths")
 
@@ -28,10 +30,11 @@ class Sequences:
 
     kernel: str  # PyTorch's word for what a type is lacking
 
-    def memo(self, loss: Definition) -> None:
-        """None: the checks look at the values of lengths."""
+    def memo(self, loss: Definition) -> Memo:
+        """Of lengths that are tensors; what they hold is looked at where the call is laid out."""
+        return loss.memo()
 
-    def run(self, loss: Definition, memo: tuple[Any, ...] | None, given: dict[str, Any]) -> Tensor:
+    def run(self, loss: Definition, asked: Asked | None, given: dict[str, Any]) -> Tensor:
         name, reduction, settings = loss.name, loss.reduction(given), loss.checked(given)
         log_probs, targets = given["log_probs"], given["targets"]
         errors.tensors(name, TypeError, log_probs=log_probs, targets=targets)
@@ -50,7 +53,8 @@ class Sequences:
             )
         dtype = result_dtype(log_probs.dtype, log_probs)
         call = CtcCall(blank, reduction, zero_infinity, dtype)
-        return dispatch(name, call, (log_probs, targets.to(log_probs.device), inputs, counts))
+        tensors = (log_probs, targets.to(log_probs.device), inputs, counts)
+        return dispatch(name, call, tensors, asked=asked)
 
     def _check_input(self, name: str, log_probs: Tensor) -> None:
         if log_probs.dim() not in (2, 3):

@@ -90,8 +90,12 @@ class Memo(NamedTuple):
 
     plain: str  # the condition: settings whose value is all that they are
     key: str  # the settings
-    tensors: str  # a tuple, as they go to the kernel
+    tensors: str  # those that there are, in the order in which they go to the kernel
     has_domain: bool
+
+
+def present(*tensors: Any) -> tuple[Any, ...]:
+    return tuple(t for t in tensors if t is not None)
 
 
 def function(
@@ -102,7 +106,7 @@ def function(
     finish: Callable[..., Any],
     memo: Memo | None,
 ) -> Callable[..., Any]:
-    """`finish(memo, *arguments)` behind what every loss does first; `scope` are the definition's globals."""
+    """`finish(asked, *arguments)` behind what every loss does first; `scope` are the definition's globals."""
     parameters = signature.parameters.values()
     tensors = ", ".join(p.name for p in parameters if takes_tensor(p))
     passed = [
@@ -122,19 +126,22 @@ def function(
     if memo is None:
         lines.append(f"    return _finish(None, {everything})")
     else:
-        repeated = [
-            f"    if _memo and (_known := _repeat({name!r}, {memo.tensors}, _memo)) is not None:",
-            "        return _known",
-        ]
+        call = ["if (_known := _repeat(_name, *_asked)) is not None:", "    return _known"]
         if memo.has_domain:  # what lies outside is told below
-            repeated = ["    try:", *("    " + line for line in repeated)]
-            repeated += ["    except _OutsideDomain:", "        pass"]
-        lines.append(f"    _memo = ({memo.key},) if {memo.plain} else None")
-        lines += [*repeated, f"    return _finish(_memo, {everything})"]
+            call = ["try:", *("    " + line for line in call), "except _OutsideDomain:", "    pass"]
+        call = [f"_asked = ({memo.key},), {memo.tensors}", *call]
+        lines += [
+            "    _asked = None",
+            f"    if {memo.plain}:",
+            *("        " + line for line in call),
+        ]
+        lines.append(f"    return _finish(_asked, {everything})")
     known = {
         "_has": has_torch_function_variadic,
         "_handle": handle_torch_function,
+        "_name": name,
         "_repeat": repeat,
+        "_present": present,
         "_finish": finish,
         "_OutsideDomain": OutsideDomain,
     }

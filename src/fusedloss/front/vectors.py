@@ -17,6 +17,7 @@ from ..kinds.formula import Pointwise
 from ..kinds.pointwise import PointwiseCall
 from ..kinds.reduction import Distances, Reduction, ReductionCall
 from ..route.dispatch import dispatch
+from ..route.memo import Asked
 from . import docs
 from .loss import Definition
 from .signature import Memo
@@ -50,14 +51,14 @@ class Triplets:
     computes: ClassVar[bool] = False
 
     def memo(self, loss: Definition) -> Memo:
-        return loss.memo(weighted=False)
+        return loss.memo()
 
-    def run(self, loss: Definition, memo: tuple[Any, ...] | None, given: dict[str, Any]) -> Tensor:
+    def run(self, loss: Definition, asked: Asked | None, given: dict[str, Any]) -> Tensor:
         reduction, settings = loss.reduction(given), loss.checked(given)
         operands = loss.tensors(given, TypeError)
         check(loss.name, **operands)
         tensors = tuple(operands.values())
-        return run(loss.name, tensors, loss.body(**settings), reduction, memo)
+        return run(loss.name, tensors, loss.body(**settings), reduction, asked)
 
     def words(self, loss: Definition) -> docs.Words:
         returns = (
@@ -77,9 +78,9 @@ class Pairs:
     record: Reduction
 
     def memo(self, loss: Definition) -> Memo:
-        return loss.memo(weighted=False)
+        return loss.memo()
 
-    def run(self, loss: Definition, memo: tuple[Any, ...] | None, given: dict[str, Any]) -> Tensor:
+    def run(self, loss: Definition, asked: Asked | None, given: dict[str, Any]) -> Tensor:
         name, operands = loss.name, loss.tensors(given, TypeError)
         settings, reduction = loss.checked(given), loss.reduction(given)
         first, second, target = operands.values()
@@ -95,16 +96,15 @@ class Pairs:
         if not (first.is_floating_point() and second.is_floating_point()):
             dtype = torch.promote_types(dtype, torch.get_default_dtype())  # of a square and eps
         loss.refuse_what_users_rue({"input": first, "target": target}, reduction=reduction)
-        if rows != shape[:-1]:  # the target broadcasts them
-            first = first.expand(*rows, -1)
-        tensors = first, second, _labels(target)
+        spread = rows if rows != shape[:-1] else None  # the target broadcasts them
+        tensors = _laid_out(first, second, target, spread)
+        if asked and (spread is not None or tensors[2] is not target):
+            asked = asked._replace(make=functools.partial(_relaid, spread))
         why = None if first.shape[-1] == second.shape[-1] else "the features broadcast"
-        if tensors[2] is not target:
-            memo = None
         call = ReductionCall(
             self.record.name, loss.body(**settings), reduction, result_dtype(dtype, first)
         )
-        return dispatch(name, call, tensors, why, memo)
+        return dispatch(name, call, tensors, why, asked)
 
     def words(self, loss: Definition) -> docs.Words:
         returns = (
@@ -153,9 +153,9 @@ class MeanOfClasses:
     of_class: Pointwise
 
     def memo(self, loss: Definition) -> Memo:
-        return loss.memo(weighted=True)
+        return loss.memo()
 
-    def run(self, loss: Definition, memo: tuple[Any, ...] | None, given: dict[str, Any]) -> Tensor:
+    def run(self, loss: Definition, asked: Asked | None, given: dict[str, Any]) -> Tensor:
         name, operands = loss.name, loss.tensors(given, TypeError)
         more, reduction = loss.more_tensors(given, TypeError), loss.reduction(given)
         every = {**operands, **more}
@@ -182,8 +182,6 @@ class MeanOfClasses:
         loss.refuse_what_users_rue(operands, reduction=reduction)
         _check_memory(name, every)
         kept = [t if t.is_floating_point() else t.to(input.dtype) for t in every.values()]
-        if any(a is not b for a, b in zip(kept, every.values(), strict=True)):
-            memo = None
         tensors = (*kept, None)[:3]
         classes, dtype = input.shape[-1], result_dtype(dtype, input)
         call: PointwiseCall | ReductionCall
@@ -193,7 +191,7 @@ class MeanOfClasses:
         else:
             record = self.weighted if more else self.record
             call = ReductionCall(record.name, (float(classes or math.nan),), reduction, dtype)
-        return dispatch(name, call, tensors, None, memo)
+        return dispatch(name, call, tensors, None, asked)
 
     def _alike(self, input: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
         """Whether each element of the input counts once; by a weight only the sums of rows are differentiated."""
@@ -226,6 +224,17 @@ def _check_memory(name: str, tensors: dict[str, Tensor]) -> None:
         check_memory(name, **tensors)
 
 
+def _relaid(rows: torch.Size | None, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    first, second, target = tensors
+    return _laid_out(first, second, target, rows)
+
+
+def _laid_out(
+    first: Tensor, second: Tensor, target: Tensor, rows: torch.Size | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return first if rows is None else first.expand(*rows, -1), second, _labels(target)
+
+
 def _labels(target: Tensor) -> Tensor:
     """1, -1 or another number for each pair, in a floating point type, and without derivatives."""
     if not target.is_floating_point():
@@ -252,7 +261,7 @@ def run(
     tensors: tuple[Tensor, ...],
     norms: Norms,
     reduction: str,
-    memo: tuple[Any, ...] | None = None,
+    asked: Asked | None = None,
 ) -> Tensor:
     anchor, positive, negative = tensors
     errors.not_narrow(name, "add_stub", anchor=anchor, positive=positive, negative=negative)
@@ -283,4 +292,4 @@ def run(
     dtype = result_dtype(dtype, anchor)
     numbers = (float(norms.p), float(norms.eps), norms.margin)
     call = ReductionCall(norms.record.name, numbers, reduction, dtype)
-    return dispatch(name, call, tensors, why, memo)
+    return dispatch(name, call, tensors, why, asked)

@@ -15,7 +15,7 @@ class Kind:
     indices: ClassVar[tuple[int, ...]] = ()  # the tensors that may hold class indices, or counts
     hides: ClassVar[bool] = False  # every dispatch mode: the formula takes much memory
     separable: ClassVar[bool] = True  # what arrives at a loss scales gradients of its own
-    counts: ClassVar[bool] = False  # its divisor is counted at each call, outside of the kernel
+    counts: ClassVar[bool] = False  # what its kernel is given depends on values of tensors
     everywhere: ClassVar[bool] = False  # torch operations serve as well on devices without kernels
 
     def compiles(self, tensors: Sequence[Any]) -> bool:

@@ -39,6 +39,7 @@ class CtcCall(Kind):
     name: ClassVar[str] = "ctc_loss"
     gradients: ClassVar[int] = 1
     indices: ClassVar[tuple[int, ...]] = (1, 2, 3)
+    counts: ClassVar[bool] = True
     arguments: ClassVar[tuple[str, ...]] = (
         "log_probs",
         "targets",

@@ -64,16 +64,15 @@ class PointwiseCall(Kind):
 
     @property
     def counts(self) -> bool:  # type: ignore[override]
-        return self.ignored is not None and self.reduction == "mean"
+        return self.reduction == "mean" and (self.ignored is not None or self.by_weights)
 
     def divisor(self, tensors: Sequence[Any]) -> Tensor | float | None:
         """What 'mean' divides by; the number of losses where None."""
-        weight = tensors[-1]
-        if self.counts and self.ignored is not None:
+        if not self.counts:
+            return self.denominator
+        if self.ignored is not None:
             return reduce.count_other(tensors[1], self.ignored)
-        if self.by_weights and weight is not None and self.reduction == "mean":
-            return reduce.sum_of(weight)
-        return self.denominator
+        return reduce.sum_of(tensors[-1])
 
     def replicated(self, tensors: Sequence[Any]) -> tuple[int, int]:
         return 2, len(tensors)  # such as the weights that a criterion holds

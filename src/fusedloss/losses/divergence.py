@@ -80,15 +80,15 @@ def _reduction(loss: Definition, given: dict[str, Any]) -> Reduction:
     if legacy != (None, None):
         # What the legacy arguments give, divided by the batch size once more: as PyTorch does.
         return Reduction(loss.reduction(given), by_batch=reduction == "batchmean")
+    warning = ""
     if reduction == "mean":
-        errors.warn(
+        warning = (
             "reduction: 'mean' divides the total loss by both the batch size and the support size."
             "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
             "'mean' will be changed to behave the same as 'batchmean' in the next major release. "
             "kl_div: use reduction='batchmean', or divide a 'sum' yourself"
         )
-    found = loss.reduction(given, (*REDUCTIONS, "batchmean"))
-    return Reduction(found, remembered=reduction != "mean")
+    return Reduction(loss.reduction(given, (*REDUCTIONS, "batchmean")), warning)
 
 
 def _logs(shape, dtype, generator):

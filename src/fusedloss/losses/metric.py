@@ -20,6 +20,7 @@ from ..kinds.formula import Pointwise
 from ..kinds.pointwise import PointwiseCall
 from ..kinds.reduction import Distances, Reduction, Sums
 from ..route.dispatch import dispatch
+from ..route.memo import Asked, repeat
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
@@ -187,21 +188,27 @@ def triplet_margin_with_distance_loss(
     vectors.check(name, anchor, positive, negative)
     norm = _norm(distance)
     if not (isinstance(margin, Tensor) or norm is None):
+        settings, tensors = (*norm, margin, swap, reduction), (anchor, positive, negative)
+        if (known := repeat(name, settings, tensors)) is not None:
+            return known
         norms = vectors.Norms(TRIPLET_SWAP if swap else TRIPLET, *norm, margin)
-        return vectors.run(name, (anchor, positive, negative), norms, reduction)
+        return vectors.run(name, tensors, norms, reduction, Asked(settings, tensors))
     near, far = distance(anchor, positive), distance(anchor, negative)
     if swap:
         far = torch.minimum(far, distance(positive, negative))
     if isinstance(margin, Tensor) or not near.is_floating_point():
         # It may learn, and the hinge has numbers alone; or it makes the type of the sum.
         near, margin = near + given, 0.0
+    apart = margin, reduction
+    if (known := repeat(name, apart, (near, far))) is not None:
+        return known
     errors.broadcast(name, positive_distance=near, negative_distance=far)
     dtype = promoted(near, far)
     if not dtype.is_floating_point:
         return _of_integers(name, near, far, reduction)
     dtype = result_dtype(dtype, near)
     call = PointwiseCall(HINGE, (margin,), reduction, None, dtype, loss=name)
-    return dispatch(name, call, (near, far, None))
+    return dispatch(name, call, (near, far, None), asked=Asked(apart, (near, far)))
 
 
 def _of_integers(name: str, near: Tensor, far: Tensor, reduction: str) -> Tensor:

@@ -18,7 +18,7 @@ from ..engines import abi, cpu, gpu
 from ..engines.cpu.load import FLOATS
 from ..kinds import Call
 from . import modes
-from .memo import remember
+from .memo import Asked, remember
 
 
 def formula_reason(call: Any, tensors: tuple[Tensor | None, ...]) -> str | None:
@@ -90,11 +90,11 @@ def dispatch(
     call: Call,
     tensors: tuple[Any, ...],
     why: str | None = None,
-    settings: tuple[Any, ...] | None = None,
+    asked: Asked | None = None,
 ) -> Tensor:
     """Runs the call by its kernel, or by the formula: for the reason `why`, or one found here.
 
-    With `settings`, `repeat` may do so again: the checks saw nothing else but types and shapes.
+    What was `asked`, if that is given, `repeat` may do again: the checks saw nothing else but types and shapes.
     """
     if torch.compiler.is_compiling():
         if why is None and operator_serves(call, tensors):
@@ -104,8 +104,8 @@ def dispatch(
     if why is None:
         device = "GPU" if gpu.serves(tensors[0]) else "CPU"
         trace.note(loss, call.name, f"the tensors are plain {device} tensors", device)
-        if settings is not None:
-            remember(loss, call, tensors, settings)
+        if asked is not None:
+            remember(loss, call, asked, tensors)
         try:
             return autograd.run(loss, call, tensors)
         except gpu.Failed as failed:

@@ -2,124 +2,147 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..autograd import functions as autograd
-from ..core import levels, plain, torch_state, trace
+from ..core import errors, levels, plain, torch_state, trace
 from ..core.plain import PLAIN
 from ..engines import gpu
 from ..engines.gpu import available
 from ..kinds import Call
 
-MOST = 1024
-HOST = gpu.HOST
-CONSTANTS = (str, bool, int, float, type)
+MOST, ALIKE = 1024, 8  # keys, and calls of a key
+CONSTANTS = (str, bool, int, float, type, type(None))
+Tensors = tuple[Any, ...]
 
 # Asked at every call: bound here once.
-_transforms_active = torch_state.transforms_active
-_dispatch_modes = torch_state.dispatch_modes
 _is_compiling = torch.compiler.is_dynamo_compiling
 _grad_enabled = torch.is_grad_enabled
-_inference = torch.is_inference_mode_enabled
-_any_autocast = torch_state.any_autocast
-_autocast = torch.is_autocast_enabled
-_strided = torch.strided
 _storage = torch_state.storage
 _level = levels.level
 _by_kernel = trace.by_kernel
 
-known: dict[tuple[Any, ...], tuple[Call, Any]] = {}
-_untried: Any = object()  # in place of a plan: one is made when the call first comes back
+
+class Asked(NamedTuple):
+    """A call, as its function was asked: the settings, and the tensors that there are."""
+
+    settings: tuple[Any, ...]
+    tensors: Tensors
+    make: Callable[[Tensors], Tensors] | None = None  # the tensors of the kernel, if others
+    warning: str = ""  # to be said each time
 
 
-def repeat(
-    loss: str, tensors: tuple[Any, ...], settings: tuple[Any, ...], keep: Call | None = None
-) -> Tensor | None:
-    """The loss, if `dispatch` ran a kernel for such tensors and these `settings` before, else None.
+@dataclass(slots=True)
+class Known:
+    """A call that ran a kernel, and how to run it again."""
 
-    The tensors are those of the call, two or more; the last may be None. The key holds all that the checks
-    depend on, and the route of a plain call, and the arguments of its kernels. With `keep`, that is the call
-    to run the next time, and nothing runs now.
+    alike: Callable[..., bool]  # whether the tensors are like its own
+    call: Call
+    absent: tuple[None, ...]  # the tensors that the call lacks
+    make: Callable[[Tensors], Tensors] | None
+    warning: str
+    on_gpu: bool
+    again: Any  # a plan; None where there is none, and `_untried` until the call first comes back
+
+
+_untried: Any = object()
+known: dict[tuple[Any, ...], tuple[Known, ...]] = {}
+
+
+def repeat(loss: str, settings: tuple[Any, ...], tensors: Tensors) -> Tensor | None:
+    """The loss, if `dispatch` ran a kernel for such tensors and these settings before, else None.
+
+    What is known holds all that the checks depend on, and the route of a plain call, and the arguments of its
+    kernels; but no value of a tensor.
     """
-    if (
-        _is_compiling()
-        or _transforms_active()
-        or _dispatch_modes()
-        or forward_ad._current_level >= 0
-        or _level()
-        or trace.watched
-    ):
-        return None
-    a, b = tensors[0], tensors[1]
-    if not (
-        type(a) in PLAIN
-        and type(b) in PLAIN
-        and a.layout is _strided
-        and b.layout is _strided
-        and not (a.is_neg() or b.is_neg())
-    ):
-        return None
-    host = a.is_cpu
-    device = available.host if host else a.get_device()
-    if not (b.is_cpu if host else a.is_cuda and b.is_cuda and b.get_device() == device):
-        return None
-    key: tuple[Any, ...]
-    # fmt: off
-    learns = _grad_enabled() and not _inference()
-    key = (loss, settings, device, _any_autocast() and _autocast("cpu" if host else "cuda"),
-           a.dtype, a.shape, a.is_contiguous(), learns and a.requires_grad,
-           b.dtype, b.shape, b.is_contiguous(), learns and b.requires_grad)
-    # fmt: on
-    for c in tensors[2:] if tensors[-1] is not None or len(tensors) > 3 else ():
-        if c is None:
-            continue
-        if not (
-            type(c) in PLAIN
-            and c.layout is _strided
-            and (c.is_cpu if host else c.is_cuda and c.get_device() == device)
-            and not c.is_neg()
-        ):
-            return None
-        key += c.dtype, c.shape, c.is_contiguous(), learns and c.requires_grad
-    if keep:
-        if len(known) >= MOST:
-            known.clear()
-        known[key] = keep, _untried
+    if _is_compiling() or forward_ad._current_level >= 0 or _level() or trace.watched:
         return None
     try:
-        call, again = known[key]
-    except (KeyError, TypeError):  # a setting without a hash is for the checks to refuse
+        found = known[loss, settings, _grad_enabled(), available.host, tensors[0].shape]
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # what has no hash or shape is for the checks to refuse
         return None
-    # What is packed is looked at here, and later by the kernel.
-    if (again is _untried or again is None) and not all(t is None or _storage(t) for t in tensors):
+    for it in found:
+        if it.alike(*tensors):
+            break
+    else:
         return None
-    if again is _untried:
-        again = autograd.prepare(loss, call, tensors)
-        known[key] = call, again
-    if device != HOST and gpu.problem(call.family):
+    again = it.again
+    if it.make or again is None or again is _untried:
+        # Where memory was freed, torch's own operations would end the process.
+        if not all(map(_storage, tensors)):
+            return None
+        if it.make:
+            tensors = it.make(tensors)
+        if again is _untried:
+            again = it.again = autograd.prepare(loss, it.call, (*tensors, *it.absent))
+    if it.on_gpu and gpu.problem(it.call.family):
         return None
+    if it.warning:
+        errors.warn(it.warning)
     _by_kernel[loss] += 1
     try:
-        return autograd.repeat(again, tensors) if again else autograd.run(loss, call, tensors)
+        if again is None:
+            return autograd.run(loss, it.call, (*tensors, *it.absent))
+        return autograd.repeat(again, tensors)
     except gpu.Failed as failed:
-        gpu.turn_off(failed, call.family)
+        gpu.turn_off(failed, it.call.family)
     except plain.Unreadable:
         pass
     _by_kernel[loss] -= 1
     return None
 
 
-def remember(loss: str, call: Call, tensors: tuple[Any, ...], settings: tuple[Any, ...]) -> None:
-    """The call may be repeated: the checks saw nothing but types and shapes."""
+def remember(loss: str, call: Call, asked: Asked, made: Tensors) -> None:
+    """The call of the kernel may be repeated: the checks saw nothing but types and shapes."""
+    settings, tensors, make, warning = asked
     if (
         not all(type(s) in CONSTANTS for s in settings)  # a tensor's value may change
+        or not all(type(t) in PLAIN for t in tensors)
         or "elementwise_mean" in settings  # which warns each time
-        # torch.jit.trace makes each size a tensor, which no key holds: so nothing without sizes is kept.
-        or not all(t is None or t.dim() for t in tensors)
     ):
         return
-    repeat(loss, tensors, settings, keep=call)
+    present = tuple(t for t in made if t is not None)
+    if make is None:
+        make = conversion(tensors, present)
+    key = loss, settings, _grad_enabled(), available.host, tensors[0].shape
+    absent = (None,) * (len(made) - len(present))
+    alike, on_gpu = torch_state.alike(*tensors), gpu.serves(tensors[0])
+    it = Known(alike, call, absent, make, warning, on_gpu, _untried)
+    if len(known) >= MOST:
+        known.clear()
+    known[key] = (it, *known.get(key, ())[: ALIKE - 1])
+
+
+def conversion(given: Tensors, made: Tensors) -> Callable[[Tensors], Tensors] | None:
+    """How the tensors of a kernel are made of those that were given: of other types, shapes or devices."""
+    if all(m is g for m, g in zip(made, given, strict=True)):
+        return None
+    steps = [None if m is g else _step(g, m) for m, g in zip(made, given, strict=True)]
+
+    def make(tensors: Tensors) -> Tensors:
+        pairs = zip(steps, tensors, strict=True)
+        return tuple(t if step is None else step(t) for step, t in pairs)
+
+    return make
+
+
+def _step(given: Tensor, made: Tensor) -> Callable[[Tensor], Tensor]:
+    device, dtype, shape = made.device, made.dtype, made.shape
+    reshaped, same = shape != given.shape, made.numel() == given.numel()
+    detached = given.requires_grad and not made.requires_grad
+
+    def step(tensor: Tensor) -> Tensor:
+        found = (tensor.detach() if detached else tensor).to(device, dtype)
+        return (found.reshape(shape) if same else found.expand(shape)) if reshaped else found
+
+    return step

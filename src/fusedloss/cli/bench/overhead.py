@@ -1,9 +1,9 @@
-"""`fusedloss bench --calls`: what a call costs before its arithmetic begins, and what the import costs.
+"""`fusedloss bench --calls`: what a call costs before its arithmetic begins, small calls, and the import.
 
-On tensors of 3 x 5, without gradients. "Before the kernel" is a call whose kernel is replaced by a constant:
-checks of the arguments and the choice of the path. PyTorch's own part is that of its function in Python,
-with its operator replaced; what the operator checks itself counts as kernel. The call is one of many alike,
-as in training.
+Small calls are in `small.py`. The others are on tensors of 3 x 5, without gradients. "Before the kernel" is
+a call whose kernel is replaced by a constant: checks of the arguments and the choice of the path. PyTorch's
+own part is that of its function in Python, with its operator replaced; what the operator checks itself counts
+as kernel. The call is one of many alike, as in training.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from rich.table import Table
 
 from ...autograd import functions as autograd
 from ...front.definition import REGISTRY, Loss
+from . import small
 from .cases import SIZES, Case, calls
 from .harness import Plan, Work, interleave, wall, warm_up
 from .machine import Run
 
-QUICK, WHOLE = (0.5, 0.0005, 9), (3.0, 0.0005, 30)  # of a Plan: seconds, seconds a sample, samples
+QUICK, WHOLE = (0.05, 0.0005, 9), (0.3, 0.0005, 30)  # of a Plan: seconds, seconds a sample, samples
 IMPORT = """
 import time
 start = time.perf_counter()
@@ -113,13 +114,19 @@ def run(args: argparse.Namespace, threads: int) -> int:
     plan = Plan((), threads, *(QUICK if args.quick else WHOLE), most=2000)
     with torch.no_grad():
         results = [measure(REGISTRY[key], plan) for key in calls()]
+    found = [(case, small.measure(case, plan)) for case in small.cases()]
+    few = [each for _, each in found if isinstance(each, small.Small)]
     seconds = imports(3 if args.quick else 9)
-    this.console.print(table(results))
+    this.console.print(table(results), small.table(few), small.verdict(few))
+    for case, why in found:
+        if isinstance(why, str):
+            this.console.print(f"{case.title}: {why}", markup=False)
     of_torch, of_ours = (statistics.median(each) * 1e3 for each in zip(*seconds, strict=True))
     this.console.print(
         f"import torch: {of_torch:.0f} ms; import fusedloss after it: {of_ours:.0f} ms"
     )
     document = this.document(kind="calls", imports=seconds, results=[asdict(r) for r in results])
+    document["small"] = [each.to_json() for each in few]
     this.write(args.output, document)
     return 0
 

@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags = {
         "--quick": "fewer cases, sizes and samples: two minutes at most",
         "--linear": "linear cross entropy instead; takes --quick, --threads, --against a folder",
-        "--calls": "what a call on 3 x 5 costs before its kernel, and the import; takes --quick, --threads",
+        "--calls": "small calls with every option set, what a call costs before its kernel, and the import; "
+        "takes --quick, --only, --threads",
         "--compiled": "ours under torch.compile, beside ours called and PyTorch's compiled, and training "
         "steps; takes --quick, --threads, --only, --sizes",
         "--no-sweep": "the cases alone",

@@ -21,7 +21,7 @@ ABSENT = abi.GRID.absent
 
 class DiceEngine(CpuEngine[DicePlan]):
     plan = DicePlan
-    pointers = abi.DICE.pointers(("input", "target"), "total", ("grad",), "incoming")
+    pointers = abi.DICE.pointers(("input", "target", "weight"), ("grad",))
 
     def pack(self, plan: DicePlan) -> tuple[str, str, bytes, int]:
         call, x, target = plan.call, plan.x, plan.target

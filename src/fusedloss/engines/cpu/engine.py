@@ -7,22 +7,20 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, NoReturn
 
-import torch
 from torch import Tensor
 
 from ...kinds import Call
 from ..abi import Pointers
 from ..again import common
-from ..plan import Slot
+from ..plan import Slot, Slots
 from ..protocol import Engine, P
 from .again import AgainOnCpu, Launch, present
-from .load import NUMBERS, library, run
-
-LACKING = ("weight", "absent")  # arguments that a call may be repeated without
+from .load import NUMBERS, repeater, run
 
 
 class CpuEngine(Engine[P]):
-    pointers: ClassVar[Pointers]
+    pointers: ClassVar[Pointers | None] = None  # None: what is packed depends on values
+    divisors: ClassVar[tuple[int, ...]] = ()  # where arguments hold what `quotients` gives
 
     @abstractmethod
     def pack(self, plan: P) -> tuple[str, str, bytes, int]:
@@ -37,40 +35,68 @@ class CpuEngine(Engine[P]):
         if found >= 0:
             self.refuse(plan, found)
 
+    def places(self, call: Call) -> tuple[int, ...]:
+        """Where arguments hold the pointers of the tensors that there are."""
+        assert self.pointers is not None
+        return self.pointers.inputs
+
     def prepare(
         self, call: Call, tensors: tuple[Slot, ...], needed: Sequence[bool], stores: bool
     ) -> AgainOnCpu | None:
-        """How to repeat this call, if that can be: one without weights."""
+        """How to repeat this call, if that can be: the kernel reads and writes the tensors themselves."""
+        if self.pointers is None:
+            return None
         inputs = [t for t in tensors if t is not None]
-        places, learned = self.pointers, sum(needed)
-        if len(inputs) != sum(name not in LACKING for name in call.arguments):
+        plan = self.plan(call, tensors, needed if stores else ())
+        result, place = plan.result(), self.pointers.total
+        if plan.losses is not None:
+            place = self.pointers.losses
+        launch = self.keep(plan, [], [*self.gradients(plan), (place, result)])
+        if launch is None:
             return None
+        learning = [t for t, need in zip(tensors, needed, strict=False) if need and t is not None]
+        summed = any(plan.gradient(t).shape != t.shape for t in learning)
+        return AgainOnCpu(
+            engine=self,
+            launch=launch,
+            copies=any(
+                a.data_ptr() != b.data_ptr()
+                for a, b in zip(present(plan.read()), inputs, strict=True)
+            ),
+            counted=plan.shape.numel() if call.counts else 0,
+            broadcast=tuple(t.shape for t in learning) if summed else None,
+            **common(call, inputs, len(tensors), needed, stores, result),
+        )
 
-        def launch(plan: P, place: int, output: Tensor) -> Launch | None:
-            kernel, _, arguments, elements = self.pack(plan)
-            words = struct.unpack(f"={len(arguments) // 8}q", arguments)
-            grads = present(plan.grads)
-            if any(g.shape != t.shape for g, t in zip(grads, inputs, strict=False)):
-                return None  # it is summed over what was broadcast
-            given = (*inputs, output, *grads)
-            at = (*places.inputs[: len(inputs)], place, *places.grads)[: len(given)]
-            if any(words[k] != t.data_ptr() for k, t in zip(at, given, strict=True)):
-                return None  # the kernel was given a copy
-            head = (NUMBERS[kernel], len(words), len(at), *at)
-            packed = struct.pack(f"={len(head)}q", *head) + arguments
-            pack = struct.Struct(f"={len(at)}q").pack
-            return Launch(library(elements).fusedloss_again, packed, pack)
+    def keep_backward(
+        self, call: Call, tensors: Slots, needed: Sequence[bool], incoming: Tensor
+    ) -> Launch | None:
+        """The launch that computes the gradients for what arrives, if it can be kept."""
+        assert self.pointers is not None
+        plan = self.plan(call, tensors, needed)
+        plan.arrives(incoming)
+        return self.keep(plan, [(self.pointers.incoming, incoming)], self.gradients(plan))
 
-        stored = learned if stores else 0
-        plan = self.plan(call, tensors, needed if stored else ())
-        plan.total = result = inputs[0].new_empty((), dtype=call.dtype)
-        forward, backward = launch(plan, places.total, result), None
-        if learned and not stored:
-            arriving = torch.ones_like(result)
-            plan = self.plan(call, tensors, needed)
-            plan.arrives(arriving)
-            backward = launch(plan, places.incoming, arriving)
-        if forward is None or (learned and not stored and backward is None):
-            return None
-        known = common(call, inputs, len(tensors), learned, stored, result)
-        return AgainOnCpu(engine=self, launch=forward, launch_backward=backward, **known)
+    def gradients(self, plan: P) -> list[tuple[int, Tensor]]:
+        """Where arguments hold their pointers, and they."""
+        assert self.pointers is not None
+        pairs = zip(self.pointers.grads, plan.grads, strict=False)
+        return [(place, grad) for place, grad in pairs if grad is not None]
+
+    def keep(
+        self, plan: P, given: list[tuple[int, Tensor]], made: list[tuple[int, Tensor]]
+    ) -> Launch | None:
+        """The launch of a plan but for pointers: of its tensors, of what else is `given` and what is `made`."""
+        kernel, _, arguments, elements = self.pack(plan)
+        words = struct.unpack(f"={len(arguments) // 8}q", arguments)
+        read = present(plan.read())
+        pairs = [*zip(self.places(plan.call), read, strict=False), *given, *made]
+        if any(words[place] != t.data_ptr() for place, t in pairs):
+            return None  # a copy of what arrives
+        written = tuple((tuple(t.shape), t.stride(), t.dtype) for _, t in made)
+        places = [place for place, _ in pairs]
+        divisors = self.divisors if plan.call.counts else ()
+        head = (NUMBERS[kernel], len(words), len(pairs) + len(divisors), *places, *divisors)
+        packed = struct.pack(f"={len(head)}q", *head) + arguments
+        pack = struct.Struct(f"={len(pairs)}q{len(divisors)}d").pack
+        return Launch(repeater(elements), packed, pack, written)

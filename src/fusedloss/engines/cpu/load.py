@@ -7,6 +7,7 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,8 +49,6 @@ def _load(small: bool = False) -> tuple[ctypes.CDLL | None, str | None, str | No
     lib.fusedloss_run.restype = ctypes.c_int64
     for names in (lib.fusedloss_formula, lib.fusedloss_reduction):
         names.argtypes, names.restype = [ctypes.c_int64], ctypes.c_char_p
-    lib.fusedloss_again.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
-    lib.fusedloss_again.restype = ctypes.c_int64
     lib.fusedloss_set_parallel_for.argtypes = [ctypes.c_void_p]
     lib.fusedloss_advise_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     return lib, None, _share_threads(lib)
@@ -80,6 +79,20 @@ def library(elements: int = MANY) -> ctypes.CDLL:
 def _runner(small: bool) -> Callable[[int, bytes], int]:
     found: Callable[[int, bytes], int] = library(SMALL if small else MANY).fusedloss_run
     return found
+
+
+@functools.cache
+def _repeater(small: bool) -> Callable[[bytes, bytes], int]:
+    # A kernel of few elements is done sooner than the interpreter's lock changes hands.
+    lib = ctypes.PyDLL(str(path(True))) if small else library()
+    found: Any = lib.fusedloss_again
+    found.argtypes, found.restype = [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_int64
+    return found
+
+
+def repeater(elements: int) -> Callable[[bytes, bytes], int]:
+    """Runs calls like an earlier one, of so many elements."""
+    return _repeater(elements <= SMALL)
 
 
 def run(kernel: str, loss: str, arguments: bytes, elements: int = MANY) -> int:

@@ -15,7 +15,7 @@ PACK = abi.MARGINS.packer()
 
 class MarginEngine(CpuEngine[MarginPlan]):
     plan = MarginPlan
-    pointers = abi.MARGINS.pointers(("input", "target"), "total", ("grad",), "incoming")
+    pointers = abi.MARGINS.pointers(("input", "target", "weight"), ("grad",))
 
     def pack(self, plan: MarginPlan) -> tuple[str, str, bytes, int]:
         call, loss, x, weight = plan.call, plan.call.loss, plan.x, plan.weight

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ...core import errors
 from ...core.layout import coalesced
@@ -12,7 +12,7 @@ from ...kinds.names import NUMBERS, OPERANDS
 from ...kinds.pointwise import PointwiseCall
 from ...kinds.torch_m import OutsideDomain
 from .. import abi
-from ..plan import PointwisePlan
+from ..plan import PointwisePlan, Slots
 from .engine import CpuEngine
 from .load import DTYPES, address, formula_numbers
 
@@ -30,11 +30,22 @@ PACK_DENSE = struct.Struct(FIELDS.format(1 + SLOTS)).pack
 class PointwiseEngine(CpuEngine[PointwisePlan]):
     plan = PointwisePlan
     pointers = abi.POINTWISE.pointers(
-        tuple(f"operand[{k}]" for k in range(OPERANDS)),
-        "total",
+        (*(f"operand[{k}]" for k in range(OPERANDS)), "multiplier[0]"),
         tuple(f"grad[{k}]" for k in range(OPERANDS)),
         "multiplier[1]",
     )
+    divisors = (abi.POINTWISE.places["denominator"], abi.POINTWISE.places["grad_scale"])
+
+    def places(self, call: Any) -> tuple[int, ...]:
+        *operands, weight = self.pointers.inputs
+        return (*operands[: len(call.formula.operands)], weight)
+
+    def quotients(self, call: PointwiseCall, tensors: Slots, numel: int) -> tuple[float, float]:
+        denominator = 1.0
+        if call.reduction == "mean":
+            divisor = call.divisor(tensors)
+            denominator = float(numel if divisor is None else divisor)
+        return denominator, 1.0 / denominator if denominator else math.nan
 
     def pack(self, plan: PointwisePlan) -> tuple[str, str, bytes, int]:
         call, tensors, total, shape = plan.call, plan.tensors, plan.total, plan.shape
@@ -49,13 +60,9 @@ class PointwiseEngine(CpuEngine[PointwisePlan]):
                 arrays[at + 1] = DTYPES[t.dtype]
             at += 2
         numel = shape.numel()
-        denominator = 1.0
-        if call.reduction == "mean":
-            divisor = call.divisor(tensors)
-            denominator = float(numel if divisor is None else divisor)
         head = (_number(call), numel)
-        scale = 1.0 / denominator if denominator else math.nan
-        numbers = (denominator, scale, *call.params, *ZEROS[len(call.params)])
+        quotients = self.quotients(call, tensors, numel)
+        numbers = (*quotients, *call.params, *ZEROS[len(call.params)])
         if plan.dense:
             arguments = PACK_DENSE(*head, 1, *arrays, *numbers, numel, *DENSE)
         else:

@@ -15,7 +15,7 @@ ABSENT = abi.MATRIX.absent * OPERANDS
 class ReductionEngine(CpuEngine[ReductionPlan]):
     plan = ReductionPlan
     pointers = abi.REDUCTION.pointers(
-        ("input[0]", "input[1]", "input[2]"), "total", ("grad[0]", "grad[1]", "grad[2]"), "incoming"
+        ("input[0]", "input[1]", "input[2]"), ("grad[0]", "grad[1]", "grad[2]")
     )
 
     def pack(self, plan: ReductionPlan) -> tuple[str, str, bytes, int]:

@@ -18,7 +18,7 @@ ABSENT = abi.GRID.absent
 
 class RowsEngine(CpuEngine[RowsPlan]):
     plan = RowsPlan
-    pointers = abi.ROWS.pointers(("input", "target"), "total", ("grad", "grad_target"), "incoming")
+    pointers = abi.ROWS.pointers(("input", "target", "weight"), ("grad", "grad_target"))
 
     def pack(self, plan: RowsPlan) -> tuple[str, str, bytes, int]:
         call, target = plan.call, plan.target

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton import knobs
 
 from ...core import torch_state
-from ...core.plain import Unreadable
+from ...core.plain import PLAIN, Unreadable
 from ...kinds import Call
 from ..again import Again, common
 from ..plan import Slot
@@ -62,6 +62,10 @@ class Launch:
 
 @dataclass(slots=True, kw_only=True)
 class AgainOnGpu(Again):
+    """Of a reduced loss of contiguous tensors, the first of which learn."""
+
+    result: Tensor  # what the result is like
+    dtypes: tuple[torch.dtype, ...]
     rest: tuple[Slot, ...]  # after the slots of gradients, what forward gives beside them
     make: Callable[[Tensor], Tensor]  # of a gradient from its input
     launches: list[Launch]
@@ -72,23 +76,23 @@ class AgainOnGpu(Again):
     def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Slot]]:
         """The loss, and what the engine's gives beside it."""
         flags.raise_pending(self.device)
-        grads = self.gradients(tensors) if self.stored else ()
-        result = _empty_like(self.scalar)
+        grads = self.gradients(tensors) if self.stores else ()
+        result = _empty_like(self.result)
         rest = tuple(t if t is None else _empty_like(t) for t in self.rest)
         made = (t for t in rest if t is not None)
         scratch = map(_empty_like, self.scratch)
         if not self.launch(self.launches, (*tensors, result, *grads, *made, *scratch)):
-            needed = [k < self.stored for k in range(self.call.gradients)]
+            needed = [self.stores and k < self.learned for k in range(self.call.gradients)]
             return self.engine.forward(self.call, self.whole(tensors), needed)
-        return result, (*self.slots(grads), *rest) if self.stored else ()
+        return result, (*self.all_slots(grads), *rest) if self.stores else ()
 
     def backward(
         self, tensors: Sequence[Tensor], stored: Sequence[Slot], incoming: Tensor
-    ) -> Sequence[Slot]:
-        """The gradients of all inputs; those that forward stored become those for `incoming`."""
+    ) -> Sequence[Tensor]:
+        """The gradients that are needed; those that forward stored become those for `incoming`."""
         flags.raise_pending(self.device)
         slots = self.call.gradients
-        if self.stored:
+        if self.stores:
             grads = [g for g in stored[:slots] if g is not None]
         else:
             grads = list(self.gradients(tensors))
@@ -97,13 +101,13 @@ class AgainOnGpu(Again):
         sources = (*tensors, incoming, *grads, *made, *scratch)
         if not self.launch(self.launches_backward, sources):
             whole = self.whole(tensors)
-            if self.stored:
+            if self.stores:
                 self.engine.rescale(self.call, whole, stored, incoming)
             else:
                 needed = [k < self.learned for k in range(slots)]
                 found = self.engine.backward(self.call, whole, needed, incoming)
                 grads = [g for g in found if g is not None]
-        return (*grads, *self.undefined)
+        return grads
 
     def launch(self, launches: list[Launch], sources: tuple[Tensor, ...]) -> bool:
         """Whether all could be launched as they are."""
@@ -126,9 +130,26 @@ class AgainOnGpu(Again):
     def gradients(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(map(self.make, tensors[: self.learned]))
 
-    def slots(self, grads: Sequence[Tensor]) -> tuple[Slot, ...]:
-        """With None for those that nothing needs."""
+    def kept(self, stored: Sequence[Slot]) -> Sequence[Slot]:
+        return stored
+
+    def all_slots(self, grads: Sequence[Tensor]) -> tuple[Slot, ...]:
+        """With None for those that nothing needs, or that there are not."""
         return (*grads, *(None,) * (self.call.gradients - len(grads)))
+
+    def fits(self, tensors: Sequence[Tensor], incoming: Tensor) -> bool:
+        """Whether the tensors are what the plan says: `.data` and hooks of saved tensors may change them."""
+        for tensor, dtype, shape in zip(tensors, self.dtypes, self.shapes, strict=True):
+            if not (
+                type(tensor) in PLAIN
+                and tensor.dtype is dtype
+                and tensor.shape == shape
+                and tensor.device == self.device
+                and tensor.is_contiguous()
+                and not tensor.is_neg()
+            ):
+                return False
+        return incoming.dtype is self.result.dtype and not incoming.dim()
 
 
 def hooked() -> bool:
@@ -147,7 +168,12 @@ def prepare(
     """How to repeat this call, if that can be."""
     inputs = [t for t in tensors if t is not None]
     learned, slots = sum(needed), call.gradients
-    if any(t is None for t in tensors[: len(inputs)]):
+    if (
+        call.reduction == "none"
+        or call.counts
+        or not all(needed[:learned])
+        or not all(t.is_contiguous() for t in inputs)
+    ):
         return None
     stores = bool(learned) and stores_gradients
     try:
@@ -176,9 +202,11 @@ def prepare(
         g.shape != t.shape or not g.is_contiguous() for g, t in zip(grads, inputs, strict=False)
     ):
         return None
-    known = common(call, inputs, len(tensors), learned, learned if stores else 0, result)
+    known = common(call, inputs, len(tensors), needed, stores, result)
     return AgainOnGpu(
         engine=engine,
+        result=result,
+        dtypes=tuple(t.dtype for t in inputs),
         rest=rest if stores else (),
         make=torch.zeros_like if call.name == "rows/nll_loss" else _empty_like,
         launches=launches,
