@@ -27,6 +27,7 @@ import fusedloss
 from fusedloss import functional
 from fusedloss.core import trace
 from fusedloss.engines import abi, cpu
+from fusedloss.engines.cpu import engine as cpu_engine
 from fusedloss.front.definition import REGISTRY, Loss
 from fusedloss.route import dispatch, memo
 
@@ -192,14 +193,14 @@ def test_every_derivative_of_a_known_call(loss: Loss, generator: Generator) -> N
 
 
 def test_a_kernel_without_memory_runs_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_engine, "repeater", lambda _: lambda *_: abi.NO_MEMORY)
     inputs = torch.randn(3, 5), torch.tensor([0, 1, 2])
     for function in (functional.cross_entropy, functional.nll_loss):
-        expected = run(function, inputs, {}, (0,))
-        run(function, inputs, {}, (0,))
-        (again,) = (it[0].again for key, it in memo.known.items() if key[0] == function.__name__)
-        for launch in (again.launch, *(launch for _, launch in again.backwards)):
-            monkeypatch.setattr(launch, "run", lambda *_: abi.NO_MEMORY)
-        assert_same_bits(run(function, inputs, {}, (0,)), expected)
+        for reduction in ("mean", "none"):
+            settings = {"reduction": reduction}
+            expected = run(function, inputs, settings, (0,))
+            for _ in range(2):
+                assert_same_bits(run(function, inputs, settings, (0,)), expected)
 
 
 def test_a_gradient_that_was_given_away_is_not_kept() -> None:

@@ -43,15 +43,26 @@ def learns() -> bool:
     return _grad_enabled() and not _inference()
 
 
-def repeat(again: Again, tensors: tuple[Any, ...]) -> Tensor:
-    """The same, for tensors like those that `prepare` was given, but for the None among these."""
-    if not again.learned:
+def repeater(
+    loss: str, call: Call, tensors: tuple[Tensor | None, ...]
+) -> Callable[..., Tensor] | None:
+    """What runs such a call again, given its tensors but for the None among these; or None."""
+    again = prepare(loss, call, tensors)
+    if again is None:
+        return None
+    apply, forward, absent = again.apply, again.forward, again.absent
+
+    def recorded(*tensors: Tensor) -> Tensor:
+        if _hooks(True) is None:
+            return apply(again, *tensors)
+        return run(loss, call, (*tensors, *absent))  # what is saved may come back as anything
+
+    def unrecorded(*tensors: Tensor) -> Any:
         if _profiling():
-            return spanned(again.loss, lambda: again.forward(tensors)[0])
-        return again.forward(tensors)[0]
-    if _hooks(True) is not None:  # what is saved may come back as anything
-        return run(again.loss, again.call, again.whole(tensors))
-    return _recorded(again.apply, again, tensors)
+            return spanned(loss, lambda: (forward(*tensors) or again.told(tensors))[-1])
+        return (forward(*tensors) or again.told(tensors))[-1]
+
+    return recorded if again.learned else unrecorded
 
 
 def _recorded(apply: Callable[..., Any], first: Any, tensors: tuple[Any, ...]) -> Tensor:
@@ -77,7 +88,7 @@ def prepare(loss: str, call: Call, tensors: tuple[Tensor | None, ...]) -> Again 
     """How a call may be repeated at less cost, or None."""
     enabled = learns()
     needed = [enabled and t is not None and t.requires_grad for t in tensors[: call.gradients]]
-    if not all(t is None or t.numel() for t in tensors):
+    if not all(t is None or (t.numel() and not (enabled and t.is_inference())) for t in tensors):
         return None
     stores = any(needed) and stores_gradients(call, tensors, needed)
     again: Again | None = engine_of(call, tensors[0]).prepare(call, tensors, needed, stores)
@@ -132,10 +143,10 @@ class _Again(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, again: Any, *tensors: Tensor) -> Tensor:
-        result, grads = again.forward(tensors)
+        made = again.forward(*tensors) or again.told(tensors)
         ctx.again = again
-        ctx.save_for_backward(*tensors, *grads)
-        return result
+        ctx.save_for_backward(*tensors, *made[:-1])
+        return made[-1]
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:

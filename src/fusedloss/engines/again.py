@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kinds import Call
-from .plan import Slot, Slots
+from .plan import Slot
 from .protocol import Engine
 
 
@@ -21,6 +21,8 @@ class Again(ABC):
 
     call: Call
     engine: Engine[Any]
+    # Of the tensors: what waits for backward, and then the loss. Nothing where it could not run.
+    forward: Callable[..., tuple[Slot, ...] | None]
     inputs: int  # how many tensors there are
     needed: tuple[bool, ...]  # by which of the call's first tensors gradients are wanted
     learned: int  # by how many
@@ -37,8 +39,8 @@ class Again(ABC):
     apply: Any = None  # of the autograd function that bears its name
 
     @abstractmethod
-    def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Slots]:
-        """The loss, and what the engine's forward gives beside it."""
+    def told(self, tensors: Sequence[Tensor]) -> tuple[Slot, ...]:
+        """What `forward` gives, by all means."""
 
     def whole(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
         """With None for the tensors that the call lacks."""

@@ -25,7 +25,7 @@ class Plan:
         False  # whether `grads` hold the gradients for 1, to be made those for `incoming`
     )
     rest: Slots = ()  # what forward gave beside those
-    shape: torch.Size  # that the tensors broadcast to
+    shape: torch.Size = torch.Size()  # that the tensors broadcast to
 
     def __init__(self, call: Any, tensors: Slots, needed: Sequence[bool]) -> None:
         self.call, self.tensors = call, tensors

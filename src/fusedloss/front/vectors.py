@@ -194,7 +194,7 @@ class MeanOfClasses:
         return dispatch(name, call, tensors, None, asked)
 
     def _alike(self, input: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
-        """Whether each element of the input counts once; by a weight only the sums of rows are differentiated."""
+        """Whether each element of the input counts once; a weight only learns by the sums of rows."""
         whole = torch.broadcast_shapes(*(t.shape for t in tensors if t is not None))
         weight = tensors[2]
         return (

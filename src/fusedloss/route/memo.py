@@ -48,10 +48,11 @@ class Known:
     make: Callable[[Tensors], Tensors] | None
     warning: str
     on_gpu: bool
-    again: Any  # a plan; None where there is none, and `_untried` until the call first comes back
+    repeater: Callable[..., Tensor] | None = None  # made when the call first comes back
+    tried: bool = False
+    run: Callable[..., Tensor] | None = None  # that, where there is nothing else to do
 
 
-_untried: Any = object()
 known: dict[tuple[Any, ...], tuple[Known, ...]] = {}
 
 
@@ -65,35 +66,45 @@ def repeat(loss: str, settings: tuple[Any, ...], tensors: Tensors) -> Tensor | N
         return None
     try:
         found = known[loss, settings, _grad_enabled(), available.host, tensors[0].shape]
-    except (
-        KeyError,
-        TypeError,
-        AttributeError,
-    ):  # what has no hash or shape is for the checks to refuse
+    except (KeyError, TypeError, AttributeError):  # without hash or shape: for the checks to refuse
         return None
     for it in found:
         if it.alike(*tensors):
             break
     else:
         return None
-    again = it.again
-    if it.make or again is None or again is _untried:
+    run = it.run
+    if run is None:
+        return _with_more(loss, it, tensors)
+    _by_kernel[loss] += 1
+    try:
+        return run(*tensors)
+    except plain.Unreadable:
+        _by_kernel[loss] -= 1
+        return None
+
+
+def _with_more(loss: str, it: Known, tensors: Tensors) -> Tensor | None:
+    """The same where the call first comes back, has no plan, is on a GPU, warns, or converts its tensors."""
+    if it.make or not (it.tried and it.repeater):
         # Where memory was freed, torch's own operations would end the process.
         if not all(map(_storage, tensors)):
             return None
         if it.make:
             tensors = it.make(tensors)
-        if again is _untried:
-            again = it.again = autograd.prepare(loss, it.call, (*tensors, *it.absent))
+        if not it.tried:
+            it.repeater, it.tried = autograd.repeater(loss, it.call, (*tensors, *it.absent)), True
+            if not (it.make or it.warning or it.on_gpu):
+                it.run = it.repeater
     if it.on_gpu and gpu.problem(it.call.family):
         return None
     if it.warning:
         errors.warn(it.warning)
     _by_kernel[loss] += 1
     try:
-        if again is None:
+        if it.repeater is None:
             return autograd.run(loss, it.call, (*tensors, *it.absent))
-        return autograd.repeat(again, tensors)
+        return it.repeater(*tensors)
     except gpu.Failed as failed:
         gpu.turn_off(failed, it.call.family)
     except plain.Unreadable:
@@ -117,7 +128,7 @@ def remember(loss: str, call: Call, asked: Asked, made: Tensors) -> None:
     key = loss, settings, _grad_enabled(), available.host, tensors[0].shape
     absent = (None,) * (len(made) - len(present))
     alike, on_gpu = torch_state.alike(*tensors), gpu.serves(tensors[0])
-    it = Known(alike, call, absent, make, warning, on_gpu, _untried)
+    it = Known(alike, call, absent, make, warning, on_gpu)
     if len(known) >= MOST:
         known.clear()
     known[key] = (it, *known.get(key, ())[: ALIKE - 1])

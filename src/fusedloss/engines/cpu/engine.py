@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from ..abi import Pointers
 from ..again import common
 from ..plan import Slot, Slots
 from ..protocol import Engine, P
-from .again import AgainOnCpu, Launch, present
+from .again import AgainOnCpu, Launch, launch, launch_of_values, present
 from .load import NUMBERS, repeater, run
 
 
@@ -58,12 +58,7 @@ class CpuEngine(Engine[P]):
         summed = any(plan.gradient(t).shape != t.shape for t in learning)
         return AgainOnCpu(
             engine=self,
-            launch=launch,
-            copies=any(
-                a.data_ptr() != b.data_ptr()
-                for a, b in zip(present(plan.read()), inputs, strict=True)
-            ),
-            counted=plan.shape.numel() if call.counts else 0,
+            forward=launch,
             broadcast=tuple(t.shape for t in learning) if summed else None,
             **common(call, inputs, len(tensors), needed, stores, result),
         )
@@ -94,9 +89,25 @@ class CpuEngine(Engine[P]):
         if any(words[place] != t.data_ptr() for place, t in pairs):
             return None  # a copy of what arrives
         written = tuple((tuple(t.shape), t.stride(), t.dtype) for _, t in made)
-        places = [place for place, _ in pairs]
-        divisors = self.divisors if plan.call.counts else ()
+        places, call = [place for place, _ in pairs], plan.call
+        divisors = self.divisors if call.counts else ()
         head = (NUMBERS[kernel], len(words), len(pairs) + len(divisors), *places, *divisors)
         packed = struct.pack(f"={len(head)}q", *head) + arguments
         pack = struct.Struct(f"={len(pairs)}q{len(divisors)}d").pack
-        return Launch(repeater(elements), packed, pack, written)
+        run, inputs = repeater(elements), present(plan.tensors)
+        if not divisors and all(
+            a.data_ptr() == b.data_ptr() for a, b in zip(read, inputs, strict=True)
+        ):
+            return launch(run, packed, pack, written)
+        absent, count, whole = (None,) * (len(plan.tensors) - len(inputs)), len(inputs), plan.shape
+
+        def read_anew(*tensors: Tensor) -> tuple[Sequence[Tensor], tuple[float, ...]]:
+            given, rest = (*tensors[:count], *absent), tensors[count:]
+            copies = present(self.plan(call, given, ()).read())
+            return (*copies, *rest), self.quotients(call, given, whole.numel()) if divisors else ()
+
+        return launch_of_values(run, packed, pack, written, read_anew)
+
+    def quotients(self, call: Any, tensors: Slots, numel: int) -> tuple[float, float]:
+        """What arguments hold of a divisor that depends on values: it, and 1 over it."""
+        raise NotImplementedError

@@ -40,7 +40,7 @@ class PointwiseEngine(CpuEngine[PointwisePlan]):
         *operands, weight = self.pointers.inputs
         return (*operands[: len(call.formula.operands)], weight)
 
-    def quotients(self, call: PointwiseCall, tensors: Slots, numel: int) -> tuple[float, float]:
+    def quotients(self, call: Any, tensors: Slots, numel: int) -> tuple[float, float]:
         denominator = 1.0
         if call.reduction == "mean":
             divisor = call.divisor(tensors)

@@ -73,8 +73,8 @@ class AgainOnGpu(Again):
     launches_backward: list[Launch]
     scratch_backward: list[Tensor]
 
-    def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Slot]]:
-        """The loss, and what the engine's gives beside it."""
+    def run(self, *tensors: Tensor) -> tuple[Slot, ...] | None:
+        """What `forward` gives."""
         flags.raise_pending(self.device)
         grads = self.gradients(tensors) if self.stores else ()
         result = _empty_like(self.result)
@@ -82,9 +82,13 @@ class AgainOnGpu(Again):
         made = (t for t in rest if t is not None)
         scratch = map(_empty_like, self.scratch)
         if not self.launch(self.launches, (*tensors, result, *grads, *made, *scratch)):
-            needed = [self.stores and k < self.learned for k in range(self.call.gradients)]
-            return self.engine.forward(self.call, self.whole(tensors), needed)
-        return result, (*self.all_slots(grads), *rest) if self.stores else ()
+            return None
+        return (*self.all_slots(grads), *rest, result) if self.stores else (result,)
+
+    def told(self, tensors: Sequence[Tensor]) -> tuple[Slot, ...]:
+        needed = [self.stores and k < self.learned for k in range(self.call.gradients)]
+        result, slots = self.engine.forward(self.call, self.whole(tensors), needed)
+        return (*slots, result) if self.stores else (result,)
 
     def backward(
         self, tensors: Sequence[Tensor], stored: Sequence[Slot], incoming: Tensor
@@ -203,7 +207,8 @@ def prepare(
     ):
         return None
     known = common(call, inputs, len(tensors), needed, stores, result)
-    return AgainOnGpu(
+    again = AgainOnGpu(
+        forward=lambda *_: None,
         engine=engine,
         result=result,
         dtypes=tuple(t.dtype for t in inputs),
@@ -215,6 +220,8 @@ def prepare(
         scratch_backward=tape_backward.scratch,
         **known,
     )
+    again.forward = again.run
+    return again
 
 
 def _kept(tape: launch.Tape, sources: tuple[Tensor, ...]) -> list[Launch] | None:
