@@ -76,6 +76,7 @@ LINEAR: dict[str, Any] = {
 HEADS = "loop_is_the_formula or log_prob or divergence"
 ERRORS: dict[str, Any] = {"files": ("tests/front/test_errors.py",)}
 REPEAT: dict[str, Any] = {"files": ("tests/route/test_repeat.py",)}
+SHORT: dict[str, Any] = {"files": ("tests/route/test_short_way.py",)}
 AGAIN = "src/fusedloss/engines/cpu/engine.py"
 OVERLAPS = ("tests/losses/test_overlaps.py",)
 CE, NLL, TRIPLET = "cross_entropy", "nll_loss", "triplet_margin_loss"
@@ -180,10 +181,11 @@ MUTANTS = [
     kernel("distill.h", "T(mean + double(own_gap)), out", "own_gap, out", HEADS, **LINEAR),
     kernel("distill.h", "s[y - c] = T(-hard_scale * (hard.others / hard.raised_sum()));", "", HEADS, **LINEAR),
     # repeated calls
-    Mutant(AGAIN, "if any(g.shape != t.shape", "if any(g.shape == ()", "broadcast", **REPEAT),
-    Mutant(AGAIN, "(*places.inputs[: len(inputs)], place, *places.grads)", "(*places.inputs[: len(inputs)], place, *places.grads[::-1])", "packs_no", **REPEAT),
-    Mutant("src/fusedloss/route/memo.py", "b.is_contiguous(), learns and b.requires_grad)", "learns and b.requires_grad)", "strides_make", **REPEAT),
-    Mutant("src/fusedloss/autograd/functions.py", "            if scales_exactly(stored, incoming):\n", "            if True:\n", "do_not_depend", **REPEAT),
+    Mutant(AGAIN, "if summed else None", "if False else None", "broadcast", **REPEAT),
+    Mutant(AGAIN, "zip(self.pointers.grads, plan.grads", "zip(self.pointers.grads[::-1], plan.grads", "packs_no", **REPEAT),
+    Mutant(AGAIN, "if not divisors and all(", "if all(", "no_value_is_kept", **SHORT),
+    Mutant("src/fusedloss/route/memo.py", "if it.alike(*tensors):", "if True:", "strides_make", **REPEAT),
+    Mutant("src/fusedloss/autograd/functions.py", "                if scales_exactly(stored, incoming):\n", "                if True:\n", "do_not_depend", **REPEAT),
     Mutant("src/fusedloss/autograd/gradients.py", "if not plain or _keeps_graph():", "if not plain:", "given_away", **REPEAT),
     kernel("abi.cpp", "arguments[places[i]] = pointers[i];", "arguments[places[0]] = pointers[0];", "do_not_depend", **REPEAT),
     # types

@@ -23,7 +23,6 @@ from problems import (
 from torch import Generator, Tensor
 
 from fusedloss import linear_kl_div
-from fusedloss.engines.chunks import loop as chunks
 
 DISTILL: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..route.heads import dispatch
+from ..route.memo import Asked
 from .composed import Composed
 from .loss import Definition
 
@@ -14,5 +15,5 @@ from .loss import Definition
 class Heads(Composed):
     """The definition's function checks the arguments and makes the call ready."""
 
-    def run(self, loss: Definition, memo: tuple[Any, ...] | None, given: dict[str, Any]) -> Any:
-        return dispatch(super().run(loss, memo, given))
+    def run(self, loss: Definition, asked: Asked | None, given: dict[str, Any]) -> Any:
+        return dispatch(super().run(loss, asked, given))

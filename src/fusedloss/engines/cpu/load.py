@@ -49,6 +49,8 @@ def _load(small: bool = False) -> tuple[ctypes.CDLL | None, str | None, str | No
     lib.fusedloss_run.restype = ctypes.c_int64
     for names in (lib.fusedloss_formula, lib.fusedloss_reduction):
         names.argtypes, names.restype = [ctypes.c_int64], ctypes.c_char_p
+    lib.fusedloss_again.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+    lib.fusedloss_again.restype = ctypes.c_int64
     lib.fusedloss_set_parallel_for.argtypes = [ctypes.c_void_p]
     lib.fusedloss_advise_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     return lib, None, _share_threads(lib)
@@ -83,10 +85,10 @@ def _runner(small: bool) -> Callable[[int, bytes], int]:
 
 @functools.cache
 def _repeater(small: bool) -> Callable[[bytes, bytes], int]:
-    # A kernel of few elements is done sooner than the interpreter's lock changes hands.
-    lib = ctypes.PyDLL(str(path(True))) if small else library()
-    found: Any = lib.fusedloss_again
-    found.argtypes, found.restype = [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_int64
+    found: Any = library().fusedloss_again
+    if small:  # few elements are done sooner than the interpreter's lock changes hands
+        found = ctypes.PyDLL(str(path(True))).fusedloss_again
+        found.argtypes, found.restype = [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_int64
     return found
 
 
