@@ -25,8 +25,9 @@ from rich.table import Table
 
 from ...front.definition import REGISTRY, Loss
 from ...route import memo
+from ..arguments import chosen_losses
 from . import small
-from .cases import SIZES, Case, calls
+from .cases import SIZES, TIMED, Case, calls
 from .harness import Plan, Work, interleave, wall, warm_up
 from .machine import Run
 
@@ -125,9 +126,10 @@ def run(args: argparse.Namespace, threads: int) -> int:
     this = Run(threads, 120)
     torch.set_num_threads(threads)
     plan = Plan((), threads, *(QUICK if args.quick else WHOLE), most=2000)
+    chosen = chosen_losses(args.only, TIMED)
     with torch.no_grad():
-        results = [measure(REGISTRY[key], plan) for key in calls()]
-    found = [(case, small.measure(case, plan)) for case in small.cases()]
+        results = [measure(REGISTRY[key], plan) for key in calls() if key in chosen]
+    found = [(case, small.measure(case, plan)) for case in small.cases(chosen)]
     few = [each for _, each in found if isinstance(each, small.Small)]
     seconds = imports(3 if args.quick else 9)
     this.console.print(table(results), small.table(few), small.verdict(few))

@@ -43,8 +43,8 @@ class Small:
         return {**asdict(self), "shape": list(self.shape), "at_most": self.at_most}
 
 
-def cases() -> Iterator[Case]:
-    for loss in TIMED:
+def cases(losses: Sequence[str] = TIMED) -> Iterator[Case]:
+    for loss in losses:
         for option in REGISTRY[loss].options:
             for shape in SHAPES:
                 yield Case(f"{loss} {option}", loss, shape, option=option)
