@@ -10,6 +10,7 @@ from .core.levels import checks
 from .core.trace import Route, explain
 from .engines.gpu import synchronize
 from .front import modules as _modules
+from .lazy import LazyLogits, LazyLogitsWarning, lazy_head, lazy_heads
 from .losses import *  # noqa: F403
 from .losses import __all__ as _losses
 from .patch import patch, patched, unpatch
@@ -20,10 +21,14 @@ globals().update(_modules.MODULES)
 __all__ = [
     *_losses,
     *_modules.MODULES,
+    "LazyLogits",
+    "LazyLogitsWarning",
     "Route",
     "checks",
     "explain",
     "functional",
+    "lazy_head",
+    "lazy_heads",
     "nn",
     "patch",
     "patched",

@@ -22,6 +22,7 @@ from . import losses
 from .core import caches, errors
 from .core.plain import PLAIN
 from .core.torch_state import FakeTensor, FunctionalTensor
+from .lazy.heads import of_patch
 
 HOME = torch.nn.functional
 NAME = "_fusedloss"  # what the patched functions find us by, in the globals of HOME
@@ -30,18 +31,23 @@ NAME = "_fusedloss"  # what the patched functions find us by, in the globals of 
 FILE = "<fusedloss.patch, uncounted as importlib._bootstrap>"
 
 _FOR_GOOD = object()
-_asking: set[object] = set()  # ours are in place while anybody asks: `patch()`, or a block
+# Ours are in place while anybody asks, `patch()` or a block; and the heads while one asks for these.
+_asking: dict[object, bool] = {}
 _lock = threading.RLock()
 
 
-def patch() -> None:
+def patch(*, heads: bool = False) -> None:
     """Makes the losses of `torch.nn` and `torch.nn.functional` run ours, for unedited code.
 
     Only plain tensors take our path; tensor subclasses, proxies and TorchScript get PyTorch's own
     functions as before. To patch again changes nothing. A name that another library has given to
     something of its own stays so, and a warning says whose that is.
+
+    With `heads`, a plain :class:`torch.nn.Linear` of at least seven times as many outputs as inputs is taken
+    for a head while it is trained, as by :func:`fusedloss.lazy_heads`; one whose logits are needed in full
+    is so once, with a warning, and a layer like others from then on.
     """
-    _ask(_FOR_GOOD)
+    _ask(_FOR_GOOD, heads)
 
 
 def unpatch() -> None:
@@ -52,33 +58,33 @@ def unpatch() -> None:
 
 
 @contextmanager
-def patched() -> Iterator[None]:
-    """`patch()` for the length of a block; within an outer patch it changes nothing."""
+def patched(*, heads: bool = False) -> Iterator[None]:
+    """`patch()` for the length of a block; within an outer patch like it, it changes nothing."""
     block = object()
     try:
-        _ask(block)
+        _ask(block, heads)
         yield
     finally:
         _leave(block)
 
 
-def _ask(who: object) -> None:
+def _ask(who: object, heads: bool) -> None:
     """All or nothing: what ends it halfway, a KeyboardInterrupt too, takes it back."""
     _tell_of_others()
     with _lock:
-        before = who in _asking
+        before = _asking.get(who)
         try:
-            _asking.add(who)
+            _asking[who] = heads or bool(before)
             _settle()
         except BaseException:
-            if not before:
+            if before is None:
                 _leave(who)
             raise
 
 
 def _leave(who: object) -> None:
     with _lock:
-        _asking.discard(who)
+        _asking.pop(who, None)
         _settle()
 
 
@@ -99,6 +105,21 @@ def _settle() -> None:
             vars(function).pop("__prepare_scriptable__", None)
         vars(HOME).pop(NAME, None)
         caches.unmark()
+    _settle_heads(any(_asking.values()))
+
+
+def _settle_heads(wanted: bool) -> None:
+    if wanted and not (torch.nn.Linear.forward is LINEAR and _of_torch(LINEAR)):
+        errors.warn(
+            f"fusedloss.patch: torch.nn.Linear.forward is {_holder(torch.nn.Linear.forward)}: heads stay as "
+            "they are"
+        )
+    elif wanted and LINEAR.__code__ is OWN_LINEAR:
+        vars(LAYERS)[NAME] = of_patch
+        LINEAR.__code__ = _LAZY_LINEAR
+    elif not wanted and LINEAR.__code__ is _LAZY_LINEAR:
+        LINEAR.__code__ = OWN_LINEAR
+        vars(LAYERS).pop(NAME, None)
 
 
 def _tell_of_others() -> None:
@@ -137,6 +158,10 @@ def _is_own(name: str, found: Any) -> bool:
         and not hasattr(found, "__wrapped__")
         and not _is_redirect(found.__code__)
     )
+
+
+def _of_torch(function: Any) -> bool:
+    return function.__globals__ is vars(LAYERS) and not hasattr(function, "__wrapped__")
 
 
 def _is_redirect(code: CodeType) -> bool:
@@ -206,6 +231,25 @@ FUNCTIONS = {name: found for name, found in FOUND.items() if _is_own(name, found
 ORIGINALS = {name: _copy(function) for name, function in FUNCTIONS.items()}
 for _name, _found in {**FOUND, **ORIGINALS}.items():
     getattr(losses, _name).__prepare_scriptable__ = functools.partial(lambda found: found, _found)
+
+# The layer whose outputs may be logits.
+LAYERS, LINEAR = torch.nn.modules.linear, torch.nn.Linear.forward
+OWN_LINEAR = LINEAR.__code__
+_made: dict[str, Any] = {}
+exec(
+    compile(
+        "def forward(self, input):\n"
+        "    try:\n"
+        f"        found = {NAME}\n"
+        "    except NameError:\n"  # another thread has unpatched since this call began
+        "        return F.linear(input, self.weight, self.bias)\n"
+        "    return found(self, input)\n",
+        FILE,
+        "exec",
+    ),
+    _made,
+)
+_LAZY_LINEAR: CodeType = _made["forward"].__code__
 
 _names = SimpleNamespace(
     ours={name: getattr(losses, name) for name in FUNCTIONS},

@@ -22,6 +22,7 @@ FLOORS = (
     ("route",),
     ("front",),
     ("losses",),
+    ("lazy",),
     ("functional", "nn", "patch", "aliases", ""),
     ("cli", "__main__"),
 )

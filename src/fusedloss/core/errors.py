@@ -29,10 +29,10 @@ def scalar_type(dtype: torch.dtype) -> str:
     return torch.empty(0, dtype=dtype).type().split(".")[-1].removesuffix("Tensor")
 
 
-def warn(message: str) -> None:
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warns at the place of the user's call, but not under torch.compile, which cannot trace a warning."""
     if not torch.compiler.is_compiling():
-        warnings.warn(message, stacklevel=_user_level())
+        warnings.warn(message, category, stacklevel=_user_level())
 
 
 def _user_level() -> int:

@@ -6,6 +6,7 @@ Who asks at every call binds the function to a global of its own module.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -47,6 +48,8 @@ is_functional = torch._is_functional_tensor
 is_wrapped = _functorch.is_functorch_wrapped_tensor  # by a transform around
 unwrapped = _functorch.get_unwrapped
 assert_async = torch._assert_async
+
+no_torch_function = torch._C.DisableTorchFunctionSubclass
 
 # Of GPUs; a build of torch for CPUs lacks them.
 current_gpu: Any = getattr(torch._C, "_cuda_getDevice", None)
@@ -123,6 +126,27 @@ def is_large(size: int, least: int) -> bool:
     if hasattr(shapes, "optimization_hint"):  # it came with 2.13
         return shapes.optimization_hint(size, 0) >= least
     return shapes.statically_known_true(size >= least)
+def wrapper(
+    kind: type[Tensor], shape: torch.Size, stride: Any, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """A tensor of a subclass, without memory."""
+    return torch.Tensor._make_wrapper_subclass(kind, shape, stride, dtype=dtype, device=device)
+
+
+def freed_after_forward(module: torch.nn.Module) -> bool:
+    """Whether FSDP takes a module's parameters away before its caller has the output."""
+    states = sys.modules.get("torch.distributed._composable_state")
+    for found in list(getattr(states, "_module_state_mapping", {}).values()):
+        for group in getattr(found(), "_fsdp_param_groups", ()):
+            infos = (parameter._module_info for parameter in group.fsdp_params)
+            if any(module is each for i in infos for each in (i.module, *i.shared_modules)):
+                return bool(group._reshard_after_forward)
+    return False
+
+
+def of_fsdp(hook: Any) -> bool:
+    """Whether a hook of tensors is how FSDP learns that backward comes, whatever the gradient."""
+    return type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp")
 
 
 @contextlib.contextmanager
