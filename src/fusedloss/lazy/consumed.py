@@ -112,10 +112,11 @@ def _cross_entropy(
         target = target.movedim(like.at, -1)
     elif target.shape != rows or target.dtype is not torch.int64:
         return NotImplemented
+    dtype = _loss_dtype(lazy)
     with _as_given(product):
-        head = head_of(lazy, name, _loss_dtype(lazy))
+        head = head_of(lazy, name, dtype)
         if head.check_target(target, weight, None if probabilities else ignore_index):
-            head.dtype = torch.promote_types(_loss_dtype(lazy), target.dtype)
+            head.dtype = torch.promote_types(dtype, target.dtype)
         (result,) = _run(
             head,
             target,

@@ -146,7 +146,8 @@ def _serves(head: Any, input: Any, settings: Settings) -> bool:
     learns = torch.is_grad_enabled()
     if not settings.always and not (head.training and learns):
         return False
-    if not torch.compiler.is_compiling() and _watched(tensors):
+    traced = torch.compiler.is_dynamo_compiling()
+    if torch_state.is_exporting() or (not traced and _watched(tensors)):
         return False
     if not input.dim() or input.shape[-1] != weight.shape[-1] or not input.is_floating_point():
         return False
@@ -161,7 +162,7 @@ def _serves(head: Any, input: Any, settings: Settings) -> bool:
     rows = input.numel() // max(input.shape[-1], 1)
     if rows * weight.shape[0] * input.element_size() < settings.min_bytes:
         return False
-    return torch.compiler.is_compiling() or not torch_state.freed_after_forward(head)
+    return traced or not torch_state.freed_after_forward(head)
 
 
 def _watched(tensors: list[Any]) -> bool:

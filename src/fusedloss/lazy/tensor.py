@@ -255,7 +255,7 @@ def lazy(product: Product, told: Callable[[], bool] = lambda: True) -> Any:
     shape = torch.Size((*product.rows, product.classes))
     stride = tuple(math.prod(shape[k + 1 :]) for k in range(len(shape)))
     like = Like(shape, stride, product.hidden.dtype, len(shape) - 1)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return TracedLogits(product, like)
     found = _tensor(product, like, None, None)
     found.members, found.awaited, found.told = [], [], told
