@@ -192,7 +192,8 @@ def test_compile(case: Case, generator: Generator) -> None:
         found, calls = counted(lambda: run(fast, tensors, options, wanted))
     assert_close(found.value, expected.value)
     assert_close(found.grads, expected.grads)
-    if case.loss.rows and "lambda" not in case.option:
+    # Reduced, a mean of classes is one of elements, which are the formula's where they are few.
+    if case.loss.rows and case.loss.kind != "multilabel" and "lambda" not in case.option:
         assert calls.total() == 1
 
 

@@ -15,8 +15,12 @@ from .. import losses
 from ..core.reduce import autocasts
 from ..front.head import Head
 from ..kinds.heads import LinearCall
+from ..route.heads import dispatch
 from .rules import OWN, dim_of, rule
 from .tensor import (
+    BY_NAME,
+    EITHER,
+    EITHER_NAMES,
     LOG_PROBS,
     LOGITS,
     P_LOG_P,
@@ -58,7 +62,7 @@ def _run(head: Head, target: Tensor, weight: Tensor | None = None, **settings: A
         "smoothing": 0.0,
         "z_loss": 0.0,
     }
-    return head.run(LinearCall, target, weight, **{**plain, **settings})
+    return dispatch(head.run(LinearCall, target, weight, finish=tuple, **{**plain, **settings}))
 
 
 def _loss_dtype(lazy: Lazy) -> torch.dtype:
@@ -390,14 +394,20 @@ def _of_two_heads(lazy: Lazy, target: Any, log_target: bool) -> Any:
 
 
 def _as_method(function: Any) -> Any:
+    rule, either = RULES.get(function), function in EITHER
+
     def method(self: TracedLogits, *args: Any, **kwargs: Any) -> Any:
-        return traced(function, (self, *args), kwargs)
+        return traced(function, rule, either, (self, *args), kwargs)
 
     return method
 
 
 def of_tensors() -> None:
-    """`TracedLogits` is no tensor: it gets those methods of one that may be asked of it."""
+    """What is traced is no tensor: it gets those methods of one that may be asked of it."""
+    for function, rule_of in RULES.items():
+        if function.__name__ != "__get__":
+            BY_NAME.setdefault(function.__name__, rule_of)
+    EITHER_NAMES.update(function.__name__ for function in EITHER)
     for name in dir(Tensor):
         found = getattr(Tensor, name)
         if getattr(found, "__get__", None) in RULES or not callable(found):

@@ -31,19 +31,19 @@ MASKED = -1e4  # a class whose logit is at most this has no probability, whateve
 # The same numbers.
 
 
-def _casts(function: Any) -> None:
-    @rule(function)
+def _casts(name: str) -> None:
+    @rule(*named(name))
     def cast(lazy: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(lazy, Lazy):
             return NotImplemented
         if not all(_stays(lazy, each) for each in (*args, *kwargs.values())):
             return NotImplemented
         given = [_on_meta(a) for a in args if type(a) is not int]
-        named = {k: _on_meta(v) for k, v in kwargs.items()}
-        meta = of_meta(lazy, steps(function, given, named))
+        kinds = {k: _on_meta(v) for k, v in kwargs.items()}
+        meta = of_meta(lazy, steps(name, given, kinds))
         if meta is None or not meta.dtype.is_floating_point:
             return NotImplemented
-        return lazy.made(liked(lazy, meta), steps(function, args, kwargs))
+        return lazy.made(liked(lazy, meta), steps(name, args, kwargs))
 
 
 def _stays(lazy: Lazy, argument: Any) -> bool:
@@ -70,8 +70,7 @@ def _on_meta(argument: Any) -> Any:
 
 
 for _name in ("contiguous", "to", "float", "double", "half", "bfloat16", "type_as", "clone"):
-    for _found in named(_name):
-        _casts(_found)
+    _casts(_name)
 
 
 def _without_moving(kind: str, function: Any) -> None:
@@ -325,3 +324,17 @@ def _log(lazy: Lazy) -> Any:
     if lazy.like.kind is not PROBS or lazy.like.factor != 1.0:
         return NotImplemented
     return lazy.made(replace(lazy.like, kind=LOG_PROBS), torch.log)
+
+
+def _reverses(function: Any, forward: Any) -> None:
+    """`other - lazy` by its own rules, which dynamo says for `lazy - other` too, with the first two swapped."""
+    EITHER.add(function)
+    direct = RULES[forward]
+
+    @rule(function)
+    def reverse(first: Any, second: Any) -> Any:
+        return direct(second, first) if not isinstance(first, Lazy) else NotImplemented
+
+
+_reverses(Tensor.__rsub__, Tensor.__sub__)
+_reverses(Tensor.__rtruediv__, Tensor.__truediv__)

@@ -145,12 +145,12 @@ def _iter(lazy: Lazy) -> Any:
 # Rows shaped.
 
 
-def _reshapes(function: Any) -> None:
-    @rule(function)
+def _reshapes(name: str) -> None:
+    @rule(*named(name))
     def reshaped(lazy: Lazy, *args: Any, **kwargs: Any) -> Any:
         if (args and isinstance(args[0], torch.dtype)) or "dtype" in kwargs:
             return NotImplemented
-        step = steps(function, args, kwargs)
+        step = steps(name, args, kwargs)
         meta = of_meta(lazy, step)
         at = None if meta is None else _classes_in(lazy.like, meta.shape)
         if meta is None or at is None:
@@ -176,14 +176,13 @@ def _classes_in(like: Like, shape: torch.Size) -> int | None:
 for _name in (
     *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"),
 ):
-    for _found in named(_name):
-        _reshapes(_found)
+    _reshapes(_name)
 
 
-def _permutes(function: Any) -> None:
-    @rule(function)
+def _permutes(name: str, *functions: Any) -> None:
+    @rule(*(functions or named(name)))
     def permuted(lazy: Lazy, *args: Any, **kwargs: Any) -> Any:
-        step = steps(function, args, kwargs)
+        step = steps(name, args, kwargs)
         meta = of_meta(lazy, step)
         if meta is None:
             return NotImplemented
@@ -197,7 +196,6 @@ def _permutes(function: Any) -> None:
 
 
 for _name in ("transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t"):
-    for _found in named(_name):
-        _permutes(_found)
-for _name in ("T", "mT"):
-    _permutes(getattr(Tensor, _name).__get__)
+    _permutes(_name)
+_permutes("t", Tensor.T.__get__)  # type: ignore[attr-defined]
+_permutes("adjoint", Tensor.mT.__get__)  # type: ignore[attr-defined]

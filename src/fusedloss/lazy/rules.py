@@ -40,7 +40,8 @@ def rule(*functions: Any) -> Callable[[Rule], Rule]:
 
 def named(name: str) -> list[Any]:
     """The method, and torch's function of the same name."""
-    return [getattr(where, name) for where in (Tensor, torch) if hasattr(where, name)]
+    found = (getattr(where, name, None) for where in (Tensor, torch))
+    return [each for each in found if callable(each)]  # torch.float is a type
 
 
 def _answers(function: Any, by_shape: bool) -> None:
@@ -99,5 +100,5 @@ def dim_of(lazy: Lazy, dim: Any) -> int | None:
     return dim % dims if isinstance(dim, int) and -dims <= dim < dims else None
 
 
-def steps(function: Any, args: Any, kwargs: Any) -> Step:
-    return lambda x: function(x, *args, **kwargs)
+def steps(method: str, args: Any, kwargs: Any) -> Step:
+    return lambda x: getattr(x, method)(*args, **kwargs)

@@ -26,6 +26,14 @@ P_LOG_P, P_X = "p log p", "p x"  # what is summed over the classes
 Step = Callable[[Tensor], Tensor]
 # What a torch function does with lazy logits: its result, or NotImplemented where it needs the numbers.
 RULES: dict[Any, Callable[..., Any]] = {}
+PRODUCTS = (
+    Tensor.__matmul__,
+    Tensor.matmul,
+)  # dynamo swaps the operands of `@` before an object of ours
+BY_NAME: dict[
+    Any, Any
+] = {}  # the same: dynamo finds no function of Python among the keys of a dict
+EITHER_NAMES: set[Any] = set()
 EITHER: set[Any] = set()  # those that lazy logits may be the second argument of
 
 
@@ -146,7 +154,8 @@ class TracedLogits(Lazy):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return traced(func, args, kwargs or {})
+        name = getattr(func, "__name__", None)
+        return traced(func, BY_NAME.get(name), name in EITHER_NAMES, args, kwargs or {})
 
     def made(self, like: Like, step: Step, product: Product | None = None) -> TracedLogits:
         return TracedLogits(product or self.product, like)
@@ -158,6 +167,10 @@ class TracedLogits(Lazy):
     @property
     def dtype(self) -> torch.dtype:
         return self.like.dtype
+
+    @property
+    def mT(self) -> Any:  # noqa: N802
+        return self.transpose(-2, -1)
 
     @property
     def ndim(self) -> int:
@@ -183,10 +196,13 @@ class TracedLogits(Lazy):
         return described(self)
 
 
-def traced(func: Any, args: Any, kwargs: Any) -> Any:
-    found = ruled(func, args, kwargs)
+def traced(func: Any, rule: Any, either: bool, args: Any, kwargs: Any) -> Any:
+    found = by_rule(rule, either, args, kwargs)
     if found is not NotImplemented:
         return found
+    if func in PRODUCTS and isinstance(args[-1], TracedLogits):
+        words = "is traced with its factors in either order: use torch.matmul(logits, other)"
+        errors.fail(NotImplementedError, NAME, f"logits @ other {words}")
     return func(*replaced(args, TracedLogits.values), **replaced(kwargs, TracedLogits.values))
 
 
@@ -205,12 +221,15 @@ def described(lazy: Lazy) -> str:
 
 
 def ruled(func: Any, args: Any, kwargs: Any) -> Any:
-    rule = RULES.get(func)
+    return by_rule(RULES.get(func), func in EITHER, args, kwargs)
+
+
+def by_rule(rule: Any, either: bool, args: Any, kwargs: Any) -> Any:
     if rule is None:
         return NotImplemented
     if not args and "input" in kwargs:
         args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
-    if not args or not (isinstance(args[0], Lazy) or func in EITHER):
+    if not args or not (isinstance(args[0], Lazy) or either):
         return NotImplemented
     return rule(*args, **kwargs)
 
