@@ -126,6 +126,8 @@ def is_large(size: int, least: int) -> bool:
     if hasattr(shapes, "optimization_hint"):  # it came with 2.13
         return shapes.optimization_hint(size, 0) >= least
     return shapes.statically_known_true(size >= least)
+
+
 def wrapper(
     kind: type[Tensor], shape: torch.Size, stride: Any, dtype: torch.dtype, device: torch.device
 ) -> Any:
