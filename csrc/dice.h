@@ -8,7 +8,7 @@
 #include <memory>
 
 #include "cross_entropy_tiles.h"
-#include "overlap.h"
+#include "dice_masks.h"
 
 namespace fusedloss {
 
@@ -57,15 +57,30 @@ FUSEDLOSS_LOOP void add_twice(double* __restrict all, double* __restrict some, c
     }
 }
 
-template <class T>
-FUSEDLOSS_LOOP void copy_ahead(const T* __restrict from, int64_t n, T* __restrict to, const T* next) {
-    each_ahead<T, false>(n, next, [=](int64_t i) { to[i] = from[i]; });
+template <class T, class Index>
+FUSEDLOSS_LOOP void copy_and_raise(const T* __restrict from, int64_t n, T* __restrict to, T* __restrict max,
+                                   Index* __restrict largest, Index c, const T* next) {
+    each_ahead<T, false>(n, next, [=](int64_t i) {
+        to[i] = from[i];
+        largest[i] = from[i] > max[i] ? c : largest[i];
+        max[i] = from[i] > max[i] ? from[i] : max[i];
+    });
 }
 
-// p (b + h); `out` may be `p`.
+// A number as the sum of two of type T: what cancels in the first leaves the digits of the second.
 template <class T>
-FUSEDLOSS_LOOP void overlap_slope(const T* p, const T* h, T b, int64_t n, T* out, const T* next) {
-    each_ahead<T, true>(n, next, [=](int64_t i) { out[i] = p[i] * (b + h[i]); });
+struct Split {
+    T high, low;
+
+    explicit Split(double v) : high(T(v)), low(T(v - double(high))) {}
+};
+
+// p (b + h), with h as the sum of three; `out` may be `p`.
+template <class T>
+FUSEDLOSS_LOOP void overlap_slope(const T* p, const T* high, const T* low, const T* more, Split<T> b,
+                                  int64_t n, T* out, const T* next) {
+    each_ahead<T, true>(
+        n, next, [=](int64_t i) { out[i] = p[i] * ((b.high + high[i]) + ((b.low + low[i]) + more[i])); });
 }
 
 inline RowsArgs rows_of(const DiceArgs& a) {
@@ -83,7 +98,8 @@ inline RowsArgs rows_of(const DiceArgs& a) {
 template <class T>
 class Indices : TileKernel<T> {
     using Base = TileKernel<T>;
-    using Base::at, Base::p, Base::a, Base::r, Base::width;
+    using Base::at, Base::p, Base::a, Base::r, Base::width, Base::largest;
+    using typename Base::Index;
 
 public:
     static constexpr int64_t most = Base::most;
@@ -96,7 +112,7 @@ public:
     }
 
     // Adds to the sums of the classes; gives the sum of the rows' losses.
-    double sums(int64_t n, int64_t d0, int64_t count, Sums3* of) {
+    double sums(int64_t n, int64_t d0, int64_t count, Sums* of) {
         const int64_t padded = (count + 15) / 16 * 16;
         gather(n, d0, count, padded);
         double of_rows = 0;
@@ -116,6 +132,7 @@ public:
             if (p.y[i] < 0) continue;
             of[p.y[i]].both += own[i];
             of[p.y[i]].missed += rest[i];
+            of[p.y[i]].size += 1;
         }
         if (keep)
             set_own(
@@ -126,11 +143,11 @@ public:
 
     void gradient(int64_t n, int64_t d0, int64_t count, const Slopes* slopes, double by_rows) {
         const int64_t padded = (count + 15) / 16 * 16;
-        const bool keep = kept(count, padded);
-        if (keep)
+        if (kept(count, padded))
             take(n, d0, count, padded);
         else
             make(n, d0, count, padded);
+        set_wrong_apart(count, padded, slopes);
         for (int64_t c = 0; c < a.c; ++c) outside[size_t(c)] = T(slopes[c].outside);
         std::fill_n(p.others, padded, 0.0);
         std::fill_n(p.dots, padded, 0.0);
@@ -141,27 +158,39 @@ public:
         for (int64_t i = 0; i < padded; ++i) {
             inside[i] = p.y[i] >= 0 ? slopes[p.y[i]].inside : 0.0;
             losses[i] = own_rows && p.y[i] >= 0 ? by_rows * r.class_weight(p.y[i]) : 0.0;
+            // Of a wrong class that is near certain: v_k - S as the others' part of it.
+            beyond[i] = (p.others[i] + own[i]) * wrong_slope[i] - (own[i] * inside[i] + p.dots[i]);
+            p.others[i] += wrong[i];
         }
         if (a.gamma != 0) focus_rows(padded);
         for (int64_t i = 0; i < padded; ++i) {
-            h[i] = T(losses[i] - (own[i] * inside[i] + p.dots[i]));
-            // p_y (v_y - S) as p_y ((1 - p_y) v_y - the others' part).
-            p.own[i] = T(own[i] * (p.others[i] * inside[i] - p.dots[i]) - losses[i] * p.others[i]);
+            // losses - S, of which the others' part may be less than a rounding of the slope's.
+            const double part = losses[i] + beyond[i];
+            const Split<T> origin(wrong[i] > 0 ? -wrong_slope[i] : part);
+            high[i] = origin.high, low[i] = origin.low;
+            more[i] = wrong[i] > 0 ? T(part) : T(0);
+            // p_y (v_y - S) as p_y ((1 - p_y) v_y - the others' part), likewise.
+            const double v =
+                wrong[i] > 0 ? (inside[i] - wrong_slope[i]) + beyond[i] : p.others[i] * inside[i] - p.dots[i];
+            p.own[i] = T(own[i] * v - losses[i] * p.others[i]);
         }
         const bool direct = this->dense(a.grad) && padded == count;
+        const auto to = [&](int64_t c) { return direct ? this->stretch(a.grad, n, d0, c) : at(c); };
         for (int64_t c = 0; c < a.c; ++c) {
-            T* to = direct ? this->stretch(a.grad, n, d0, c) : at(c);
             const T* next = direct ? this->after(a.grad, n, d0, c, count) : at(c);
-            overlap_slope(at(c), h, outside[size_t(c)], padded, to, next);
+            overlap_slope(at(c), high, low, more, Split<T>(slopes[c].outside), padded, to(c), next);
         }
+        for (int64_t i = 0; i < count; ++i)
+            if (wrong[i] > 0) to(largest[i])[i] = T(wrong[i] * (beyond[i] + losses[i]));
         this->settle_gradient(n, d0, count, direct);
     }
 
 private:
     const bool own_rows;
     std::vector<T> outside;
-    alignas(64) T f[most], h[most];
+    alignas(64) T f[most], high[most], low[most], more[most];
     alignas(64) double own[most], rest[most], losses[most], inside[most];
+    alignas(64) double wrong[most], wrong_slope[most], beyond[most];
 
     bool kept(int64_t count, int64_t padded) const {
         return a.grad.data && this->dense(a.grad) && padded == count;
@@ -188,8 +217,10 @@ private:
 
     // The probabilities, those of the own classes apart: as the first pass left them, or made anew.
     void take(int64_t n, int64_t d0, int64_t count, int64_t padded) {
+        look_for_half(padded);
         for (int64_t c = 0; c < a.c; ++c)
-            copy_ahead(this->stretch(a.grad, n, d0, c), count, at(c), this->after(a.grad, n, d0, c, count));
+            copy_and_raise(this->stretch(a.grad, n, d0, c), count, at(c), p.max, largest, Index(c),
+                           this->after(a.grad, n, d0, c, count));
         r.labels(n, d0, count, p.y);
         this->any_ignored = mark_ignored(p.y, count, a.ignore_index, p.ignored);
         own_logits(p, at(0), width, padded);
@@ -200,8 +231,30 @@ private:
     void make(int64_t n, int64_t d0, int64_t count, int64_t padded) {
         gather(n, d0, count, padded);
         share(padded);
-        for (int64_t c = 0; c < a.c; ++c) scale_and_sum(at(c), f, padded, at(c), at(c));
+        look_for_half(padded);
+        for (int64_t c = 0; c < a.c; ++c) {
+            scale_and_sum(at(c), f, padded, at(c), at(c));
+            raise(p.max, largest, at(c), Index(c), padded);
+        }
         for (int64_t i = 0; i < padded; ++i) own[i] = double(T(own[i]));
+    }
+
+    // The largest class is to have more than half of the probability.
+    void look_for_half(int64_t padded) {
+        std::fill_n(p.max, padded, T(0.5));
+        std::fill_n(largest, padded, Index(-1));
+    }
+
+    // A class with more than half of the probability that is not the own one leaves the tile.
+    void set_wrong_apart(int64_t count, int64_t padded, const Slopes* slopes) {
+        std::fill_n(wrong, padded, 0.0);
+        std::fill_n(wrong_slope, padded, 0.0);
+        for (int64_t i = 0; i < count; ++i) {
+            const Index c = largest[i];
+            if (c < 0 || c == p.y[i] || p.y[i] < 0) continue;
+            wrong[i] = double(std::exchange(at(c)[i], T(0)));
+            wrong_slope[i] = slopes[c].outside;
+        }
     }
 
     // What the focal loss makes of the weights of the rows' gradients.
@@ -215,133 +268,6 @@ private:
                 losses[i] *= focal<decltype(square)::value>(own[i], p.others[i], -log_p, gamma).slope;
             }
         });
-    }
-};
-
-// Everything else, in double: sigmoids, probabilities, and masks.
-class Masks {
-public:
-    Masks(const DiceArgs& args, const Rows<double>&)
-        : a(args), x(size_t(a.c * width)), q(x.size()), t(x.size()), y(size_t(width)) {}
-
-    static int64_t lanes(const DiceArgs&) { return width; }
-
-    double sums(int64_t n, int64_t d0, int64_t count, Sums3* of) {
-        read(n, d0, count);
-        for (int64_t c = 0; c < a.c; ++c) of[c] += sums_of(row(x, c), row(q, c), row(t, c), ignored(), count);
-        return 0;
-    }
-
-    void gradient(int64_t n, int64_t d0, int64_t count, const Slopes* slopes, double) {
-        read(n, d0, count);
-        double sum[width] = {};
-        for (int64_t c = 0; c < a.c; ++c) {
-            weigh(slopes[c], row(t, c), ignored(), count);
-            for (int64_t i = 0; i < count && a.activation == 0; ++i) sum[i] += row(t, c)[i] * row(x, c)[i];
-        }
-        for (int64_t c = 0; c < a.c; ++c) {
-            finish(row(x, c), row(q, c), row(t, c), sum, count);
-            const int64_t to = row_start(a.grad, n, d0) + c * a.grad.stride[1];
-            store(memory(a.grad, to), a.grad.dtype, a.grad.stride[2], count, row(t, c));
-        }
-    }
-
-private:
-    static constexpr int64_t width = 64;
-    const DiceArgs& a;
-    std::vector<double> x, q, t;  // probabilities, 1 - these, and the target
-    std::vector<int64_t> y;
-
-    double* row(std::vector<double>& v, int64_t c) { return v.data() + c * width; }
-    double ignored() const { return double(a.ignore_index); }
-
-    static FUSEDLOSS_LOOP Sums3 sums_of(const double* __restrict p, const double* __restrict q,
-                                        const double* __restrict t, double ignored, int64_t n) {
-        double both[8] = {}, wrong[8] = {}, missed[8] = {};
-        for (int64_t i = 0; i < n; ++i) {
-            const bool counts = t[i] != ignored;
-            both[i % 8] += counts ? p[i] * t[i] : 0.0;
-            wrong[i % 8] += counts ? p[i] * (1 - t[i]) : 0.0;
-            missed[i % 8] += counts ? q[i] * t[i] : 0.0;
-        }
-        return {tree_sum(both), tree_sum(wrong), tree_sum(missed)};
-    }
-
-    // t becomes dL/dp.
-    static FUSEDLOSS_LOOP void weigh(const Slopes& s, double* __restrict t, double ignored, int64_t n) {
-        const double inside = s.inside, outside = s.outside;
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) {
-            const double slope = t[i] * inside + (1 - t[i]) * outside;
-            t[i] = t[i] != ignored ? slope : 0.0;
-        }
-    }
-
-    void finish(const double* p, const double* q, double* v, const double* sum, int64_t n) const {
-        if (a.activation == 0)
-            for (int64_t i = 0; i < n; ++i) v[i] = p[i] * (v[i] - sum[i]);
-        else if (a.activation == 1)
-            for (int64_t i = 0; i < n; ++i) v[i] *= p[i] * q[i];
-    }
-
-    void read(int64_t n, int64_t d0, int64_t count) {
-        for (int64_t c = 0; c < a.c; ++c) {
-            const int64_t from = row_start(a.input, n, d0) + c * a.input.stride[1];
-            load_strided(memory(a.input, from), a.input.dtype, a.input.stride[2], count, row(x, c));
-        }
-        read_target(n, d0, count);
-        if (a.activation == 0) return softmax(count);
-        for (int64_t c = 0; c < a.c; ++c) {
-            double* p = row(x, c);
-            double* rest = row(q, c);
-            if (a.activation == 1) {
-                math::map(rest, count, [](auto v) { return math::sigmoid(-v); }, p);
-                math::map(p, count, [](auto v) { return math::sigmoid(v); }, p);
-            } else {
-                for (int64_t i = 0; i < count; ++i) rest[i] = 1 - p[i];
-            }
-        }
-    }
-
-    void read_target(int64_t n, int64_t d0, int64_t count) {
-        if (!a.masks) {
-            load_indices(a.target.data, a.target.dtype, row_start(a.target, n, d0), a.target.stride[2], count,
-                         y.data());
-            for (int64_t c = 0; c < a.c; ++c)
-                for (int64_t i = 0; i < count; ++i)
-                    row(t, c)[i] = y[size_t(i)] == a.ignore_index ? ignored() : double(y[size_t(i)] == c);
-            return;
-        }
-        const bool numbers = a.target.dtype < I64;
-        for (int64_t c = 0; c < a.c; ++c) {
-            const int64_t from = row_start(a.target, n, d0) + c * a.target.stride[1];
-            if (numbers) {
-                load_strided(memory(a.target, from), a.target.dtype, a.target.stride[2], count, row(t, c));
-                continue;
-            }
-            load_indices(a.target.data, a.target.dtype, from, a.target.stride[2], count, y.data());
-            for (int64_t i = 0; i < count; ++i) row(t, c)[i] = double(y[size_t(i)]);
-        }
-    }
-
-    // The largest class has its 1 - p from the others.
-    void softmax(int64_t count) {
-        for (int64_t i = 0; i < count; ++i) {
-            int64_t top = 0;
-            for (int64_t c = 1; c < a.c; ++c)
-                if (row(x, c)[i] > row(x, top)[i]) top = c;
-            const double max = row(x, top)[i];
-            double others = 0;
-            for (int64_t c = 0; c < a.c; ++c) {
-                row(x, c)[i] = math::exp(row(x, c)[i] - max);
-                others += c == top ? 0.0 : row(x, c)[i];
-            }
-            const double total = others + row(x, top)[i];
-            for (int64_t c = 0; c < a.c; ++c) {
-                row(q, c)[i] = (c == top ? others : total - row(x, c)[i]) / total;
-                row(x, c)[i] /= total;
-            }
-        }
     }
 };
 
@@ -402,12 +328,12 @@ private:
 
     void group(int64_t g, int64_t groups, int64_t members, double& part, double& of_rows) {
         const size_t count = size_t(members * blocks);
-        std::vector<Sums3> sums(count * size_t(a.c));
+        std::vector<Sums> sums(count * size_t(a.c));
         std::vector<double> losses(count);
         tiles(g, members, [&](Kernel& kernel, int64_t b, int64_t n, int64_t d, int64_t size) {
             losses[size_t(b)] += kernel.sums(n, d, size, sums.data() + b * a.c);
         });
-        std::vector<Sums3> all(static_cast<size_t>(a.c));
+        std::vector<Sums> all(static_cast<size_t>(a.c));
         for (size_t k = 0; k < sums.size(); ++k) all[k % size_t(a.c)] += sums[k];
         of_rows = total_sum(losses);
         std::vector<Slopes> slopes(a.grad.data ? size_t(a.c) : 0);

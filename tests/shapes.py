@@ -31,6 +31,4 @@ def assert_kernel(case: Case, tensors: Tensors, options: Options) -> None:
     route = fusedloss.explain(case.function, *tensors, **options)
     if GPU and not all(t.numel() for t in tensors):
         return  # nothing to launch
-    if GPU and case.option in case.loss.off_gpu:
-        return
     assert (route.kernel is not None, route.device) == (True, "GPU" if GPU else "CPU"), str(route)

@@ -252,6 +252,7 @@ BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float6
 LOGITS = "binary_cross_entropy_with_logits"
 CE, SOFT = "cross_entropy", "cross_entropy[probabilities]"
 FOCAL = "softmax_focal_loss"
+DICE = [key for key, row in REGISTRY.items() if row.kind == "dice"]
 WIDE, VOCABULARY, LARGEST = (4096, 1024), (4096, 32768), (1024, 128256)
 PIXELS, MANY = (4, 21, 256, 256), (4, 1000, 32, 32)
 
@@ -264,6 +265,7 @@ CALLS: list[Call | Step] = [
     Call(CE, VOCABULARY, BF16, "label_smoothing", hot=True),
     Call(SOFT, VOCABULARY, F32, hot=True),
     Call(FOCAL, PIXELS, F32, hot=True),
+    *(Call(key, PIXELS, F32, hot=True) for key in DICE),
     Call("nll_loss", VOCABULARY, F32, hot=True),
     Call("triplet_margin_loss", (65536, 512), F32, hot=True),
     Call("ctc_loss", (32, 80, 500), F32, hot=True),
@@ -303,6 +305,14 @@ CALLS: list[Call | Step] = [
         for shape in (WIDE, VOCABULARY, LARGEST, PIXELS, MANY)
         for dtype in (F32, F64, BF16, F16)
         for reduction in ("mean", "none")
+    ),
+    *(
+        Call(key, shape, dtype, option, reduction)
+        for key in DICE
+        for option in REGISTRY[key].options
+        for shape in (PIXELS, MANY, (2000, 100, 7, 7), (4096, 21))  # shared by programs, and not
+        for dtype in (F32, F64, BF16, F16)
+        for reduction in REGISTRY[key].reductions[:2]
     ),
     *(
         Call(key, shape, dtype, option, reduction)

@@ -22,7 +22,10 @@ from gpu_kernels import CALLS, TARGETS, Call, Step, compiled, everything, record
 
 # Of what is asked of every loss: what does not run kernels, or runs them over too much to interpret.
 NOT = "not formula and not threads and not more_dimensions and not autocast"
-EVERY = {"losses": "300", "repeated": "10"}
+OVERLAPS = (
+    "kernel_is or equals_what or layouts or the_same_bits or types_of or operators or ignored"
+)
+EVERY = {"losses": "300", "repeated": "10", "overlaps": "40"}
 
 PARTS = {
     "options": ("tests/engines/gpu_checks.py", "test_option"),
@@ -30,6 +33,7 @@ PARTS = {
     "errors": ("tests/engines/gpu_errors.py", ""),
     "alone": ("tests/engines/gpu_alone.py", ""),
     "linear": ("tests/engines/gpu_linear.py", ""),
+    "overlaps": ("tests/losses/test_overlaps.py", OVERLAPS),
     "repeated": ("tests/route/test_repeat.py", "bits_of_a_call"),
     "losses": (" ".join(LOSSES), f"{NOT} and not depend_on_its_batch"),
 }
@@ -97,7 +101,7 @@ def test_compiles_without_a_spill(
 @pytest.mark.nightly
 @pytest.mark.parametrize("target", TARGETS)
 def test_everything_compiles(target: str, record_property: Callable[[str, object], None]) -> None:
-    """1,274 kernels of a second or two each."""
+    """Of a second or two each."""
     kernels = [(kernel, compiled(kernel, TARGETS[target])) for kernel in everything()]
     spilling = [f"{kernel}: {numbers}" for kernel, numbers in kernels if numbers.spills]
     record_property(f"kernels for {target}", f"{len(kernels)}, {len(spilling)} with spills")

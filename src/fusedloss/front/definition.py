@@ -106,7 +106,6 @@ class Loss:
     extensions: Mapping[str, Options] = field(default_factory=dict)
     bounds: Bounds = Bounds()
     triton: bool = True  # whether a kernel on GPUs serves it; torch operations do where not
-    off_gpu: tuple[str, ...] = ()  # the option sets that none of these knows
     bench: tuple[BenchCase, ...] = ()
 
     @property

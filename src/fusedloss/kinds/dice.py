@@ -61,10 +61,6 @@ class DiceCall(Kind):
     def name(self) -> str:
         return f"dice/{self.loss}"
 
-    @property
-    def gpu_gap(self) -> str | None:
-        return "there is no GPU kernel of overlaps"
-
     def shape(self, input: Tensor, *_: Any) -> torch.Size:
         """Of the unreduced losses."""
         of_images = [] if self.batch else [input.shape[0]]
@@ -85,11 +81,13 @@ class DiceCall(Kind):
         losses = losses[0] if self.batch else losses
         result = self.by_overlap * reduce.total(losses, self.reduction)
         if self.by_rows:
-            name = "softmax_focal_loss" if self.gamma else "cross_entropy"
-            settings = (self.reduction, self.ignore_index, 0.0, x.dtype, self.gamma)
-            rows = RowsCall(name, False, *settings).by_formula(x, target, weight)
-            result = result + self.by_rows * rows
+            result = result + self.by_rows * self.rows(x.dtype).by_formula(x, target, weight)
         return result.to(self.dtype)
+
+    def rows(self, dtype: torch.dtype) -> RowsCall:
+        """The part of each place."""
+        name = "softmax_focal_loss" if self.gamma else "cross_entropy"
+        return RowsCall(name, False, self.reduction, self.ignore_index, 0.0, dtype, self.gamma)
 
     def _sums(self, x: Tensor, target: Tensor) -> Sums:
         t, counted = self._targets(x, target)
@@ -123,12 +121,16 @@ class DiceCall(Kind):
         return (index == classes).to(x.dtype), index != self.ignore_index
 
     def _probabilities(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """p and 1 - p, both with their digits."""
+        """p and 1 - p, both and their derivatives with their digits."""
         if self.activation == "softmax":
             log_p = torch_m.log_softmax(x, 1)
-            return log_p.exp(), torch_m.others_of(log_p)
+            p = log_p.exp()
+            return p, torch.where(log_p < -1.0, 1 - p, torch_m.others_of(log_p))
         if self.activation == "sigmoid":
-            return torch.sigmoid(x), torch.sigmoid(-x)
+            below = x < 0
+            e = torch.where(below, x, -x).exp()  # of which torch.sigmoid leaves nothing at -90
+            small = e / (1 + e)
+            return torch.where(below, small, 1 - small), torch.where(below, 1 - small, small)
         return x, 1 - x
 
     def _of_classes(self, sums: Sums, weight: Tensor | None) -> Tensor:
@@ -140,9 +142,12 @@ class DiceCall(Kind):
             w = self._weights(sums.size)
             w = w if weight is None else w * weight
             apart, both = ((w * each).sum(1) for each in (apart, both))
+        share, above = both + self.smooth_nr, apart + (self.smooth_dr - self.smooth_nr)
         below = both + apart + self.smooth_dr
         empty = below == 0
-        losses = (apart + (self.smooth_dr - self.smooth_nr)) / torch.where(empty, 1, below)
+        below = torch.where(empty, 1, below)
+        # Of the two quotients the lesser one, whose derivatives are no differences of near equals.
+        losses = torch.where(above < share, above / below, 1 - share / below)
         losses = torch.where(empty, 0, losses)
         if self.weighting != "none":
             return losses

@@ -45,11 +45,6 @@ class RowsCall(Kind):
         return self.loss != "nll_loss"
 
     @property
-    def gpu_gap(self) -> str | None:
-        focal_parts = self.gamma != 0 and self.smoothing > 0
-        return "the GPU kernel of the focal loss knows no label smoothing" if focal_parts else None
-
-    @property
     def stores_gradients(self) -> bool:
         return self.softmax and self.reduction != "none"
 

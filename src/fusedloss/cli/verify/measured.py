@@ -138,7 +138,7 @@ Answer = list[tuple[str, list[Tensor | None]]]
 def answer(probe: Probe, path: Path) -> Answer:
     found: Answer = []
     loss = probe.registered
-    if path.name == TRITON and (not loss.triton or probe.option in loss.off_gpu):
+    if path.name == TRITON and not loss.triton:
         return found
     function, classes = path.function(probe.registered), len(probe.layouts) > 1
     options = {name: path.placed(value) for name, value in probe.options.items()}

@@ -113,32 +113,34 @@ def _group(
 ) -> tuple[Results, tuple[Results, Results]]:
     """The losses of one group; and their derivatives by p where t is 1 and where it is 0, by class."""
     alpha, beta = mp.mpf(call.alpha), mp.mpf(call.beta)
-    more, dr = mp.mpf(call.smooth_dr) - mp.mpf(call.smooth_nr), mp.mpf(call.smooth_dr)
+    nr, dr = mp.mpf(call.smooth_nr), mp.mpf(call.smooth_dr)
+    more = dr - nr
     both, wrong, missed = sums
     size = [a + b for a, b in zip(both, missed, strict=True)]
     apart = [alpha * a + beta * b for a, b in zip(wrong, missed, strict=True)]
     inside, outside = [mp.mpf(0)] * len(w), [mp.mpf(0)] * len(w)
     values: Results = []
 
-    def derive(c: int, above: Number, below: Number, scale: Number) -> None:
+    def derive(c: int, share: Number, above: Number, below: Number, scale: Number) -> None:
         if below:
-            by_apart = (below - above) / below**2
+            by_apart = share / below**2
             inside[c] = scale * (-above / below**2 - beta * by_apart)
             outside[c] = scale * alpha * by_apart
 
     if call.weighting == "none":
         for c in classes:
             scale = mp.mpf(0) if call.skip_absent and not size[c] else w[c]
-            above, below = apart[c] + more, both[c] + apart[c] + dr
+            share, above, below = both[c] + nr, apart[c] + more, both[c] + apart[c] + dr
             values.append(scale * above / below if below else mp.mpf(0))
-            derive(c, above, below, scale)
+            derive(c, share, above, below, scale)
         return values, (inside, outside)
     power = {"square": 2, "simple": 1, "uniform": 0}[call.weighting]
     known = {c: 1 / size[c] ** power for c in classes if size[c] or not power}
     most = max(known.values(), default=mp.mpf(0))
     scales = {c: known.get(c, most) * w[c] for c in classes}
     above = more + mp.fsum(scales[c] * apart[c] for c in classes)
+    share = nr + mp.fsum(scales[c] * both[c] for c in classes)
     below = dr + mp.fsum(scales[c] * (both[c] + apart[c]) for c in classes)
     for c in classes:
-        derive(c, above, below, scales[c])
+        derive(c, share, above, below, scales[c])
     return [above / below if below else mp.mpf(0)], (inside, outside)

@@ -36,6 +36,7 @@ def family(name: str) -> ModuleType:
 def engine_of(kind: str) -> Engine[Any]:
     """Of calls of a kind."""
     from .ctc import CtcEngine
+    from .dice import DiceEngine
     from .margins import MarginEngine
     from .pointwise import PointwiseEngine
     from .reduction import ReductionEngine
@@ -44,6 +45,7 @@ def engine_of(kind: str) -> Engine[Any]:
     kinds: dict[str, type[Engine[Any]]]
     kinds = {
         "ctc": CtcEngine,
+        "dice": DiceEngine,
         "margins": MarginEngine,
         "pointwise": PointwiseEngine,
         "rows": RowsEngine,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -25,12 +27,11 @@ from .softmax import (
 from .tiles import Tile, groups, tile
 
 
-def run(grid: Grid) -> Slot:
+def run(grid: Grid, kernel: Any, held: int) -> Slot:
     """Gives the divisor of a mean over weights, for the gradients to be scaled anew."""
     call, x, device = grid.call, grid.x, grid.x.device
     total, compute = grid.total, grid.compute()
     soft = call.smoothing / max(grid.c, 1)
-    held = 2 if call.probabilities or soft else 1
     x_strides = grid.classes(x)
     beside = None if x_strides[1] == 1 or grid.d == 1 else grid.d
     each = tile(grid.c, beside, held, compute.itemsize, x.element_size())
@@ -47,7 +48,7 @@ def run(grid: Grid) -> Slot:
     grad, grad_target = (None if g is None else flat(g, 2) for g in grid.grads)
     denominator = float(grid.positions) if mean else 1.0
     launch(
-        _softmax_rows,
+        kernel,
         programs,
         device,
         x=x,
@@ -170,7 +171,7 @@ def _gather_blocks(
 
 
 @triton.jit
-def _value(
+def value_of(
     sums, y, own_x, hard_weight, counted, bad,
     PROBABILITIES: tl.constexpr, SOFT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -195,7 +196,7 @@ def _value(
 
 
 @triton.jit
-def _own_class(
+def own_class(
     x, x_strides, weight, target, target_strides, rows, classes, ignore_index, told,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -215,7 +216,7 @@ def _own_class(
 
 
 @triton.jit
-def _arrived(incoming, strides, n, d, inside, COMPUTE: tl.constexpr):
+def arrived_at(incoming, strides, n, d, inside, COMPUTE: tl.constexpr):
     """Loaded early, and not at its use, where Triton 3.6 cannot compile the conversion of a half type."""
     arrived = tl.full(d.shape, 1.0, COMPUTE)
     if incoming is not None:
@@ -233,7 +234,7 @@ def _no_sums(ROWS: tl.constexpr, GROUPS: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def _reduce(
+def reduce_rows(
     value, loss, partial, result, divisor, own_weight, denominator, at, inside, WEIGHTS_MEAN: tl.constexpr
 ):  # fmt: skip
     """Stores the losses and their sum; gives what that is divided by."""
@@ -253,7 +254,7 @@ def _reduce(
 
 
 @triton.jit(do_not_specialize=["record", "ignore_index"])
-def _softmax_rows(
+def softmax_rows(
     x, target, weight, incoming, loss, grad, grad_target, partial, result, divisor,
     classes, across, positions,
     x_strides, target_strides, incoming_strides, loss_strides, grad_strides, grad_target_strides,
@@ -277,11 +278,11 @@ def _softmax_rows(
     soft_terms = (
         target, weight, target_strides, tl.full((), hard, COMPUTE), tl.full((), soft, COMPUTE)
     )  # fmt: skip
-    arrived = _arrived(incoming, incoming_strides, n, d, inside, COMPUTE)
+    arrived = arrived_at(incoming, incoming_strides, n, d, inside, COMPUTE)
     y, bad, counted = tl.full((ROWS,), -1, tl.int64), inside & False, inside
     own_weight, own_x = tl.zeros((ROWS,), COMPUTE), tl.zeros((ROWS,), COMPUTE)
     if not PROBABILITIES:
-        y, bad, counted, own_weight, own_x = _own_class(
+        y, bad, counted, own_weight, own_x = own_class(
             x, x_strides, weight, target, target_strides, (n, d, n * positions + d, inside), classes,
             ignore_index, (claim, words, record), COMPUTE,
         )  # fmt: skip
@@ -304,7 +305,7 @@ def _softmax_rows(
             x, x_strides, soft_terms, classes, where, y, counted, own_x, sums, PROBABILITIES, SOFT, EXACT,
             APART, COMPUTE, INDEX, ROWS, BLOCK, GROUPS,
         )  # fmt: skip
-    value, own, total, certain, down, log_total = _value(
+    value, own, total, certain, down, log_total = value_of(
         sums, y, own_x, own_weight * soft_terms[3], counted, bad, PROBABILITIES, SOFT, EXACT
     )
     seen = own_weight
@@ -313,7 +314,7 @@ def _softmax_rows(
             value, sums, own, total, certain, own_x, log_total, gamma, own_weight, counted
         )
     place = n * loss_strides[0] + d * loss_strides[1]
-    by = _reduce(
+    by = reduce_rows(
         value, loss, partial, result, divisor, own_weight, denominator, place, inside, WEIGHTS_MEAN
     )
     if (grad is not None) | (grad_target is not None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import cross_entropy, nll
+from . import cross_entropy, focal_parts, nll
 from .engine import GpuEngine
 from .grid import Grid
 
@@ -14,6 +14,11 @@ class RowsEngine(GpuEngine[Grid]):
         if plan.call.loss == "nll_loss":
             nll.run(plan)
             return
-        divisor = cross_entropy.run(plan)
+        call = plan.call
+        if call.gamma and call.smoothing:
+            divisor = cross_entropy.run(plan, focal_parts.focal_rows, 4)
+        else:
+            held = 2 if call.probabilities or call.smoothing else 1
+            divisor = cross_entropy.run(plan, cross_entropy.softmax_rows, held)
         if plan.incoming is None:
             plan.grads.append(divisor)

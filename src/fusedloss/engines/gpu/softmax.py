@@ -95,3 +95,66 @@ def factor_of_raised(scale):
     small = tl.abs(scale) < 1e-20
     first = tl.where(small, m.lowered(scale), 1.0).to(scale.dtype)
     return first, tl.where(small, scale, scale * m.lowered(scale))
+
+
+@triton.jit
+def no_classes(ROWS: tl.constexpr, COMPUTE: tl.constexpr):
+    """What `add_classes` gathers of rows: the greatest logit, its finite self, the raised exps of those
+    as great, how often there is one, and the raised exps of all others; then of their values."""
+    zero = tl.zeros((ROWS,), COMPUTE)
+    many = tl.zeros((ROWS,), tl.float64)
+    return tl.full((ROWS,), -float("inf"), COMPUTE), zero, zero, zero, many, zero
+
+
+@triton.jit
+def add_classes(t, value, sums, EXACT: tl.constexpr, VALUES: tl.constexpr):
+    """Adds classes, and what each is weighed with."""
+    top, origin, own, others, of_greatest, of_others = sums
+    new_top = tl.maximum(top, tl.max(t, 1))
+    new = tl.where(new_top == -float("inf"), 0.0, new_top)
+    shrink = tl.where(top == -float("inf"), 0.0, exp_to(origin, new, EXACT)) * m.lowered(t)
+    e = exp_each_to(t, new[:, None], EXACT)
+    is_greatest = t == new_top[:, None]
+    raised = new_top > top
+    others = tl.where(raised, others + own, others) * shrink
+    others += tl.sum(tl.where(is_greatest, 0.0, e), 1)
+    own = tl.where(raised, 0.0, own) + tl.sum(is_greatest.to(t.dtype), 1) * m.raised(t)
+    if VALUES:
+        lost = of_greatest.to(t.dtype) * m.raised(t)
+        of_others = tl.where(raised, of_others + lost, of_others) * shrink
+        of_others += tl.sum(tl.where(is_greatest, 0.0, e * value.to(t.dtype)), 1)
+        of_greatest = tl.where(raised, 0.0, of_greatest)
+        of_greatest += tl.sum(tl.where(is_greatest, value, 0.0).to(tl.float64), 1)
+    return new_top, new, own, others, of_greatest, of_others
+
+
+@triton.jit
+def total_of(sums):
+    """Of the raised exps; NaN of a row without a finite greatest logit."""
+    top, _, own, others, _, _ = sums
+    return tl.where(tl.abs(top) == float("inf"), float("nan"), own + others)
+
+
+@triton.jit
+def inverse(x):
+    one = tl.full(x.shape, 1.0, x.dtype)
+    return one / x if x.dtype == tl.float64 else tl.div_rn(one, x)
+
+
+@triton.jit
+def shares(t, sums, EXACT: tl.constexpr):
+    """p and 1 - p of classes; of the greatest the latter is what the others have."""
+    top, origin, own, others, _, _ = sums
+    total = total_of(sums)
+    by = inverse(total)[:, None]
+    e = exp_each_to(t, origin[:, None], EXACT)
+    rest = tl.where(t == top[:, None], (others + (own - m.raised(t)))[:, None], total[:, None] - e)
+    return e * by, rest * by
+
+
+@triton.jit
+def all_but(own_x, sums, EXACT: tl.constexpr):
+    """The raised exps of all classes but one, of which there is the logit."""
+    top, origin, own, others, _, _ = sums
+    rest = own + others - exp_to(own_x, origin, EXACT)
+    return tl.where(own_x == top, others + (own - m.raised(own)), rest)
