@@ -58,7 +58,7 @@ OVERLAP: dict[str, Any] = {
             ),
         ),
         # With smoothing, sums over classes of float64 are in no wider type.
-        bounds=Bounds(float32=(2, 3), float64=(32, 256), formula=(4, 64)),
+        bounds=Bounds(float32=(2, 3), float64=(32, 256), formula=(4, 64), triton=(4, 16)),
     ),
     rules=(input_is_no_softmax, some_row_counts),
     gamma=at_least(0),

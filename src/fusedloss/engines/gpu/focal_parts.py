@@ -29,7 +29,9 @@ def _parts(
     """Of some classes: p, 1 - p, the share of the loss, and what takes the place of b in the gradient."""
     _, origin, _, _, _, _ = sums
     p, rest = shares(t, sums, EXACT)
-    b = tl.where(c[None, :] == y.to(tl.int32)[:, None], hard + soft, soft)
+    flat = tl.full((), soft, tl.float64)
+    own = tl.full((), hard, tl.float64) + flat
+    b = tl.where(c[None, :] == y.to(tl.int32)[:, None], own, flat)
     if weight is not None:
         b = b * tl.load(weight + c, mask=c < classes, other=0.0).to(tl.float64)[None, :]
     surprise = log_total[:, None].to(tl.float64) + (origin[:, None] - t).to(tl.float64)
