@@ -15,22 +15,24 @@ import torch
 import torch._dynamo
 import torch._functorch.config
 import torch._inductor.config
-from conftest import CASES, Case
+from conftest import CASES, FLOATS, Case, draw_incoming, name_of, parameters_reduced, run
 from torch import Generator, Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import fusedloss
+from fusedloss.autograd import operators
 from fusedloss.core import inductor, trace
 from fusedloss.kinds import pointwise
+from fusedloss.kinds.formula import FORMULAS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]
-ROWS, CLASSES = 64, 1024
+ROWS, CLASSES = 512, 1024
 Function = Callable[..., Tensor]
 
 
@@ -174,8 +176,8 @@ import json, sys, torch
 import torch._dynamo
 import fusedloss
 generator = torch.Generator().manual_seed(0)
-x = torch.rand(64, 1024, generator=generator).requires_grad_()
-t, y = torch.rand(64, 1024, generator=generator), torch.randint(1024, (64,), generator=generator)
+x = torch.rand(512, 1024, generator=generator).requires_grad_()
+t, y = torch.rand(512, 1024, generator=generator), torch.randint(1024, (512,), generator=generator)
 def losses(x, t, y):
     return fusedloss.cross_entropy(x, y), fusedloss.binary_cross_entropy(x, t)
 fast = torch.compile(losses, fullgraph=True)
@@ -258,6 +260,91 @@ def test_as_many_graphs_as_pytorch(
         compiled.append(graphs() - before)
     theirs, ours = compiled
     assert ours <= max(theirs, 2)  # one of the first size, one of all
+
+
+def of_elements(case: Case) -> bool:
+    return case.kind == "pointwise"
+
+
+@pytest.mark.one_in(6)
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+@parameters_reduced(of_elements)
+def test_the_operator_of_elements(
+    case: Case,
+    reduction: str,
+    dtype: torch.dtype,
+    generator: Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the kernel gives when it is called; half types are not rounded twice. And in one graph of all sizes."""
+    monkeypatch.setattr(pointwise, "LEAST", 1)
+    if reduction == "none":
+        pytest.skip("it takes the formula, which losses/test_compilers.py compiles")
+    fast = torch.compile(case.function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in (4, 5), (7, 5):
+        tensors, options = case.example(shape, dtype, generator)
+        options["reduction"] = reduction
+        incoming = draw_incoming(case.function(*tensors, **options), generator)
+        expected = run(case.function, tensors, options, case.loss.differentiable, incoming)
+        found = run(fast, tensors, options, case.loss.differentiable, incoming)
+        assert_close(found.value, expected.value)
+        assert_close(found.grads, expected.grads)
+
+
+@pytest.mark.parametrize("shapes", [((4, 5), (4, 1)), ((4, 1), (4, 5)), ((3, 4, 5), (5,))], ids=str)
+def test_operands_that_broadcast(
+    shapes: tuple[tuple[int, ...], ...], generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pointwise, "LEAST", 1)
+    fast = torch.compile(fusedloss.huber_loss, fullgraph=True, backend="aot_eager")
+    tensors = tuple(torch.randn(shape, generator=generator) for shape in shapes)
+    with pytest.warns(UserWarning, match="broadcasting"):
+        expected = run(fusedloss.huber_loss, tensors, {}, (0, 1))
+    found = run(fast, tensors, {}, (0, 1))
+    assert_close(found.value, expected.value)
+    assert_close(found.grads, expected.grads, check_stride=True)
+
+
+def test_the_operator_refuses_what_the_call_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pointwise, "LEAST", 1)
+    x = torch.rand(2, 3)
+    x[1, 2] = 1.5
+    messages = []
+    for function in (
+        F.binary_cross_entropy,
+        torch.compile(F.binary_cross_entropy, backend="aot_eager"),
+    ):
+        with fusedloss.patched(), pytest.raises(RuntimeError, match=r"input\[1, 2\] = 1.5") as told:
+            function(x, x)
+        messages.append(str(told.value))
+    assert messages[0] == messages[1]
+
+
+def test_derivatives_of_the_operator(monkeypatch: pytest.MonkeyPatch, generator: Generator) -> None:
+    """opcheck runs it under autograd, and as AOTAutograd traces it; a double backward takes the formula."""
+    monkeypatch.setattr(pointwise, "LEAST", 1)
+    x, t = torch.rand(2, 4, 5, generator=generator)
+    for formula, params in (("mse", ()), ("bce", ()), ("huber", (0.3,))):
+        for reduction, denominator in (("mean", None), ("mean", 3), ("sum", None)):
+            for leaf in (x.clone().requires_grad_(), x.t().contiguous().t().requires_grad_()):
+                settings = (
+                    formula,
+                    params,
+                    reduction,
+                    denominator,
+                    torch.float32,
+                    False,
+                    None,
+                    "a_loss",
+                )
+                needed = [True] + [False] * (FORMULAS[formula].derivatives - 1)
+                given = (leaf, t, None, None, t)
+                torch.library.opcheck(operators.operator("pointwise"), (*given, needed, *settings))
+                arrived = [torch.ones(())], [True]
+                given = tuple(g if g is None else g.detach() for g in given)
+                backward = operators.operator("pointwise_backward")
+                torch.library.opcheck(backward, (*arrived, needed, *given, *settings))
+    torch.library.opcheck(operators.operator("scaled"), (x, torch.tensor(2.0), False))
 
 
 def test_weights_that_change_in_place_and_layouts_and_options_in_turn(

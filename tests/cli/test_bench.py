@@ -20,8 +20,19 @@ import torch
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.nn import functional as F  # noqa: N812
 
+import fusedloss
 from fusedloss.cli import main, processes
-from fusedloss.cli.bench import builds, cases, cpu, harness, overhead, selection, tables, targets
+from fusedloss.cli.bench import (
+    builds,
+    cases,
+    compiled,
+    cpu,
+    harness,
+    overhead,
+    selection,
+    tables,
+    targets,
+)
 from fusedloss.cli.bench import command as bench
 from fusedloss.front.definition import REGISTRY
 
@@ -175,6 +186,41 @@ def test_calls(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None
     assert without == IN_PYTHON
     printed = capsys.readouterr().out
     assert "beyond" in printed and "import fusedloss after it: 80 ms" in printed
+
+
+def test_compiled(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """By a compiler that takes the function as it is."""
+    monkeypatch.setattr(compiled, "compiled", lambda function, anew: function)
+    monkeypatch.setattr(compiled, "in_a_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(compiled, "timing", lambda quick: (0.0, 1e-5, 2))
+    small = tuple(replace(case, shape=(4, 5)) for case in cases.CASES)
+    monkeypatch.setattr(compiled, "CASES", small)
+    monkeypatch.setattr(compiled, "DECODER", replace(compiled.DECODER, loss="mse_loss"))
+    words = (
+        "--only",
+        "mse",
+        "nll",
+        "--sizes",
+        "15",
+        "--quick",
+        "--threads",
+        "1",
+        "--output",
+        "a.json",
+    )
+    try:
+        assert run("--compiled", *words) == 0
+    finally:
+        fusedloss.unpatch()
+    results = [
+        harness.Result.from_json(r) for r in json.loads((here / "a.json").read_text())["results"]
+    ]
+    assert [set(r.samples) for r in results] == [set(compiled.LOSSES)] * 2 + [
+        set(compiled.STEPS)
+    ] * 2
+    assert [r.case.loss for r in results] == ["mse_loss", "nll_loss"] * 2
+    printed = capsys.readouterr().out
+    assert "patched / plain" in printed and "of 4 targets met" in printed
 
 
 def test_imports_are_timed() -> None:
