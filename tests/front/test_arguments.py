@@ -258,3 +258,42 @@ def test_margin_that_learns_in_a_module_and_a_transform() -> None:
 def test_margin_of_a_tensor_is_checked(margin: float) -> None:
     with pytest.raises(ValueError, match="margin must be greater than 0"):
         ours.triplet_margin_with_distance_loss(*TRIPLET, margin=tensor(margin, requires_grad=True))
+
+
+def test_a_least_variance_that_is_a_tensor() -> None:
+    """PyTorch clamps by it, and no gradient passes to it."""
+    var = X.clone().requires_grad_()
+    for eps in (tensor(0.3), tensor([0.3]), P, tensor(0.3, requires_grad=True), P.double()):
+        found = ours.gaussian_nll_loss(X, Q, var, eps=eps)
+        expected = theirs.gaussian_nll_loss(X, Q, var, eps=eps)
+        assert_close(found, expected)
+        assert_close(torch.autograd.grad(found, var), torch.autograd.grad(expected, var))
+    with pytest.raises(RuntimeError, match="eps of shape"):
+        ours.gaussian_nll_loss(X, Q, var, eps=torch.ones(3))
+    with pytest.raises(ValueError, match="negative"):
+        ours.gaussian_nll_loss(X, Q, -var, eps=P)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_what_has_no_dimension_yields_where_it_does_in_torch(reduction: str) -> None:
+    one, many = torch.ones((), dtype=torch.float64), torch.ones(2)
+    calls: list[Callable[[Any], Tensor]] = [
+        lambda m: m.poisson_nll_loss(many.long(), one, log_input=False, reduction=reduction),
+        lambda m: m.poisson_nll_loss(many.long(), one, reduction=reduction),
+    ]
+    with pytest.warns(UserWarning, match="target size"):
+        for function in ("huber_loss", "mse_loss", "l1_loss"):
+
+            def call(m: Any, function: str = function) -> Tensor:
+                loss = getattr(m, function)
+                return loss(one.float(), many.double(), weight=one, reduction=reduction)
+
+            calls.append(call)
+        for each in calls:
+            assert each(ours).dtype is each(theirs).dtype
+
+
+def test_the_adaptive_softmax_names_itself_where_types_differ() -> None:
+    loss = nn.AdaptiveLogSoftmaxWithLoss(4, 6, [2])
+    with pytest.raises(RuntimeError, match=r"AdaptiveLogSoftmaxWithLoss: .*input\.float\(\)"):
+        loss(X.double(), Y)

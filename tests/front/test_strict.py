@@ -71,6 +71,10 @@ REFUSED: list[Row] = [
     (CE, (P, Y), {}, r"input looks like softmax outputs: all 5 rows .*\(input\[0, 0\] = 0\.\d+\)\. Pass the logits"),
     (CE, (P, P), {}, r"input looks like softmax outputs"),
     (CE, (P[0], Y[0]), {}, r"input looks like softmax outputs: all 1 rows"),
+    ("dice_loss", (SPACE.softmax(1), Y[None]), {}, r"input looks like softmax outputs: all 5 rows"),
+    ("dice_loss", (T, (T > 0.5).float()), {"activation": "sigmoid"}, r"input looks like probabilities: all 20 elements"),
+    ("dice_focal", (SPACE.softmax(1), Y[None]), {}, r"input looks like softmax outputs: all 5 rows"),
+    ("dice_cross_entropy", (LOGITS, torch.full((5,), -100)), {"reduction": "mean"}, r"all 5 targets are ignore_index"),
     (CE, (SPACE.softmax(1), Y[None]), {}, r"input looks like softmax outputs: all 5 rows"),
     (CE, (LOGITS, planted(P, (1, 1), NAN)), {}, r"target\[1, 1\] = nan"),
     (CE, (LOGITS, planted(P, (1, 1), -1.0)), {}, r"target\[1, 1\] = -1: probabilities are not negative"),
@@ -110,6 +114,8 @@ ACCEPTED: list[Row] = [
     (CE, (torch.zeros(5, 4), Y), {}, "logits of 0"),
     (CE, (torch.ones(5, 1), torch.zeros(5, dtype=torch.long)), {}, "one class"),
     (CE, (LOGITS[:0], Y[:0]), {}, "no row"),
+    ("dice_loss", (P, Y), {"activation": "none"}, "probabilities where these are asked for"),
+    ("dice_loss", (P[:3], Y[:3]), {"activation": "sigmoid"}, "few elements"),
     (CE, (LOGITS, torch.full((5,), -100)), {"reduction": "sum"}, "all ignored in a sum, which is 0"),
     (CE, (LOGITS, torch.full((5,), -100)), {"reduction": "none"}, "all ignored, unreduced"),
     (CE, (LOGITS, tensor([-100, -100, 1, -100, -100])), {}, "one row left"),
@@ -126,7 +132,8 @@ def call(row: Row, face: Any = functional) -> Tensor:
     name, tensors, options, _ = row
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return getattr(face, name)(*tensors, **options)
+        function = getattr(face, name, None) or getattr(fusedloss, name)  # of ours alone
+        return function(*tensors, **options)
 
 
 def named(rows: list[Row]) -> pytest.MarkDecorator:

@@ -352,6 +352,7 @@ REFUSED: list[tuple[type[Exception], str, Callable[[], Tensor]]] = [
     (ValueError, r"leaves none", lambda: dice_loss(X[:, :1], Y, include_background=False)),
     (RuntimeError, r"weight tensor should be defined", lambda: dice_loss(X, Y, torch.ones(2))),
     (RuntimeError, r"Expected target size", lambda: dice_loss(X, Y[:, :3])),
+    (ValueError, r"of one image pass input.unsqueeze\(0\)", lambda: dice_loss(X[0], Y[0])),
     (RuntimeError, r"expected target dtype", lambda: dice_loss(X, Y.float())),
     (RuntimeError, r"masks of torch.complex64", lambda: dice_loss(X, X.to(torch.complex64))),
     (NotImplementedError, r"dice_loss", lambda: dice_loss(X.long(), Y)),

@@ -28,7 +28,9 @@ def swapped(input: Tensor, target: Tensor) -> str:
     return " (are input and target in the wrong order?)" if other else ""
 
 
-def class_target(input: Shape, target: Tensor, probabilities: bool, of_head: bool) -> str:
+def class_target(
+    input: Shape, target: Tensor, probabilities: bool, of_head: bool, of_images: bool
+) -> str:
     """Of class indices whose shape does not fit that of the logits: (N, C), (N, C, d1, ...).
 
     Those of a head are no argument that could be changed.
@@ -51,7 +53,7 @@ def class_target(input: Shape, target: Tensor, probabilities: bool, of_head: boo
     if of_head:
         return ""
     if given and given == shape[1:]:
-        if len(shape) == 2:
+        if len(shape) == 2 and not of_images:
             return ": the classes are dimension 1 of the input, pass input.t()"
         return ": of one image pass input.unsqueeze(0) and target.unsqueeze(0)"
     if len(shape) > 2 and given == (math.prod(shape[:-1]),):

@@ -194,7 +194,9 @@ def check_indices(
 def _bad_shape(name: str, shape: torch.Size, target: Tensor) -> None:
     fits, wanted = list(shape[:1] + shape[2:]), target.shape
     of_head = name.startswith("linear_")
-    hint = advice.class_target(shape, target, name == "cross_entropy", of_head)
+    hint = advice.class_target(
+        shape, target, name == "cross_entropy", of_head, name.startswith("dice_")
+    )
     if not wanted or wanted[0] != shape[0]:
         errors.fail(
             ValueError if wanted or shape[0] else IndexError if len(shape) == 2 else RuntimeError,

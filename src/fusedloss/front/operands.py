@@ -52,8 +52,11 @@ def promote(kernel: str, anything: bool = False) -> Types:
     return Types(check, "in the type that the operands promote to", raises, kernel, True, anything)
 
 
-def promote_of_function(kernel: str) -> Types:
-    """The same of anything, where PyTorch takes a function of the input, which makes floats of integers."""
+def promote_of_function(kernel: str, first: bool = False) -> Types:
+    """The same of anything, where PyTorch takes a function of the input, which makes floats of integers.
+
+    With `first` it does so before the input meets the target in another place.
+    """
     promoting = promote(kernel, anything=True)
 
     def check(name: str, operands: Tensors, weight: Tensor | None, shapes: Shapes) -> torch.dtype:
@@ -62,6 +65,8 @@ def promote_of_function(kernel: str) -> Types:
         if input.is_floating_point() or not dtype.is_floating_point:
             return dtype
         made = torch.get_default_dtype()
+        if first and input.dim() and not target.dim():
+            return made
         yields = target.dim() and not input.dim()
         return dtype if yields else torch.promote_types(dtype, made)
 

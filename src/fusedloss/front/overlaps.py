@@ -98,9 +98,13 @@ class Overlaps:
         alpha, beta, smooth = KNOWN.get(
             settings["overlap"], (settings["alpha"], settings["beta"], 1.0)
         )
+        activation = settings.get("activation", "softmax")
+        loss.refuse_what_users_rue(
+            operands, **{**settings, "reduction": reduction, "activation": activation}
+        )
         call = DiceCall(
             loss=name,
-            activation=settings.get("activation", "softmax"),
+            activation=activation,
             masks=masks,
             batch=settings["batch"],
             background=not first,

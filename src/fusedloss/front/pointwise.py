@@ -70,8 +70,9 @@ def like_input(mean_by: str) -> Weight:
             errors.fail(ValueError, name, words)
         if weight.is_complex():
             errors.not_floating(name, NotImplementedError, kernel, weight=weight)
-        # A 0-dim one yields to the losses' type, but not to that of their sum.
-        if reduction == "mean" or weight.dim() or not (target.dim() and dtype.is_floating_point):
+        # A 0-dim one yields to the losses' type, but its sum not to that of theirs.
+        divides = reduction == "mean" and mean_by == "sum"
+        if divides or weight.dim() or not (target.dim() and dtype.is_floating_point):
             dtype = torch.promote_types(dtype, weight.dtype)
         if weight.dtype is torch.float64:  # the kernel computes in the widest type of its operands
             operands["input"] = input.double()

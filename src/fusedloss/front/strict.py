@@ -28,6 +28,7 @@ class Seen(NamedTuple):
     reduction: str = "none"
     ignore_index: int | None = -100
     log_target: bool = False
+    activation: str = "softmax"
 
     @property
     def holds_indices(self) -> bool:
@@ -157,6 +158,8 @@ def input_is_log_probability(seen: Seen) -> str | None:
 def input_is_no_softmax(seen: Seen) -> str | None:
     """softmax outputs as the input of `cross_entropy`: every row in [0, 1] with the sum 1"""
     x, dim = seen.input, seen.class_dim
+    if seen.activation != "softmax":
+        return input_is_no_sigmoid(seen) if seen.activation == "sigmoid" else None
     if not x.numel() or x.shape[dim] < 2 or not ((x >= 0) & (x <= 1)).all():
         return None
     sums = x.double().sum(dim)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core import errors, torch_state
+from ..core import advice, errors, torch_state
 from ..front.modules import FACE, MODULES
 from .heads import linear_log_prob
 
@@ -41,6 +41,9 @@ class AdaptiveLogSoftmaxWithLoss(nn.modules.AdaptiveLogSoftmaxWithLoss):
         if input_.shape[-1] != self.in_features:
             words = f"input {list(input_.shape)} must have {self.in_features} features, in_features"
             errors.fail(RuntimeError, NAME, f"{words}: mat1 and mat2 shapes cannot be multiplied")
+        if input_.dtype is not (own := self.head.weight.dtype) and not torch_state.any_autocast():
+            words = f"input is of {input_.dtype}, the weights are of {own}: pass {advice.cast('input', own)}"
+            errors.fail(RuntimeError, NAME, f"{words}: mat1 and mat2 must have the same dtype")
         batched = target_.dim() > 0
         rows = input_ if batched else input_.unsqueeze(0)
         target = (target_ if batched else target_.unsqueeze(0)).to(torch.int64)

@@ -52,9 +52,19 @@ POISSON_FULL = Pointwise(poisson_full, poisson_full_grad)
 CANCELS = Bounds(float32=(16, 4), float64=(16, 4), formula=(32, 4))  # where terms do so
 
 
+OF_COUNTS = Elements(
+    promote_of_function("log", first=True), shapes=broadcast_target, no_tensor=TypeError
+)
+
+
 @loss(
     "PoissonNLLLoss",
-    Elements(promote_of_function("exp"), shapes=broadcast_target, no_tensor=TypeError),
+    Elements(
+        promote_of_function("exp"),
+        shapes=broadcast_target,
+        no_tensor=TypeError,
+        instead=lambda log_input, **_: None if log_input else OF_COUNTS,
+    ),
     row(rates, options(log_input=False, full=True), bench=elements("Poisson"), bounds=CANCELS),
 )
 def poisson_nll_loss(log_input, full, eps):

@@ -46,6 +46,23 @@ GAUSSIAN = Pointwise(gaussian, gaussian_grad, domain=gaussian_domain, refuse=_ne
 HALF_LOG_OF_TWO_PI = 0.9189385332046727
 
 
+def _arranged(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    given = _with_variance(name, given)
+    var, eps = given["var"], given["eps"]
+    if not (isinstance(eps, Tensor) and isinstance(var, Tensor) and var.is_floating_point()):
+        return given
+    eps = eps.detach()  # in PyTorch no gradient passes the clamp to it
+    if not eps.dim():
+        return {**given, "eps": eps}
+    errors.expands(name, var.shape, eps=eps)
+    low = (var >= 0) & (var < eps)  # what is negative is refused
+    return {
+        **given,
+        "var": torch.where(low, eps + (var - var.detach()), var).to(var.dtype),
+        "eps": 0.0,
+    }
+
+
 def _with_variance(name: str, given: dict[str, Any]) -> dict[str, Any]:
     """A number is a variance of all elements, and a shape without the last dimension one of each row."""
     input, var = given["input"], given["var"]
@@ -105,7 +122,7 @@ def _predictions(shape, dtype, generator):
 
 @loss(
     "GaussianNLLLoss",
-    Elements(TYPES, shapes=broadcast, reduction=_reduction, arranged=_with_variance),
+    Elements(TYPES, shapes=broadcast, reduction=_reduction, arranged=_arranged),
     row(
         _predictions,
         options(full=True, eps=0.05),
@@ -127,7 +144,7 @@ def gaussian_nll_loss(full, eps):
         var: variances, of the input's shape, of that without its last dimension, or with the size 1 in one
             dimension; or a number.
         full: adds :math:`\log(2 \pi) / 2`.
-        eps: the least variance.
+        eps: the least variance: a number, or a tensor that broadcasts to `var`.
 
     Raises:
         ValueError: a negative variance (its position is named), NaN excluded; `var` of another shape.

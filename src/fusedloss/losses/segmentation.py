@@ -144,6 +144,7 @@ def _mask_example(shape, dtype, generator):
         bench=(BenchCase("Dice of masks 8x4x256x256", (8, 4, 256, 256)),),
         bounds=MASKED,
     ),
+    rules=(input_is_no_softmax,),
     activation=one_of(*ACTIVATIONS),
     **OVERLAP,
 )
@@ -232,6 +233,7 @@ def dice_loss(
             ),
         ),
     ),
+    rules=(input_is_no_softmax, some_row_counts),
     lambda_dice=at_least(0),
     lambda_ce=at_least(0),
     **OVERLAP,
@@ -296,6 +298,7 @@ def dice_cross_entropy(
             ),
         ),
     ),
+    rules=(input_is_no_softmax, some_row_counts),
     gamma=at_least(0),
     lambda_dice=at_least(0),
     lambda_focal=at_least(0),

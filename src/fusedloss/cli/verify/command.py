@@ -49,7 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Exits with 1 where one is beyond the bound that docs/accuracy.md states."
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="20 seconds: fewer probes, two types, one capability")
+    add(
+        "--quick",
+        action="store_true",
+        help="a minute or two: fewer probes, two types, one capability",
+    )
     add("--only", nargs="+", metavar="LOSS", help="these losses alone")
     add("--dtype", nargs="+", metavar="DTYPE", help=f"these of {', '.join(DTYPES)}")
     add("--json", type=File, metavar="FILE", help="write every figure there")
