@@ -373,3 +373,29 @@ def test_bfloat16_logits_made_float_give_a_float_loss() -> None:
         hidden = torch.tanh(model.layer(model.embedding(TOKENS))).double()
         expected = of_tokens(exact.lm_head(hidden))
     torch.testing.assert_close(loss.double(), expected, rtol=2e-3, atol=0)
+
+
+class Adapted(nn.Module):
+    """A head and its low-rank adapter, as PEFT makes one."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(D, 3, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(3, C, bias=False)})
+
+    def forward(self, input: Tensor) -> Tensor:
+        adapter = self.lora_B["default"](self.lora_A["default"](input))
+        return self.base_layer(input) + adapter * 0.5  # type: ignore[no-any-return]
+
+
+def test_an_adapter_is_a_part_of_the_product(model: Model) -> None:
+    model.lm_head = Adapted(model.lm_head).double()  # type: ignore[assignment]
+    model.lm_head.base_layer.requires_grad_(False)  # type: ignore[union-attr]
+    expected, grads = gradients(model, FUSED["shifted"])
+    before = times_computed()
+    with lazy_heads(model, "lm_head", min_bytes=0) as handle:
+        assert handle.heads == ("lm_head.base_layer", "lm_head.lora_B.default")
+        found, lazy_grads = gradients(model, FUSED["shifted"])
+    assert times_computed() == before
+    torch.testing.assert_close((found, lazy_grads), (expected, grads), rtol=1e-9, atol=1e-12)

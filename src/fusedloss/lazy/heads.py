@@ -191,7 +191,8 @@ def lazy_head(head: nn.Module, *, always: bool = False, min_bytes: int = MIN_BYT
     Raises:
         TypeError: the module is no linear map with a weight of floating-point numbers. It stays as it is.
     """
-    return _made_lazy({"": head}, Settings(always, errors.integer(NAME, "min_bytes", min_bytes)))
+    parts = {str(k or ""): part for k, part in enumerate(_parts(head))}
+    return _made_lazy(parts, Settings(always, errors.integer(NAME, "min_bytes", min_bytes)))
 
 
 def lazy_heads(
@@ -256,12 +257,11 @@ def _check(name: str, head: Any) -> None:
 def _named(model: nn.Module, heads: tuple[str | nn.Module, ...]) -> dict[str, nn.Module]:
     modules = dict(model.named_modules())
     names = {id(m): n for n, m in modules.items()}
-    found = {}
+    found: dict[str, nn.Module] = {}
     for head in heads:
-        if isinstance(head, nn.Module):
-            found[names.get(id(head), "")] = head
-        elif head in modules:
-            found[head] = modules[head]
+        module = head if isinstance(head, nn.Module) else modules.get(head)
+        if module is not None:
+            found |= {names.get(id(part), ""): part for part in _parts(module)}
         else:
             close = [n for n, m in modules.items() if isinstance(m, nn.Linear)][-3:]
             errors.fail(
@@ -307,6 +307,11 @@ def _found(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _parts(head: nn.Module) -> list[nn.Module]:
-    """PEFT's wrapper of a head that is trained beside adapters has copies of it."""
+    """PEFT's wrappers: copies of a head that is trained beside adapters, or a head and its adapters."""
     copies = getattr(head, "modules_to_save", None)
-    return list(copies.values()) if isinstance(copies, nn.ModuleDict) else [head]
+    if isinstance(copies, nn.ModuleDict):
+        return list(copies.values())
+    adapters, base = getattr(head, "lora_B", None), getattr(head, "base_layer", None)
+    if isinstance(adapters, nn.ModuleDict) and isinstance(base, nn.Module):
+        return [base, *adapters.values()]
+    return [head]

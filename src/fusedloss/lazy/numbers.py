@@ -22,9 +22,11 @@ from .tensor import (
     RULES,
     Lazy,
     Like,
+    Product,
     Step,
     computed,
 )
+from .tensor import lazy as lazy_of
 
 MASKED = -1e4  # a class whose logit is at most this has no probability, whatever is added to it
 
@@ -229,6 +231,8 @@ def _adds(function: Any, sign: float) -> None:
         lazy, other = (first, second) if of_first else (second, first)
         if kwargs or (sign < 0 and not of_first):
             return NotImplemented
+        if isinstance(other, Lazy):
+            return _sum_of_two(first, second) if sign > 0 else NotImplemented
         more = _of_classes(lazy, other)
         if more is None:
             return NotImplemented
@@ -244,6 +248,23 @@ def _adds(function: Any, sign: float) -> None:
 
     if sign > 0:
         EITHER.add(function)
+
+
+def _sum_of_two(first: Lazy, second: Lazy) -> Any:
+    """Of a head and its adapter: one product, of features side by side."""
+    a, b = first.product, second.product
+    if not (
+        first.like == second.like
+        and first.like.kind is LOGITS
+        and first.like.at == len(first.like.shape) - 1
+        and first.like.dtype == a.hidden.dtype == b.hidden.dtype
+        and not (a.cap or b.cap)
+    ):
+        return NotImplemented
+    hidden = torch.cat([a.hidden * a.scale, b.hidden * b.scale], -1)
+    biases = [p.bias * p.scale for p in (a, b) if p.bias is not None]
+    bias = sum(biases[1:], biases[0]) if biases else None
+    return lazy_of(Product(hidden, torch.cat([a.weight, b.weight], -1), bias))
 
 
 def _of_classes(lazy: Lazy, other: Any) -> Tensor | None:

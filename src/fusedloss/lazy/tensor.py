@@ -71,7 +71,7 @@ class Product:
         return torch.tanh(x) * self.cap if self.cap else x
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Like:
     """What the tensor would be if it were computed."""
 
