@@ -21,7 +21,7 @@ from torch.nn import functional as F  # noqa: N812
 from ...front.definition import REGISTRY
 from ...patch import FUNCTIONS, NAME, patch, unpatch
 from ..arguments import chosen_losses
-from ..demo.lm import BATCH, CONTEXT, Decoder
+from ..decoder import BATCH, CONTEXT, Decoder
 from ..processes import available, in_a_process
 from .cases import CASES, SIZES, TIMED, Case, sweep
 from .cpu import needed, time_case
@@ -97,9 +97,7 @@ class StepWork(Work):
 
     def decoder(self) -> tuple[nn.Module, Callable[[], Tensor]]:
         model, (ids, target) = Decoder(VOCABULARY), self.bare
-        return model, lambda: F.cross_entropy(
-            F.linear(model(ids).flatten(0, 1), model.head), target
-        )
+        return model, lambda: F.cross_entropy(model.lm_head(model(ids).flatten(0, 1)), target)
 
 
 def _settle(ours: bool) -> None:

@@ -24,6 +24,7 @@ from torch.nn import functional as F  # noqa: N812
 import fusedloss
 
 from ...engines.chunks.products import HALVES, multiplies_bfloat16
+from ...lazy.tensor import Product, lazy
 from ..processes import MEBI, available, in_a_process
 from . import cuda as gpu
 from . import tables
@@ -43,9 +44,14 @@ from .machine import Run
 from .machine import gpu as gpu_machine
 from .selection import other_build
 
-VARIANTS = ("products", "ours", "eager", "torch")
-LABELS = {"ours": "fusedloss", "eager": "PyTorch", "torch": "PyTorch, chunked"}
-COLOURS = {"ours": "#08306b", "eager": "#cb181d", "torch": "#ef8a62"}
+VARIANTS = ("products", "ours", "lazy", "eager", "torch")
+LABELS = {
+    "ours": "fusedloss",
+    "lazy": "fusedloss, lazy head",
+    "eager": "PyTorch",
+    "torch": "PyTorch, chunked",
+}
+COLOURS = {"ours": "#08306b", "lazy": "#4292c6", "eager": "#cb181d", "torch": "#ef8a62"}
 PEERS = ("liger", "cut-cross-entropy")
 LONG, FEWEST = 60.0, 2  # a case that has taken so many seconds ends after so many rounds
 GPU_ROUNDS = 5
@@ -92,6 +98,10 @@ def in_torchs_chunks(input: Tensor, linear_weight: Tensor, target: Tensor) -> Te
     return F.linear_cross_entropy(input, linear_weight, target, options=options)
 
 
+def with_a_lazy_head(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(lazy(Product(input, linear_weight, None)), target)
+
+
 class HeadWork(Work):
     """Input, weight and target; `budgets` are of memory, of ours measured with each, too."""
 
@@ -115,6 +125,7 @@ class HeadWork(Work):
         return {
             "ours": lambda: ours,
             **{k: partial(partial, ours, memory_budget=b) for k, b in self.budgets.items()},
+            "lazy": lambda: with_a_lazy_head,
             "eager": lambda: logits_in_full,
             "torch": lambda: in_torchs_chunks,
             "liger": liger,

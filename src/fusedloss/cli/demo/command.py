@@ -109,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only", type=loss_name, nargs="+", metavar="LOSS", help="run these losses' tasks alone"
     )
     parser.add_argument(
-        "--lm", action="store_true", help="a language model, its head and loss three ways"
+        "--lm", action="store_true", help="a language model, its head and loss four ways"
     )
     parser.add_argument("--quick", action="store_true", help=f"train 1/{QUICK} of the epochs")
     parser.add_argument("--no-plot", action="store_true", help="do not draw fusedloss-demo.png")
