@@ -3,6 +3,7 @@
 // are checked for bytes that no result belongs to, inputs have NaN between their elements, and the pool
 // must give the bits of one thread. Usage: driver SEED CALLS CALLERS
 #include "driver.h"
+#include "labelled.h"
 
 #include "formulas.h"
 #include "reductions.h"
@@ -76,18 +77,6 @@ void pointwise_call(Random& r) {
     if (outside >= 0 || special || !numel) return;
     for (const Tensor* t : results)
         if (t != &total || t->dtype != F16) t->check_finite(name);
-}
-
-Grid grid(const Tensor& t) {
-    Grid g{t.data(), t.dtype, {}};
-    std::copy(t.strides.begin(), t.strides.end(), g.stride);
-    return g;
-}
-
-// One value a row: no class dimension.
-Grid row_grid(const Tensor& t) {
-    if (!t) return {};
-    return {t.data(), t.dtype, {t.strides[0], 0, t.strides[1]}};
 }
 
 void rows_call(Random& r, bool nll) {
@@ -179,9 +168,6 @@ void reduction_call(Random& r) {
     a.denominator = reduced ? double(std::max<int64_t>(a.rows, 1)) : 1;
     a.grad_scale = 1 / a.denominator;
     const Sizes whole = {a.rows, a.features}, column = {a.rows, 1};
-    const auto matrix = [](const Tensor& t) {
-        return t ? Matrix{t.data(), t.dtype, t.strides[0], t.strides[1]} : Matrix{};
-    };
     const auto [operands, label] = reduction_kernels[a.definition];
     Tensor inputs[3], grads[3], incoming;
     for (int k = 0; k < operands; ++k) inputs[k] = floats(r, float_type(r), whole, EXPANDED, -2, 2, special);
@@ -213,12 +199,14 @@ void reduction_call(Random& r) {
 struct Head {
     Tensor source, logits, low, bias;
 
-    Head(Random& r, int64_t n, int64_t c, bool special)
+    // The type of a teacher's bias is that of its student's logits, by which the kernel computes.
+    Head(Random& r, int64_t n, int64_t c, bool special, const Head* student = nullptr)
         : source(floats(r, float_type(r), {n, c}, DENSE, -4, 4, special)),
           logits(make(r, source.dtype, {n, c + r.below(3)}, DENSE, untouched)) {
         if (source.dtype == BF16 && r.chance(60))
             low = floats(r, BF16, {n, logits.strides[0]}, DENSE, -0.01, 0.01, special);
-        if (r.chance(40)) bias = floats(r, source.dtype == F64 ? F64 : F32, {c}, DENSE, -1, 1, special);
+        const bool wide = (student ? student : this)->source.dtype == F64;
+        if (r.chance(40)) bias = floats(r, wide ? F64 : F32, {c}, DENSE, -1, 1, special);
         logits.sizes = source.sizes;
     }
     Logits from(int64_t c) const {
@@ -316,7 +304,7 @@ void distill_call(Random& r) {
     a.soft_weight = 0.75;
     a.hard_weight = 0.25;
     const bool special = r.chance(20);
-    Head student(r, a.n, a.c, special), teacher(r, a.n, a.c, special);
+    Head student(r, a.n, a.c, special), teacher(r, a.n, a.c, special, &student);
     a.student = student.from(0);
     a.teacher = teacher.from(0);
     a.softcap = r.chance(30) ? 3.0 : 0.0;
@@ -342,12 +330,15 @@ void distill_call(Random& r) {
 void calls(uint64_t seed, int64_t count) {
     Random r(seed);
     for (int64_t k = 0; k < count; ++k) {
-        switch (r.below(6)) {
+        switch (r.below(9)) {
             case 0: pointwise_call(r); break;
             case 1: rows_call(r, false); break;
             case 2: rows_call(r, true); break;
             case 3: linear_call(r); break;
             case 4: distill_call(r); break;
+            case 5: ctc_call(r); break;
+            case 6: margins_call(r); break;
+            case 7: dice_call(r); break;
             default: reduction_call(r); break;
         }
     }

@@ -222,4 +222,20 @@ int64_t on_both(const std::string& name, bool checked, F&& call, const std::vect
     return result;
 }
 
+Grid grid(const Tensor& t) {
+    Grid g{t.data(), t.dtype, {}};
+    std::copy(t.strides.begin(), t.strides.end(), g.stride);
+    return g;
+}
+
+// One value a row: no class dimension.
+Grid row_grid(const Tensor& t) {
+    if (!t) return {};
+    return {t.data(), t.dtype, {t.strides[0], 0, t.strides[1]}};
+}
+
+Matrix matrix(const Tensor& t) {
+    return t ? Matrix{t.data(), t.dtype, t.strides[0], t.strides[1]} : Matrix{};
+}
+
 }  // namespace
