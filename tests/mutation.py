@@ -77,6 +77,8 @@ HEADS = "loop_is_the_formula or log_prob or divergence"
 ERRORS: dict[str, Any] = {"files": ("tests/front/test_errors.py",)}
 REPEAT: dict[str, Any] = {"files": ("tests/route/test_repeat.py",)}
 SHORT: dict[str, Any] = {"files": ("tests/route/test_short_way.py",)}
+OPERATORS = "src/fusedloss/autograd/operators.py"
+COMPILED: dict[str, Any] = {"files": ("tests/autograd/test_compiled.py",)}
 AGAIN = "src/fusedloss/engines/cpu/engine.py"
 OVERLAPS = ("tests/losses/test_overlaps.py",)
 CE, NLL, TRIPLET = "cross_entropy", "nll_loss", "triplet_margin_loss"
@@ -190,6 +192,10 @@ MUTANTS = [
     Mutant("src/fusedloss/route/memo.py", "if it.alike(*tensors):", "if True:", "strides_make", **REPEAT),
     Mutant("src/fusedloss/autograd/functions.py", "                if scales_exactly(stored, incoming):\n", "                if True:\n", "do_not_depend", **REPEAT),
     Mutant("src/fusedloss/autograd/gradients.py", "if not plain or _keeps_graph():", "if not plain:", "given_away", **REPEAT),
+    # torch.compile
+    Mutant(OPERATORS, "if incoming.item() != 1.0:", "if incoming.item() == 1.0:", "default_backend and mse_loss", **COMPILED),
+    Mutant("src/fusedloss/core/inductor.py", "isinstance(inputs.get(source.target), DonatedBuffer)", "True", "given_away and mse_loss", **COMPILED),
+    Mutant("src/fusedloss/kinds/pointwise.py", "self.reduction != \"none\"\n", "self.reduction == \"none\"\n", "large_tensors_take", **COMPILED),
     kernel("abi.cpp", "arguments[places[i]] = pointers[i];", "arguments[places[0]] = pointers[0];", "do_not_depend", **REPEAT),
     # types
     kernel("convert.h", "(u + 0x7fffu + ((u >> 16) & 1u)) >> 16", "u >> 16", "ties_round"),

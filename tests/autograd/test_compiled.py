@@ -276,7 +276,7 @@ def test_the_operator_of_elements(
     generator: Generator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What the kernel gives when it is called; half types are not rounded twice. And in one graph of all sizes."""
+    """What the kernel gives when it is called; half types are not rounded twice. One graph serves all sizes."""
     monkeypatch.setattr(pointwise, "LEAST", 1)
     if reduction == "none":
         pytest.skip("it takes the formula, which losses/test_compilers.py compiles")

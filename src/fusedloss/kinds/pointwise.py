@@ -34,7 +34,7 @@ class PointwiseCall(Kind):
     family: ClassVar[str] = "pointwise"
 
     def compiles(self, tensors: Sequence[Any]) -> bool:
-        """Losses of elements are for torch.compile to fuse with what is made of them, and so are few."""
+        """Reduced losses of many elements: others Inductor fuses with what they are made of, at less cost."""
         return (
             self.reduction != "none"
             and all(t is None or t.device.type == "cpu" for t in tensors)
