@@ -176,11 +176,11 @@ def test_inductor_and_its_cache_across_processes(tmp_path: Any) -> None:
 
 def test_patched_heads_compile() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(4096, 8), nn.Tanh(), nn.Linear(8, 4096)).double()
+    model = nn.Sequential(nn.Embedding(9000, 8), nn.Tanh(), nn.Linear(8, 9000)).double()
     tokens = torch.arange(64).view(2, 32)
 
     def step(tokens: Tensor) -> Tensor:
-        return F.cross_entropy(model(tokens).view(-1, 4096), tokens.view(-1))
+        return F.cross_entropy(model(tokens).view(-1, 9000), tokens.view(-1))
 
     expected = torch.autograd.grad(step(tokens), list(model.parameters()))
     with patched(heads=True):

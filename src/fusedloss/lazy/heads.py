@@ -19,7 +19,7 @@ from ..core.plain import PLAIN
 from .tensor import NAME, Product, lazy
 
 MARK = "_fusedloss"  # a head's settings, among its attributes
-MIN_BYTES = 1 << 20
+MIN_BYTES = 4 << 20
 
 
 WIDE = 7  # classes a feature: more than any layer has that is no head
@@ -68,13 +68,12 @@ class Lazily(nn.Module):
     bias: Tensor | None
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        own = super().forward
-        if args or kwargs or not _serves(self, input, vars(self)[MARK]):
-            return own(input, *args, **kwargs)
+        if args or kwargs or not _serves(self, input, self.__dict__[MARK]):
+            return super().forward(input, *args, **kwargs)
         if type(self).original.forward is nn.Linear.forward:
             return _product(input, self.weight, self.bias)
         with _Catching(self.weight):
-            return own(input)
+            return super().forward(input)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy, and what is saved, is the head that it was."""
@@ -141,15 +140,19 @@ def _product(
 
 
 def _serves(head: Any, input: Any, settings: Settings) -> bool:
+    if not settings.always and not (head.training and torch.is_grad_enabled()):
+        return False
+    if not isinstance(input, Tensor) or not input.dim():
+        return False
+    rows = input.numel() // max(input.shape[-1], 1)
+    if rows * head.out_features * input.element_size() < settings.min_bytes:
+        return False
     weight, bias = head.weight, head.bias
     tensors = [t for t in (input, weight, bias) if t is not None]
-    learns = torch.is_grad_enabled()
-    if not settings.always and not (head.training and learns):
-        return False
     traced = torch.compiler.is_dynamo_compiling()
     if torch_state.is_exporting() or (not traced and _watched(tensors)):
         return False
-    if not input.dim() or input.shape[-1] != weight.shape[-1] or not input.is_floating_point():
+    if input.shape[-1] != weight.shape[-1] or not input.is_floating_point():
         return False
     if not torch.is_autocast_enabled(input.device.type) and any(
         t.dtype != input.dtype for t in tensors
@@ -158,9 +161,6 @@ def _serves(head: Any, input: Any, settings: Settings) -> bool:
     if any(t.device != input.device for t in tensors):
         return False
     if not settings.always and not any(t.requires_grad for t in tensors):
-        return False
-    rows = input.numel() // max(input.shape[-1], 1)
-    if rows * weight.shape[0] * input.element_size() < settings.min_bytes:
         return False
     return traced or not torch_state.freed_after_forward(head)
 
