@@ -305,7 +305,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
             stack.enter_context(formula_path())
         elif request.param == "operator":
             monkeypatch.setattr(
-                heads, "results", lambda call, tensors, _: operators.run(call, tensors)
+                heads, "results", lambda call, tensors, *_: operators.run(call, tensors)
             )
         elif request.param == "steps":  # of devices that have no kernel
             without_kernels(monkeypatch)

@@ -105,8 +105,8 @@ def named(kind: type[torch.autograd.Function], loss: str) -> Callable[..., Any]:
     No transform is active where it is called: what `Function.apply` does for them is left out.
     """
     own = type(f"fusedloss::{loss}", (kind,), {"__module__": __name__})
-    if issubclass(own, _Again):
-        torch_state.bare_backward(own, traced.again)
+    if (by_tracing := getattr(own, "traced", None)) is not None:
+        torch_state.bare_backward(own, by_tracing)
     return super(torch.autograd.Function, own).apply  # type: ignore[misc]
 
 
@@ -140,6 +140,8 @@ class _Fused(torch.autograd.Function):
 
 class _Again(torch.autograd.Function):
     """A call like an earlier one."""
+
+    traced = staticmethod(traced.again)  # what compiled autograd traces for its backward
 
     @staticmethod
     def forward(ctx: Any, again: Any, *tensors: Tensor) -> Tensor:

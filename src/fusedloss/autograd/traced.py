@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..kinds.heads import of_one_head
 from ..kinds.pointwise import PointwiseCall
 from . import operators
 
@@ -45,6 +46,28 @@ def backward(ctx: Any, *incoming: Slot) -> tuple[Slot, ...]:
     kept = stored[: call.gradients] if ctx.stored else None
     grads = _gradients(call, tensors, needed[: call.gradients], kept, incoming)
     return (None, *grads, *(None,) * (len(tensors) - len(grads)))
+
+
+def head(ctx: Any, incoming: Tensor) -> tuple[Slot, ...]:
+    """Of a head like an earlier one."""
+    plan, saved = ctx.again, ctx.saved_tensors
+    tensors, stored = saved[: plan.inputs], iter(saved[plan.inputs :])
+    given = plan.slots((*tensors, None))
+    own = of_one_head(given)
+    pairs = list(zip(plan.needed, own, strict=False))
+    kept: Sequence[Slot] | None = None
+    if plan.stores:
+        kept = [
+            next(stored).reshape(t.shape) if need and t is not None else None for need, t in pairs
+        ]
+    grads = operators.gradients(plan.call, own, plan.needed, kept, [plan.arrived(incoming)])
+    found = [
+        g.reshape(t.shape)
+        for g, t in zip(grads, given, strict=False)
+        if g is not None and t is not None
+    ]
+    result: tuple[Slot, ...] = plan.returned((*found, None))
+    return result
 
 
 def again(ctx: Any, incoming: Tensor) -> tuple[Slot, ...]:

@@ -37,9 +37,12 @@ MAX_DIMS = 16
 LIMITS = runpy.run_path(str(Path(__file__).parents[1] / "kinds" / "names.py"))  # of formulas
 FORMULA_OPERANDS, FORMULA_NUMBERS = LIMITS["OPERANDS"], LIMITS["NUMBERS"]
 LINEAR_SUMS = 8  # doubles that a head keeps of a row
+# Of the rows of a head that count and are not weighed with 0, array after array: labels, which rows they are,
+# what each counts in the sum and in its gradient, losses, which are beyond what is ordinary; then the divisor.
+HEAD_WORDS = 6
 NUMBERS = (
     *("FINE", "NO_MEMORY", "UNREADABLE", "SOME"),
-    *("MAX_DIMS", "FORMULA_OPERANDS", "FORMULA_NUMBERS", "LINEAR_SUMS"),
+    *("MAX_DIMS", "FORMULA_OPERANDS", "FORMULA_NUMBERS", "LINEAR_SUMS", "HEAD_WORDS"),
 )
 
 
@@ -292,22 +295,14 @@ HEAD_ROWS = Struct(
     "Array share  // of each row",
     "Array incoming",
     "int64_t incoming_stride",
-    # Of the rows that count, and are not weighed with 0:
-    "int64_t* labels",
-    "int64_t* kept  // which these are",
-    "double* shares",
-    "double* scale  // of the gradient of each",
-    "double* divisor",
+    "int64_t* rows  // what is known of them, as HEAD_WORDS says",
 )
 HEAD_RESULTS = Struct(
     "HeadResultsArgs",
     "int64_t n, count  // rows, and how many of them are kept",
     "int64_t reduced",
     "double sign",
-    "const int64_t* kept",
-    "const double* loss",
-    "const double* shares",
-    "const double* divisor",
+    "const int64_t* rows",
     "Array out",
 )
 # In the order of their numbers.

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from ..route.memo import Asked
 from . import docs
 from .loss import Definition
+from .signature import Memo
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Composed:
     raises: tuple[str, ...] = ()
     check: Callable[..., None] | None = None  # of all arguments, before the function
 
-    def memo(self, loss: Definition) -> None:
+    def memo(self, loss: Definition) -> Memo | None:
         """It is never repeated unchecked."""
 
     def run(self, loss: Definition, asked: Asked | None, given: dict[str, Any]) -> Any:

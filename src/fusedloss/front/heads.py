@@ -5,15 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..kinds.distill import DistillCall
 from ..route.heads import dispatch
 from ..route.memo import Asked
 from .composed import Composed
 from .loss import Definition
+from .signature import Memo
+
+OF_VALUES = ("denominator", "options")  # what they hold may change: no call with them is repeated
 
 
 @dataclass(frozen=True)
 class Heads(Composed):
     """The definition's function checks the arguments and makes the call ready."""
 
+    def memo(self, loss: Definition) -> Memo:
+        names = list(loss.signature.parameters)
+        tensors = [n for n in DistillCall.arguments if n in names and n not in OF_VALUES]
+        settings = [n for n in names if n not in tensors and n not in OF_VALUES]
+        optional = [n for n in tensors if n in loss.optional]
+        keys = [*(f"{n}, type({n})" for n in settings), *(f"{n} is None" for n in optional)]
+        plain = " and ".join(f"{n} is None" for n in names if n in OF_VALUES) or "True"
+        none = " and ".join(f"{n} is None" for n in optional) or "True"
+        required = ", ".join(n for n in tensors if n not in optional)
+        found = f"(({required}) if {none} else _present({', '.join(tensors)}))"
+        return Memo(plain, ", ".join(keys), found, has_domain=False)
+
     def run(self, loss: Definition, asked: Asked | None, given: dict[str, Any]) -> Any:
-        return dispatch(super().run(loss, asked, given))
+        return dispatch(super().run(loss, asked, given), asked)

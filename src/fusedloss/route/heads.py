@@ -7,22 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import operators
+from ..autograd import heads_again, operators
 from ..autograd.functions import learns, named, spanned
 from ..autograd.heads import Chunked
 from ..core import torch_state, trace
+from ..core.reduce import autocasts
 from ..engines import gpu
 from ..engines.chunks.loop import run as run_chunks
 from ..kinds.heads import LinearCall, Ready, Slot, Slots
 from .dispatch import by_formula, formula_reason, operator_serves
+from .memo import Asked, remember
 
 
-def dispatch(ready: Ready) -> Any:
+def dispatch(ready: Ready, asked: Asked | None) -> Any:
     """The loss of a checked call."""
-    return ready.done(results(ready.call, ready.tensors, ready.target))
+    return ready.done(results(ready.call, ready.tensors, ready.target, asked))
 
 
-def results(call: LinearCall, tensors: Slots, given: Slot) -> tuple[Tensor, ...]:
+def results(
+    call: LinearCall, tensors: Slots, given: Slot, asked: Asked | None = None
+) -> tuple[Tensor, ...]:
     """The results of the call; `given` is the target as the caller shaped it."""
     why = "a setting requires a gradient" if call.learns else None
     if torch.compiler.is_compiling():
@@ -41,6 +45,9 @@ def results(call: LinearCall, tensors: Slots, given: Slot) -> tuple[Tensor, ...]
         return spanned(call.loss, lambda: by_formula(call, tensors))
     if seen:
         return operators.run(call, tensors)
+    if asked is not None and not autocasts("cpu") and heads_again.serves(call, tensors):
+        places = [k for k, t in enumerate(tensors) if t is not None]
+        remember(call.loss, call, asked, asked.tensors, heads_again.repeater(places))
     differentiable = tensors[: call.gradients]
     if learns() and any(t is not None and t.requires_grad for t in differentiable):
         return named(Chunked, call.loss)(call, *tensors)

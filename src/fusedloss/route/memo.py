@@ -48,6 +48,7 @@ class Known:
     make: Callable[[Tensors], Tensors] | None
     warning: str
     on_gpu: bool
+    prepare: Callable[..., Callable[..., Tensor] | None]
     repeater: Callable[..., Tensor] | None = None  # made when the call first comes back
     tried: bool = False
     run: Callable[..., Tensor] | None = None  # that, where there is nothing else to do
@@ -93,7 +94,7 @@ def _with_more(loss: str, it: Known, tensors: Tensors) -> Tensor | None:
         if it.make:
             tensors = it.make(tensors)
         if not it.tried:
-            it.repeater, it.tried = autograd.repeater(loss, it.call, (*tensors, *it.absent)), True
+            it.repeater, it.tried = it.prepare(loss, it.call, (*tensors, *it.absent)), True
             if not (it.make or it.warning or it.on_gpu):
                 it.run = it.repeater
     if it.on_gpu and gpu.problem(it.call.family):
@@ -113,7 +114,13 @@ def _with_more(loss: str, it: Known, tensors: Tensors) -> Tensor | None:
     return None
 
 
-def remember(loss: str, call: Call, asked: Asked, made: Tensors) -> None:
+def remember(
+    loss: str,
+    call: Any,
+    asked: Asked,
+    made: Tensors,
+    prepare: Callable[..., Callable[..., Tensor] | None] = autograd.repeater,
+) -> None:
     """The call of the kernel may be repeated: the checks saw nothing but types and shapes."""
     settings, tensors, make, warning = asked
     if (
@@ -128,7 +135,7 @@ def remember(loss: str, call: Call, asked: Asked, made: Tensors) -> None:
     key = loss, settings, _grad_enabled(), available.host, tensors[0].shape
     absent = (None,) * (len(made) - len(present))
     alike, on_gpu = torch_state.alike(*tensors), gpu.serves(tensors[0])
-    it = Known(alike, call, absent, make, warning, on_gpu)
+    it = Known(alike, call, absent, make, warning, on_gpu, prepare)
     if len(known) >= MOST:
         known.clear()
     known[key] = (it, *known.get(key, ())[: ALIKE - 1])

@@ -43,6 +43,7 @@ from .harness import (
 from .machine import Run
 from .machine import gpu as gpu_machine
 from .selection import other_build
+from .targets import Target
 
 VARIANTS = ("products", "ours", "lazy", "eager", "torch")
 LABELS = {
@@ -54,13 +55,23 @@ LABELS = {
 COLOURS = {"ours": "#08306b", "lazy": "#4292c6", "eager": "#cb181d", "torch": "#ef8a62"}
 PEERS = ("liger", "cut-cross-entropy")
 LONG, FEWEST = 60.0, 2  # a case that has taken so many seconds ends after so many rounds
+SAMPLE, SAMPLES = 0.01, 60  # seconds of one and how many, of a small case
 GPU_ROUNDS = 5
 SLOW_PRODUCTS = "this CPU has no instructions for bfloat16: its products are taken in float32"
 
 
-def head(group: str, n: int, d: int, v: int, dtype: str) -> Case:
-    """Rows, features and classes of a group: table, classes or rows."""
-    return Case(f"{n} x {d} x {v} {dtype}", "linear_cross_entropy", (n, d, v), dtype, group=group)
+# Times the products alone and PyTorch, by type.
+AT_MOST = {"float32": {"products": 1.05}, "bfloat16": {"products": 1.25, "eager": 1.0}}
+NONE: Mapping[str, float] = {}
+SMALL, SMALL_AT_MOST = ((3, 4, 5), (64, 64, 128)), {"eager": 1.3}
+
+
+def head(
+    group: str, n: int, d: int, v: int, dtype: str, at_most: Mapping[str, float] = NONE
+) -> Case:
+    """Rows, features and classes of a group: table, small, classes or rows."""
+    words = f"{n} x {d} x {v} {dtype}", "linear_cross_entropy", (n, d, v), dtype
+    return Case(*words, group=group, at_most=at_most)
 
 
 GPU_CASES = (
@@ -72,13 +83,28 @@ GPU_CASES = (
 
 
 def cases(quick: bool) -> list[Case]:
-    shapes = [("table", 1024, 768, 32000), ("table", 2048, 512, 50257)]
+    found = [head("table", 1024, 768, 32000, dtype, most) for dtype, most in AT_MOST.items()]
+    found += [head("small", *shape, dtype, SMALL_AT_MOST) for dtype in AT_MOST for shape in SMALL]
+    shapes = [("table", 2048, 512, 50257)]
     if quick:
         shapes += [("classes", 512, 256, v) for v in (4096, 16384, 65536)]
-        return [head(*shape, "float32") for shape in shapes]
+        return found + [head(*shape, "float32") for shape in shapes]
     shapes += [("classes", 1024, 512, 1000 * v) for v in (4, 16, 64, 128, 256)]
     shapes += [("rows", n, 512, 32000) for n in (256, 1024, 4096, 16384)]
-    return [head(*shape, dtype) for dtype in ("float32", "bfloat16") for shape in shapes]
+    return found + [head(*shape, dtype) for dtype in AT_MOST for shape in shapes]
+
+
+def shortest(result: Result, other: str, _: Sequence[Result]) -> float | None:
+    return result.shortest_ratio("ours", other)
+
+
+def targets(results: Sequence[Result]) -> list[Target]:
+    """Those of the cases."""
+    return [
+        Target(f"{r.case.title} / {other}", partial(shortest, r, other), bound)
+        for r in results
+        for other, bound in r.case.at_most.items()
+    ]
 
 
 def sizes(case: Case) -> tuple[int, int]:
@@ -185,10 +211,12 @@ def measure(
         skipped = {v: why for v in VARIANTS if (why := why_not(case, v))}
         chosen = tuple(v for v in VARIANTS if v not in skipped)
         try:
-            plan = Plan(chosen, threads, LONG, 0.0, FEWEST, rounds, against, HeadWork)
+            small = case.group == "small"
+            measured = (1.0, SAMPLE, FEWEST, SAMPLES) if small else (LONG, 0.0, FEWEST, rounds)
+            plan = Plan(chosen, threads, *measured, against, HeadWork)
             result = in_a_process(time_case, case, plan)
             for variant in LABELS:
-                if variant in result.samples:
+                if variant in result.samples and not small:
                     result.peaks[variant] = in_a_process(peak_memory, case, variant, plan)
         except (RuntimeError, OSError) as error:
             result = Result(case, skipped={"ours": str(error)})
@@ -209,7 +237,7 @@ def run(args: argparse.Namespace, threads: int) -> int:
             this.console.print(f"{result.case.title}, ms: {best}", markup=False)
     except KeyboardInterrupt:
         interrupted = True
-    this.console.print(table(results))
+    this.console.print(table(results), tables.targets_table(results, targets(results)))
     if against:
         this.console.print(tables.builds_table(results), tables.slowest(results))
     for note in dict.fromkeys(w for r in results for w in r.skipped.values()):
@@ -256,7 +284,8 @@ def table(results: list[Result]) -> Table:
 
 
 def milliseconds(result: Result) -> str:
-    return number(1e3 * (result.shortest("ours") or math.nan), 0)
+    shortest = 1e3 * (result.shortest("ours") or math.nan)
+    return number(shortest, 0 if shortest >= 10 else 3)
 
 
 def mebibytes(result: Result, variant: str) -> float | None:

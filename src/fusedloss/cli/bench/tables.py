@@ -160,24 +160,26 @@ def means_table(results: Sequence[Result]) -> Table:
     return table
 
 
-def judged(results: Sequence[Result]) -> list[tuple[Target, float | None, str]]:
+def judged(
+    results: Sequence[Result], targets: Sequence[Target] = TARGETS
+) -> list[tuple[Target, float | None, str]]:
     """Each target, what was measured, and the word for it."""
     found = []
-    for target in TARGETS:
+    for target in targets:
         value = target.measured(results)
         word = "not measured" if value is None else "met" if target.met(value) else "NOT MET"
         found.append((target, value, word))
     return found
 
 
-def targets_table(results: Sequence[Result]) -> Table:
+def targets_table(results: Sequence[Result], targets: Sequence[Target] = TARGETS) -> Table:
     table = new_table("Targets")
     table.add_column("what")
     table.add_column("target", justify="right")
     table.add_column("measured", justify="right")
     table.add_column("")
     colours = {"met": "green", "NOT MET": "red", "not measured": "dim"}
-    for target, value, word in judged(results):
+    for target, value, word in judged(results, targets):
         sign = "≥" if target.at_least else "≤"
         wanted = f"{sign} {target.bound:g}"
         table.add_row(target.text, wanted, figures(value), f"[{colours[word]}]{word}[/]")

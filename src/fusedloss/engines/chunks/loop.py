@@ -42,9 +42,10 @@ def run(
     if straight(call, tensors, needed, arriving):
         result, grads = Straight(call, tensors, needed, arriving)(tensors, arriving)
         result = result if call.reduction != "none" else result.unsqueeze(1)
-        pairs = zip((*grads, None), tensors, strict=False)
+        each = iter(grads)
         return (result,), [
-            None if g is None or t is None else g.to(wide(g)).view(t.shape) for g, t in pairs
+            next(each).to(wide(t)).view(t.shape) if need and k < 3 and t is not None else None
+            for k, (t, need) in enumerate(zip(tensors, needed, strict=False))
         ]
     loop = LOOPS[call.family](call, tensors, needed, incoming)
     for head in range(loop.heads):

@@ -13,13 +13,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ...core.torch_state import any_autocast
 from ...kinds.heads import Slot
 from ..cpu import linear as kernel
 
 HALVES = (torch.bfloat16, torch.float16)
 TILE_BYTES = 4 << 20
 NARROWEST_TILE = 64  # classes
-LARGE = 1 << 22  # bytes, from which on large pages are asked for
+LARGE = 1 << 20  # elements, from which on large pages are asked for
 
 
 class Direct:
@@ -123,9 +124,10 @@ class Accelerated(Direct):
 
 def multiplied(a: Tensor, b: Tensor) -> Tensor:
     """The product in the type of its operands: autocast leaves what is written to alone."""
+    if a.shape[0] * b.shape[1] < LARGE and not any_autocast():
+        return torch.mm(a, b)
     out = a.new_empty(a.shape[0], b.shape[1])
-    if out.nbytes >= LARGE:
-        kernel.advise_huge_pages(out)
+    kernel.advise_huge_pages(out)
     return torch.mm(a, b, out=out)
 
 

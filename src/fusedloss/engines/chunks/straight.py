@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.reduce import wide
+from ...core.torch_state import any_autocast, empty_on_cpu
 from ...kinds.distill import DistillCall
 from ...kinds.heads import LinearCall, Rows, Slot, Slots
 from .. import abi
@@ -16,12 +17,20 @@ from ..cpu import linear as kernel
 from ..cpu.kept import Kept
 from ..cpu.load import DTYPES, FLOATS
 from .plan import AGAIN, ORDINARY, on_host, plan
-from .products import HALVES, NARROWEST_TILE, TILE_BYTES, multiplied, multiplies, rounded_away
+from .products import (
+    HALVES,
+    LARGE,
+    NARROWEST_TILE,
+    TILE_BYTES,
+    multiplied,
+    multiplies,
+    rounded_away,
+)
 
 ROW_WORDS = (
     6  # of scratch: label, place, share, scale, loss, and whether it is beyond what is ordinary
 )
-FEW = torch.float64
+FEW, ONE = torch.float64, (1,)
 
 
 class Straight:
@@ -38,7 +47,7 @@ class Straight:
         incoming: Slot = None,
         sign: float = 1.0,  # of the result
     ) -> None:
-        input, linear_weight, _, target, weight, share = tensors[:6]
+        input, linear_weight, _, target, weight, *_ = tensors
         assert input is not None and linear_weight is not None
         self.call, self.needed, dtype = call, (*needed, False, False, False)[:3], input.dtype
         self.features, self.classes = input.shape[-1], linear_weight.shape[0]
@@ -47,15 +56,18 @@ class Straight:
         self.shape = torch.Size() if self.reduced else input.shape[:-1]
         self.wide, self.half = wide(input), dtype in HALVES
         rounds = multiplies(dtype)
-        self.widens = self.half and not rounds
+        self.widens, self.distills = self.half and not rounds, isinstance(call, DistillCall)
         differentiates = any(self.needed)
         self.exact = rounds and (call.exact_logits or not differentiates)
         self.watches = rounds and not self.exact
-        given = (("label", target), ("weight", weight), ("share", share), ("incoming", incoming))
-        here = [(name, t) for name, t in given if t is not None]
+        places = (("label", 3), ("weight", 4), ("share", 5))
+        here = [(name, k, t) for name, k in places if (t := tensors[k]) is not None]
+        self.read = [k for _, k, _ in here]
+        types = {name: (0, DTYPES[t.dtype]) for name, _, t in here}
+        if incoming is not None:
+            types["incoming"] = (0, DTYPES[incoming.dtype])
         self.rows = Kept(
-            *("head_rows", call.loss),
-            [*(name for name, _ in here), *("labels", "kept", "shares", "scale", "divisor")],
+            *("head_rows", call.loss, [*types, "rows"]),
             {
                 "n": n,
                 "classes": self.classes,
@@ -63,13 +75,12 @@ class Straight:
                 "divide": call.reduction == "mean",
                 "sign": sign,
                 "incoming_stride": incoming is not None and incoming.numel() == n,
-                **{name: (0, DTYPES[t.dtype]) for name, t in here},
+                **types,
             },
         )
         self.step = self.laid_out(tensors, target, weight, differentiates)
         self.results = Kept(
-            *("head_results", call.loss),
-            ("kept", "loss", "shares", "divisor", "out"),
+            *("head_results", call.loss, ("rows", "out")),
             {
                 "n": n,
                 "count": n,
@@ -78,6 +89,10 @@ class Straight:
                 "out": (0, DTYPES[call.dtype]),
             },
         )
+        self.empty = tuple(self.shape), layout(self.shape), call.dtype
+        self.words = (abi.HEAD_WORDS * n + 1,)
+        size = max(n * self.classes, (n + self.classes) * self.features)
+        self.multiply = torch.mm if size < LARGE else multiplied
 
     def laid_out(self, tensors: Slots, target: Slot, weight: Slot, differentiates: bool) -> Kept:
         """The row step."""
@@ -92,6 +107,8 @@ class Straight:
         }
         own = ["label"] * (target is not None)
         last = [*["incoming"] * differentiates, "loss", *["beyond"] * self.watches]
+        own_words = [*[3] * differentiates, 4, *[5] * self.watches]
+        self.places = [8 * self.n * k for k in own_words]
         if not isinstance(call, DistillCall):
             numbers = {
                 **common,
@@ -125,74 +142,79 @@ class Straight:
         """The pointers to logits."""
         return [f"{of}.data", *[f"{of}.low"] * self.exact, *[f"{of}.bias"] * (bias is not None)]
 
-    def __call__(self, tensors: Slots, incoming: Slot = None) -> tuple[Tensor, list[Slot]]:
+    def __call__(self, tensors: Slots, incoming: Slot = None) -> tuple[Tensor, Sequence[Tensor]]:
         """The result, and the gradients that are needed; half types' may be of float32.
 
         Raises:
             IndexError: a class index out of range.
         """
-        input, linear_weight, bias, target, weight, share = tensors[:6]
-        assert input is not None and linear_weight is not None
+        input, w, bias, target, weight, _ = tensors[:6]
+        assert input is not None and w is not None
         n, call = self.n, self.call
-        scratch = torch.empty(ROW_WORDS * n + 1, dtype=FEW)
-        start = scratch.data_ptr()
-        labels, kept, shares, scale, loss, beyond, divisor = range(
-            start, start + 8 * (ROW_WORDS * n + 1), 8 * n
-        )
-        given = [t.data_ptr() for t in (target, weight, share, incoming) if t is not None]
-        found = self.rows(*given, labels, kept, shares, scale, divisor)
-        count, index = n, None
+        multiply = multiplied if any_autocast() else self.multiply
+        rows = empty_on_cpu(self.words, ONE, FEW)
+        start, index, count = rows.data_ptr(), None, n
+        pointers = [tensors[k].data_ptr() for k in self.read]  # type: ignore[union-attr]
+        if incoming is not None:
+            pointers.append(incoming.data_ptr())
+        found = self.rows(*pointers, start)
         if found != abi.FINE:
             if found >= 0:
                 call.check(tensors, target)  # it raises
             count = abi.SOME - found
-            index = scratch.view(torch.int64)[n : n + count]
-        w = linear_weight if linear_weight.dim() == 2 else linear_weight.view(self.classes, -1)
-        x, w, g, lost, bias = self.logits(input, w, bias, index)
-        pointers = [t.data_ptr() for t in (g, lost, bias) if t is not None]
-        teacher: Slots = ()
-        if isinstance(call, DistillCall):
-            teacher = self.teacher(tensors[7:], index)
-            pointers += [t.data_ptr() for t in teacher[2:] if t is not None]
-        if target is not None:
-            pointers.append(labels)
-        if weight is not None:
-            weight = weight if weight.dtype is self.wide else weight.to(self.wide)
-            pointers.append(weight.data_ptr())
-        if any(self.needed):
-            pointers.append(scale)
-        pointers.append(loss)
-        if self.watches:
-            pointers.append(beyond)
-        more = self.step(*pointers) if count == n else self.step.of(count, 0, *pointers)
-        if more > 0:
-            self.step_exactly(scratch, count, (x, w, g, bias, weight), teacher, target is not None)
-        result = torch.empty(self.shape, dtype=call.dtype)
-        out = (kept, loss, shares, divisor, result.data_ptr())
-        if count == n:
-            self.results(*out)
-        else:
-            self.results.of(count, 1, *out)
-        return result, self.gradients(input, x, w, g, index) if any(self.needed) else []
-
-    def logits(
-        self, input: Tensor, w: Tensor, bias: Slot, index: Slot
-    ) -> tuple[Tensor, Tensor, Tensor, Slot, Slot]:
-        """Input and weight as they are multiplied, their product, what it lost, and the bias to add."""
-        x = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+            index = rows.view(torch.int64)[n : n + count]
+        x = input if input.dim() == 2 else input.view(n, self.features)
+        if w.dim() != 2:
+            w = w.view(self.classes, self.features)
         if index is not None:
             x = x.index_select(0, index)
         if self.widens:
             x, w = x.float(), w.float()
-        product = multiplied(x, w.t())
-        lost = rounded_away(x, w, product) if self.exact else None
-        return x, w, product, lost, bias if bias is None or not self.half else bias.float()
+        g = multiply(x, w.t())
+        pointers = [g.data_ptr()]
+        if self.exact:
+            lost = rounded_away(x, w, g)
+            pointers.append(lost.data_ptr())
+        if bias is not None:
+            bias = bias if bias.dtype is self.wide else bias.to(self.wide)
+            pointers.append(bias.data_ptr())
+        teacher: Slots = ()
+        if self.distills:
+            teacher = self.teacher(tensors[7:], index)
+            pointers += [t.data_ptr() for t in teacher[2:] if t is not None]
+        if target is not None:
+            pointers.append(start)
+        if weight is not None:
+            weight = weight if weight.dtype is self.wide else weight.to(self.wide)
+            pointers.append(weight.data_ptr())
+        pointers += [start + k for k in self.places]
+        more = self.step(*pointers) if count == n else self.step.of(count, 0, *pointers)
+        if more > 0:
+            self.step_exactly(rows, count, (x, w, g, bias, weight), teacher, target is not None)
+        result = empty_on_cpu(*self.empty)
+        if count == n:
+            self.results(start, result.data_ptr())
+        else:
+            self.results.of(count, 1, start, result.data_ptr())
+        grads: list[Tensor] = []
+        of_input, of_weight, of_bias = self.needed
+        if of_input:
+            grad = multiply(g, w)
+            if index is not None:
+                whole = grad.new_zeros(n, self.features)
+                grad = whole.index_copy_(0, index, grad)
+            grads.append(grad if input.dim() == 2 else grad.view(input.shape))
+        if of_weight:
+            grads.append(multiply(g.t(), x))
+        if of_bias:
+            grads.append(g.sum(0, dtype=self.wide))
+        return result, grads
 
     def teacher(self, tensors: Slots, index: Slot) -> Slots:
-        """Of a teacher: input, weight, logits, what they lost, bias."""
-        input, weight, bias, logits = tensors
+        """Of a teacher: input, weight, logits, what rounding took from them, bias."""
+        input, w, bias, logits = tensors
         if logits is not None:
-            logits = logits.reshape(self.n, self.classes)
+            logits = logits.view(self.n, self.classes)
             return (
                 None,
                 None,
@@ -200,13 +222,19 @@ class Straight:
                 None,
                 None,
             )
-        assert input is not None and weight is not None
-        weight = weight if weight.dim() == 2 else weight.view(self.classes, -1)
-        return self.logits(input, weight, bias, index)
+        assert input is not None and w is not None
+        x, w = input.view(self.n, -1), w.view(self.classes, -1)
+        if index is not None:
+            x = x.index_select(0, index)
+        if self.widens:
+            x, w = x.float(), w.float()
+        logits = multiplied(x, w.t())
+        lost = rounded_away(x, w, logits) if self.exact else None
+        return x, w, logits, lost, None if bias is None else bias.to(self.wide).view(-1)
 
     def step_exactly(
         self,
-        scratch: Tensor,
+        rows: Tensor,
         count: int,
         head: tuple[Tensor, Tensor, Tensor, Slot, Slot],
         teacher: Slots,
@@ -214,37 +242,22 @@ class Straight:
     ) -> None:
         """Once more for the rows of which the roundings count, with what these took from their logits."""
         x, w, g, bias, weight = head
-        n, words = self.n, scratch.view(torch.int64)
-        labels, scale, losses = words[:count], scratch[3 * n :], scratch[4 * n :]
+        n, words = self.n, rows.view(torch.int64)
+        labels, scale, losses = words[:count], rows[3 * n :], rows[4 * n :]
         beyond = words[5 * n : 5 * n + count].nonzero().squeeze(1)
         for part in beyond.split(-(-count // AGAIN)):
             logits = g[part]
             own = kernel.Logits(logits, rounded_away(x[part], w, logits), bias)
-            rows = Rows(torch.empty(len(part), dtype=FEW))
+            results = Rows(torch.empty(len(part), dtype=FEW))
             target, arriving = labels[part] if labelled else None, Rows(scale[part])
             if isinstance(self.call, DistillCall):
                 of_teacher = exactly(teacher, part)
-                kernel.distill(self.call, own, of_teacher, target, rows, arriving)
+                kernel.distill(self.call, own, of_teacher, target, results, arriving)
             else:
                 assert target is not None
-                kernel.step(self.call, own, target, weight, rows, arriving)
+                kernel.step(self.call, own, target, weight, results, arriving)
             g[part] = logits
-            losses[part] = rows.loss
-
-    def gradients(self, input: Tensor, x: Tensor, w: Tensor, g: Tensor, index: Slot) -> list[Slot]:
-        of_input, of_weight, of_bias = self.needed
-        found: list[Slot] = [None] * 3
-        if of_input:
-            grad = multiplied(g, w)
-            if index is not None:
-                whole = grad.new_zeros(self.n, self.features)
-                grad = whole.index_copy_(0, index, grad)
-            found[0] = grad if input.dim() == 2 else grad.view(input.shape)
-        if of_weight:
-            found[1] = multiplied(g.t(), x)
-        if of_bias:
-            found[2] = g.sum(0, dtype=self.wide)
-        return found
+            losses[part] = results.loss
 
 
 def exactly(teacher: Slots, part: Tensor) -> kernel.Logits:
@@ -281,6 +294,11 @@ def straight(call: LinearCall, tensors: Slots, needed: Sequence[bool], incoming:
     rows = input.numel() // features
     found = plan(call, input.reshape(rows, features), classes, any(needed))
     return found.rows >= rows and found.classes >= classes
+
+
+def layout(shape: torch.Size) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    return torch.empty(shape, device="meta").stride()
 
 
 def lies_flat(tensor: Slot) -> bool:
