@@ -8,13 +8,24 @@ from typing import Any
 import pytest
 import torch
 from conftest import HALVES, formula_path, name_of
-from problems import SMALL, N, Problem, close, double, each_reduction, error, exact, leaves
+from problems import (
+    SMALL,
+    Distillation,
+    N,
+    Problem,
+    close,
+    double,
+    each_reduction,
+    error,
+    exact,
+    leaves,
+)
 from torch import Generator, Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from fusedloss import linear_cross_entropy
+from fusedloss import linear_cross_entropy, linear_kl_div
 from fusedloss.engines.chunks import loop as chunks
-from fusedloss.engines.chunks import products
+from fusedloss.engines.chunks import products, straight
 from fusedloss.route import heads, memo
 
 
@@ -86,6 +97,47 @@ def test_bfloat16_products_lose_no_digits_of_the_logits(
     torch.testing.assert_close(
         high.double() + low.double(), exact, rtol=2**-15, atol=2**-16 * exact.abs().max().item()
     )
+
+
+@pytest.mark.parametrize("budget", [None, 5 << 20], ids=["one chunk", "chunks"])
+@pytest.mark.parametrize("function", [linear_cross_entropy, linear_kl_div])
+@pytest.mark.parametrize("size", [0.5, 2.0, 8.0])
+def test_rounded_logits_cost_a_quarter_of_the_error(
+    size: float,
+    function: Any,
+    budget: int | None,
+    generator: Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where they would cost more, or are asked for, they are exact."""
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: True)
+    problem = Distillation(generator, torch.bfloat16, shape=(150, 64, 2000))
+    problem.tensors["linear_weight"] *= size
+    problem.tensors["linear_bias"] *= size / 4
+    problem.learned = ["input", "linear_weight"]
+    wide = Distillation(generator, shape=(150, 64, 2000))
+    wide.tensors = {k: double(t) for k, t in problem.tensors.items()}
+    wide.learned = problem.learned
+    settings = {} if function is linear_cross_entropy else {"teacher_logits": problem.logits()}
+    true = wide.run(function, **{k: double(t) for k, t in settings.items()})
+    taken: list[int] = []
+    lost = products.rounded_away
+
+    def counted(x: Tensor, *rest: Tensor) -> Tensor:
+        taken.append(len(x))
+        return lost(x, *rest)
+
+    for module in (products, straight):
+        monkeypatch.setattr(module, "rounded_away", counted)
+    rows = int((problem.tensors["target"] != -100).sum())
+    found = problem.run(function, **settings, memory_budget=budget)
+    assert sum(taken) == {0.5: 0, 8.0: rows}.get(size, sum(taken))
+    taken.clear()
+    exact = problem.run(function, **settings, memory_budget=budget, exact_logits=True)
+    assert sum(taken) == rows
+    for ours, digits, truth in zip(found[1:], exact[1:], true[1:], strict=True):
+        apart = [(g.double() - truth).norm() for g in (ours, digits)]
+        assert apart[0] <= 1.25 * apart[1]
 
 
 def test_infinite_logits_of_bfloat16_products(
