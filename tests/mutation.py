@@ -181,6 +181,8 @@ MUTANTS = [
     kernel("linear.h", "brought(s.products + gap * s.raised_sum(), gap)", "brought(s.products, gap)", HEADS, **LINEAR),
     kernel("linear.h", "- slope * mean_x +", "+", HEADS, **LINEAR),
     kernel("linear.h", "if (kept && a.first) s = *kept;", "", HEADS, **LINEAR),
+    kernel("head_rows.h", "rows.scale()[k] /= divisor;", ";", HEADS, **LINEAR),
+    kernel("head_rows.h", "rows.loss()[k] * rows.share()[k]", "rows.loss()[k]", HEADS, **LINEAR),
     kernel("distill.h", "raised_sum() > 0 ? brought(raised_sum(), gap) : 0;", "raised_sum();", HEADS, **LINEAR),
     kernel("distill.h", "(a.of_teacher && a.of_student ? 1 - a.beta : 1.0)", "1.0", HEADS, **LINEAR),
     kernel("distill.h", "T(mean + double(own_gap)), out", "own_gap, out", HEADS, **LINEAR),

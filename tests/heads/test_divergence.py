@@ -165,3 +165,17 @@ def test_distillation_of_no_rows(batch: tuple[int, ...], target: bool, path: str
         grads = torch.autograd.grad(loss, [given["input"], given["linear_weight"]])
         assert not grads[0].numel() and not grads[1].nan_to_num(0.0).any()
     assert linear_kl_div(**given, reduction="none").shape == batch
+
+
+@pytest.mark.parametrize("budget", [None, SMALL], ids=["one chunk", "chunks"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=name_of)
+def test_a_teacher_of_another_type(
+    dtype: torch.dtype, budget: int | None, generator: Generator
+) -> None:
+    """Its bias, too, is taken in the type that the student's row step computes in."""
+    problem = Distillation(generator, torch.float32)
+    teacher = {k: t.to(dtype) for k, t in problem.teacher.items()}
+    assert "teacher_bias" in teacher
+    found = problem.run(linear_kl_div, **teacher, memory_budget=budget)
+    wide = {k: double(t).float() for k, t in teacher.items()}
+    close(found, problem.run(linear_kl_div, **wide), rtol=1e-4, atol=1e-5)

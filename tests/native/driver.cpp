@@ -327,10 +327,48 @@ void distill_call(Random& r) {
     loss.check_finite("distill");
 }
 
+void head_rows_call(Random& r) {
+    HeadRowsArgs a{};
+    a.n = size(r, 600);
+    a.classes = 1 + r.below(40);
+    a.ignore_index = r.below(a.classes);
+    a.divide = r.chance(50);
+    a.sign = r.chance(50) ? 1 : -1;
+    if (!a.n) return;
+    const auto some_of = [&](int64_t n, double low, double high) {
+        return r.chance(50) ? floats(r, float_type(r), {n}, DENSE, low, high, false) : Tensor();
+    };
+    const auto array = [](const Tensor& t) { return t ? Array{t.data(), t.dtype} : Array{}; };
+    const Tensor label = labels(r, a.n, a.classes), weight = some_of(a.classes, 0.1, 2);
+    const Tensor share = some_of(a.n, 0, 1), incoming = some_of(a.n, -1, 1);
+    a.label = array(label), a.weight = array(weight), a.share = array(share), a.incoming = array(incoming);
+    a.incoming_stride = bool(incoming);
+    const Tensor rows = make(r, I64, {head_words * a.n + 1}, DENSE, gap);
+    HeadResultsArgs b{};
+    b.n = a.n;
+    b.reduced = r.chance(50);
+    b.sign = a.sign;
+    Tensor out = make(r, float_type(r), {b.reduced ? 1 : a.n}, DENSE, untouched);
+    b.rows = a.rows = static_cast<int64_t*>(rows.data());
+    b.out = array(out);
+    on_both("head_rows", false,
+            [&] {
+                const int64_t found = fusedloss_run(HEAD_ROWS, &a);
+                require(found == fine || (found <= some && found > some - a.n),
+                        "head_rows: a label out of range");
+                b.count = found == fine ? a.n : some - found;
+                double* of_rows = static_cast<double*>(rows.data());
+                std::copy_n(of_rows + 3 * a.n, b.count, of_rows + 4 * a.n);  // losses
+                require(fusedloss_run(HEAD_RESULTS, &b) == fine, "head_results: failed");
+                return int64_t(-1);
+            },
+            {&out});
+}
+
 void calls(uint64_t seed, int64_t count) {
     Random r(seed);
     for (int64_t k = 0; k < count; ++k) {
-        switch (r.below(9)) {
+        switch (r.below(10)) {
             case 0: pointwise_call(r); break;
             case 1: rows_call(r, false); break;
             case 2: rows_call(r, true); break;
@@ -339,6 +377,7 @@ void calls(uint64_t seed, int64_t count) {
             case 5: ctc_call(r); break;
             case 6: margins_call(r); break;
             case 7: dice_call(r); break;
+            case 8: head_rows_call(r); break;
             default: reduction_call(r); break;
         }
     }

@@ -19,7 +19,7 @@ from .dispatch import by_formula, formula_reason, operator_serves
 from .memo import Asked, remember
 
 
-def dispatch(ready: Ready, asked: Asked | None) -> Any:
+def dispatch(ready: Ready, asked: Asked | None = None) -> Any:
     """The loss of a checked call."""
     return ready.done(results(ready.call, ready.tensors, ready.target, asked))
 

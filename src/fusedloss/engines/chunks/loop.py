@@ -144,10 +144,10 @@ class _Loop:
         return products(weight, own, self.call.exact_logits and not host)
 
     def added(self, bias: Slot, head: int = 0) -> Slot:
-        """The bias of one head, where the row step adds it."""
+        """The bias of one head in the type that the row step computes in, where that adds it."""
         if bias is None or not on_host(self.input):
             return None
-        return bias[:, head].to(wide(bias)).contiguous()
+        return bias[:, head].to(wide(self.input)).contiguous()
 
     def kept(self, head: int) -> Slot:
         """The rows that count; None where all do, or where to find out would stop a queue."""
