@@ -86,8 +86,7 @@ class _Loop:
         self.grads = self.gradients(needed)
         self.chunk: Slot = None
         self.bias: Slot = None  # of the head, where the row step adds it
-        exact = call.exact_logits or self.incoming is None
-        self.ordinary = -1.0 if exact else ORDINARY
+        self.rounds = [rounded(t) for t in (input, *tensors[7:8]) if t is not None]
 
     def of_rows(self) -> Tensor:
         """A number for each row, (N, K), those of a head side by side."""
@@ -191,7 +190,7 @@ class _Loop:
         x = product.rows(self.input[rows])
         g = self.matrix(n, self.classes)
         product.logits(x, g)
-        beyond = torch.empty(n, dtype=torch.int64) if rounded(self.input) else None
+        beyond = torch.empty(n, dtype=torch.int64) if any(self.rounds) else None
         if self.step(g, head, rows, beyond=beyond) > 0:
             self.step_exactly(product, x, g, head, rows, beyond)
         grad_input, grad_weight, grad_bias, _ = self.grads
@@ -213,13 +212,25 @@ class _Loop:
         assert self.chunk is not None
         return self.chunk[: n * columns].view(n, columns)
 
+    def ordinary(self, rounds: bool) -> float:
+        """The size of logits up to which roundings of theirs, if there are any, do not count."""
+        if not rounds:
+            return math.inf
+        return -1.0 if self.call.exact_logits or self.incoming is None else ORDINARY
+
     def step(
-        self, logits: Tensor, head: int, rows: Index, lost: Slot = None, beyond: Slot = None
+        self,
+        logits: Tensor,
+        head: int,
+        rows: Index,
+        lost: Slot = None,
+        beyond: Slot = None,
+        exactly: bool = False,
     ) -> int:
         """Logits become their gradient; of rows `beyond` what is ordinary they stay, and so many there are."""
         results = self.results.each(lambda t: t[:, head][rows])
         incoming = self.incoming and self.incoming.each(lambda t: t[:, head][rows])
-        found = self.run_step(logits, head, rows, results, incoming, lost, beyond)
+        found = self.run_step(logits, head, rows, results, incoming, lost, beyond, exactly)
         self.keep(results, head, rows)
         return found
 
@@ -227,11 +238,12 @@ class _Loop:
         self, product: Direct, x: Tensor, g: Tensor, head: int, rows: Index, beyond: Slot
     ) -> None:
         """Once more for the rows that stayed, with what rounding took from their logits."""
-        assert isinstance(product, Native) and beyond is not None
+        assert beyond is not None
         index = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
         for part in beyond.nonzero().squeeze(1).split(-(-len(beyond) // AGAIN)):
             logits = g[part]
-            self.step(logits, head, index[part], product.lost(x[part], logits))
+            lost = product.lost(x[part], logits) if isinstance(product, Native) else None
+            self.step(logits, head, index[part], lost, exactly=True)
             g[part] = logits
 
     def run_step(
@@ -243,6 +255,7 @@ class _Loop:
         incoming: Rows | None,
         lost: Slot,
         beyond: Slot,
+        exactly: bool,
     ) -> int:
         if takes_triton(self.call, self.input):
             assert self.target is not None and isinstance(rows, slice)
@@ -261,7 +274,7 @@ class _Loop:
             return 0
         own = kernel.Logits(logits, lost, self.bias)
         arguments = (self.call, own, target, self.weight, results, incoming, part)
-        found = kernel.step(*arguments, ordinary=self.ordinary, beyond=beyond)
+        found = kernel.step(*arguments, ordinary=self.ordinary(self.rounds[0]), beyond=beyond)
         if grad_target is not None and part is not None and not isinstance(rows, slice):
             grad_target[:, :, head][rows] = part
         return found
@@ -286,17 +299,18 @@ class _DistillLoop(_Loop):
         incoming: Rows | None,
         lost: Slot,
         beyond: Slot,
+        exactly: bool,
     ) -> int:
         assert isinstance(self.call, DistillCall)
-        teacher = self.teacher(rows, lost is not None)
+        teacher = self.teacher(rows, exactly)
         target = None if self.target is None else self.targets(head, rows)
         if not on_host(self.input):
             steps.distill(self.call, logits, teacher.values, target, results, incoming)
             return 0
         student = kernel.Logits(logits, lost, self.bias)
         given = (self.call, student, teacher, target, results, incoming)
-        theirs = math.inf if self.tensors[10] is not None else self.ordinary
-        return kernel.distill(*given, self.ordinary, theirs, beyond)
+        own, theirs, *_ = (self.ordinary(rounds) for rounds in (*self.rounds, False))
+        return kernel.distill(*given, ordinary=own, teacher_ordinary=theirs, beyond=beyond)
 
     def teacher(self, rows: Index, exactly: bool) -> kernel.Logits:
         """The teacher's logits of some rows."""

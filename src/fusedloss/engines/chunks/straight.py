@@ -280,6 +280,7 @@ def straight(call: LinearCall, tensors: Slots, needed: Sequence[bool], incoming:
         or denominator is not None
         or linear_weight.numel() != classes * features
         or not on_host(input)
+        or any(t is not None and t.dtype is not input.dtype for t in teacher[:1])
         or not all(map(lies_flat, (bias, target, weight, share, incoming, *teacher)))
         or not (input.numel() and linear_weight.numel())
         or any(t is not None and t.dtype not in FLOATS for t in (weight, share, incoming))
