@@ -23,10 +23,12 @@ R = TypeVar("R")
 # Asked at every call or backward: bound here once.
 _grad_enabled = torch.is_grad_enabled
 _inference = torch.is_inference_mode_enabled
+_dispatch_modes = torch_state.dispatch_modes
 _keeps_graph = torch_state.keeps_graph
 _hooks = torch_state.saved_tensor_hooks
 _profiling = torch_state.profiling
 _span = torch_state.span
+_storage = torch_state.storage
 
 
 def run(loss: str, call: Call, tensors: tuple[Tensor | None, ...]) -> Tensor:
@@ -46,23 +48,23 @@ def learns() -> bool:
 def repeater(
     loss: str, call: Call, tensors: tuple[Tensor | None, ...]
 ) -> Callable[..., Tensor] | None:
-    """What runs such a call again, given its tensors but for the None among these; or None."""
+    """What runs such a call again, given its tensors but for the None among these; or None.
+
+    Not where saved tensors have hooks, and may come back as anything.
+    """
     again = prepare(loss, call, tensors)
     if again is None:
         return None
-    apply, forward, absent = again.apply, again.forward, again.absent
-
-    def recorded(*tensors: Tensor) -> Tensor:
-        if _hooks(True) is None:
-            return apply(again, *tensors)
-        return run(loss, call, (*tensors, *absent))  # what is saved may come back as anything
+    if again.learned:
+        return functools.partial(again.apply, again)
+    forward, told = again.forward, again.told
 
     def unrecorded(*tensors: Tensor) -> Any:
         if _profiling():
-            return spanned(loss, lambda: (forward(*tensors) or again.told(tensors))[-1])
-        return (forward(*tensors) or again.told(tensors))[-1]
+            return spanned(loss, lambda: (forward(*tensors) or told(tensors))[-1])
+        return (forward(*tensors) or told(tensors))[-1]
 
-    return recorded if again.learned else unrecorded
+    return unrecorded
 
 
 def _recorded(apply: Callable[..., Any], first: Any, tensors: tuple[Any, ...]) -> Tensor:
@@ -155,7 +157,15 @@ class _Again(torch.autograd.Function):
         again = ctx.again
         try:
             saved = ctx.saved_tensors
-        except RuntimeError:
+            if (
+                again.stores
+                and type(incoming) is Tensor
+                and not (_grad_enabled() or _dispatch_modes() or _keeps_graph())
+                and _storage(incoming)
+                and incoming.item() == 1.0
+            ):
+                return again.returned(saved[again.inputs :])
+        except RuntimeError:  # what was saved has changed, or what arrives is no number
             return _by_all_means(ctx, incoming)
         if not _grad_enabled():
             if not again.stores:
@@ -164,8 +174,6 @@ class _Again(torch.autograd.Function):
                     return again.returned(grads)
             elif is_plain(incoming):
                 stored = saved[again.inputs :]
-                if incoming.item() == 1.0 and not _keeps_graph():
-                    return again.returned(stored)
                 if scales_exactly(stored, incoming):
                     return again.returned(scaled(stored, incoming, True))
         return _by_all_means(ctx, incoming)

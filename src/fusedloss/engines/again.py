@@ -28,13 +28,11 @@ class Again(ABC):
     learned: int  # by how many
     stores: bool  # whether forward computes the gradients
     absent: tuple[None, ...]  # the tensors that the call lacks
-    undefined: tuple[None, ...] | None  # the gradients after those, if no other stands between them
+    undefined: tuple[None, ...] | None  # the gradients after those, if these are first, and no sums
+    broadcast: tuple[torch.Size, ...] | None  # the shapes of the gradients, where they are sums
     shape: torch.Size  # of the result
     device: torch.device
     shapes: tuple[torch.Size, ...]  # of the tensors
-    broadcast: tuple[torch.Size, ...] | None = (
-        None  # the shapes of the gradients, where they are sums
-    )
     loss: str = ""
     apply: Any = None  # of the autograd function that bears its name
 
@@ -48,11 +46,11 @@ class Again(ABC):
 
     def returned(self, grads: Sequence[Tensor]) -> tuple[Slot, ...]:
         """What backward returns: the gradients that are needed, each of its tensor's shape and in its place."""
+        if self.undefined is not None:
+            return (None, *grads, *self.undefined)
         if self.broadcast is not None:
             pairs = zip(grads, self.broadcast, strict=True)
             grads = [g if g.shape == shape else g.sum_to_size(shape) for g, shape in pairs]
-        if self.undefined is not None:
-            return (None, *grads, *self.undefined)
         return (None, *self.slots(grads), *(None,) * (self.inputs - len(self.needed)))
 
     def kept(self, stored: Sequence[Slot]) -> Sequence[Slot]:
@@ -72,10 +70,12 @@ def common(
     needed: Sequence[bool],
     stores: bool,
     result: Tensor,
+    broadcast: tuple[torch.Size, ...] | None = None,
 ) -> dict[str, Any]:
     """What an `Again` says of its call on every device: of `slots` tensors `inputs` are there."""
     needed = tuple(needed[: len(inputs)])
     learned = sum(needed)
+    first = broadcast is None and all(needed[:learned])
     return {
         "call": call,
         "inputs": len(inputs),
@@ -83,7 +83,8 @@ def common(
         "learned": learned,
         "stores": bool(learned) and stores,
         "absent": (None,) * (slots - len(inputs)),
-        "undefined": (None,) * (len(inputs) - learned) if all(needed[:learned]) else None,
+        "undefined": (None,) * (len(inputs) - learned) if first else None,
+        "broadcast": broadcast,
         "shape": result.shape,
         "device": result.device,
         "shapes": tuple(t.shape for t in inputs),

@@ -126,16 +126,14 @@ def function(
     if memo is None:
         lines.append(f"    return _finish(None, {everything})")
     else:
-        call = ["if (_known := _repeat(_name, *_asked)) is not None:", "    return _known"]
+        call = ["if (_found := _repeat(_name, _settings, _tensors)) is not None:"]
+        call += ["    return _found"]
         if memo.has_domain:  # what lies outside is told below
             call = ["try:", *("    " + line for line in call), "except _OutsideDomain:", "    pass"]
-        call = [f"_asked = ({memo.key},), {memo.tensors}", *call]
-        lines += [
-            "    _asked = None",
-            f"    if {memo.plain}:",
-            *("        " + line for line in call),
-        ]
-        lines.append(f"    return _finish(_asked, {everything})")
+        call = [f"_settings = ({memo.key},)", f"_tensors = {memo.tensors}", *call]
+        call.append(f"return _finish((_settings, _tensors), {everything})")
+        lines += [f"    if {memo.plain}:", *("        " + line for line in call)]
+        lines.append(f"    return _finish(None, {everything})")
     known = {
         "_has": has_torch_function_variadic,
         "_handle": handle_torch_function,

@@ -24,6 +24,7 @@ Tensors = tuple[Any, ...]
 # Asked at every call: bound here once.
 _is_compiling = torch.compiler.is_dynamo_compiling
 _grad_enabled = torch.is_grad_enabled
+_hooks = torch_state.saved_tensor_hooks
 _storage = torch_state.storage
 _level = levels.level
 _by_kernel = trace.by_kernel
@@ -75,7 +76,7 @@ def repeat(loss: str, settings: tuple[Any, ...], tensors: Tensors) -> Tensor | N
     else:
         return None
     run = it.run
-    if run is None:
+    if run is None or _hooks(True) is not None:
         return _with_more(loss, it, tensors)
     _by_kernel[loss] += 1
     try:
@@ -86,7 +87,10 @@ def repeat(loss: str, settings: tuple[Any, ...], tensors: Tensors) -> Tensor | N
 
 
 def _with_more(loss: str, it: Known, tensors: Tensors) -> Tensor | None:
-    """The same where the call first comes back, has no plan, is on a GPU, warns, or converts its tensors."""
+    """The same where the call first comes back, has no plan, is on a GPU, warns, or converts its tensors.
+
+    And where what is saved for backward may come back as anything.
+    """
     if it.make or not (it.tried and it.repeater):
         # Where memory was freed, torch's own operations would end the process.
         if not all(map(_storage, tensors)):
@@ -103,7 +107,7 @@ def _with_more(loss: str, it: Known, tensors: Tensors) -> Tensor | None:
         errors.warn(it.warning)
     _by_kernel[loss] += 1
     try:
-        if it.repeater is None:
+        if it.repeater is None or _hooks(True) is not None:
             return autograd.run(loss, it.call, (*tensors, *it.absent))
         return it.repeater(*tensors)
     except gpu.Failed as failed:

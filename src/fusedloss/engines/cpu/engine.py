@@ -56,11 +56,11 @@ class CpuEngine(Engine[P]):
             return None
         learning = [t for t, need in zip(tensors, needed, strict=False) if need and t is not None]
         summed = any(plan.gradient(t).shape != t.shape for t in learning)
+        shapes = tuple(t.shape for t in learning) if summed else None
         return AgainOnCpu(
             engine=self,
             forward=launch,
-            broadcast=tuple(t.shape for t in learning) if summed else None,
-            **common(call, inputs, len(tensors), needed, stores, result),
+            **common(call, inputs, len(tensors), needed, stores, result, shapes),
         )
 
     def keep_backward(
