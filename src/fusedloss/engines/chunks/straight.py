@@ -145,6 +145,8 @@ class Straight:
     def __call__(self, tensors: Slots, incoming: Slot = None) -> tuple[Tensor, Sequence[Tensor]]:
         """The result, and the gradients that are needed; half types' may be of float32.
 
+        Where a gradient is incoming nothing is written to the result.
+
         Raises:
             IndexError: a class index out of range.
         """
@@ -192,10 +194,11 @@ class Straight:
         if more > 0:
             self.step_exactly(rows, count, (x, w, g, bias, weight), teacher, target is not None)
         result = empty_on_cpu(*self.empty)
-        if count == n:
-            self.results(start, result.data_ptr())
-        else:
-            self.results.of(count, 1, start, result.data_ptr())
+        if incoming is None:
+            if count == n:
+                self.results(start, result.data_ptr())
+            else:
+                self.results.of(count, 1, start, result.data_ptr())
         grads: list[Tensor] = []
         of_input, of_weight, of_bias = self.needed
         if of_input:

@@ -15,7 +15,7 @@ from .load import NUMBERS, library, run
 class Kept:
     """A kernel with all its arguments but the pointers of these names."""
 
-    __slots__ = ("again", "arguments", "at", "kernel", "loss", "pack", "plan")
+    __slots__ = ("again", "at", "kernel", "loss", "pack", "plan", "whole", "words")
 
     def __init__(
         self,
@@ -27,11 +27,12 @@ class Kept:
         block = abi.KERNELS[kernel]
         absent = {f.name: f.inner.absent if f.inner else 0 for f in block.fields}
         self.kernel, self.loss = kernel, loss
-        self.arguments = block.packer()(**{**absent, **numbers})
+        arguments = block.packer()(**{**absent, **numbers})
         self.at = tuple(map(block.place, pointers))
-        words = len(self.arguments) // 8
-        head = (NUMBERS[kernel], words, len(self.at), *self.at)
-        self.plan = struct.pack(f"={len(head)}q", *head) + self.arguments
+        self.whole = struct.Struct(f"={len(arguments) // 8}q")
+        self.words = list(self.whole.unpack(arguments))
+        head = (NUMBERS[kernel], len(self.words), len(self.at), *self.at)
+        self.plan = struct.pack(f"={len(head)}q", *head) + arguments
         self.pack = struct.Struct(f"={len(self.at)}q").pack
         self.again = library().fusedloss_again
 
@@ -46,7 +47,7 @@ class Kept:
 
     def of(self, rows: int, place: int, *pointers: int) -> int:
         """The same of another number of rows, the word at `place`."""
-        words = list(struct.unpack(f"={len(self.arguments) // 8}q", self.arguments))
+        words = self.words.copy()
         for at, pointer in zip((place, *self.at), (rows, *pointers), strict=True):
             words[at] = pointer
-        return run(self.kernel, self.loss, struct.pack(f"={len(words)}q", *words))
+        return run(self.kernel, self.loss, self.whole.pack(*words))
