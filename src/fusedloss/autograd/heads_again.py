@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
@@ -20,7 +21,6 @@ from .saved import Saved, unchanged, unpacked
 
 # Asked at every call or backward: bound here once.
 _storage = torch_state.storage
-_hooks = torch_state.saved_tensor_hooks
 _grad_enabled = torch.is_grad_enabled
 
 
@@ -142,23 +142,23 @@ def _needed(tensors: Slots) -> list[bool]:
     return [enabled and t is not None and t.requires_grad for t in tensors[:3]]
 
 
+def checked(loss: str, call: LinearCall, tensors: tuple[Tensor, ...]) -> Tensor:
+    """Where no plan serves, the call is checked like any."""
+    raise Unreadable
+
+
 def repeater(places: Sequence[int]) -> Callable[..., Callable[..., Tensor]]:
     """What makes of a call, and of its tensors at these places, what runs it again."""
 
     def prepare(loss: str, call: LinearCall, tensors: tuple[Tensor, ...]) -> Callable[..., Tensor]:
         given = _at(places, len(call.arguments))((*tensors, None))
         again = AgainHead(call, given, _needed(given))
-        apply = again.apply
-
-        def recorded(*tensors: Tensor) -> Tensor:
-            if _hooks(True) is not None:  # what is saved may come back as anything
-                raise Unreadable
-            found: Tensor = apply(again, *tensors)
-            return found
+        if again.learned:
+            return functools.partial(again.apply, again)
 
         def unrecorded(*tensors: Tensor) -> Tensor:
             return spanned(loss, lambda: again.forward(tensors)[0])
 
-        return recorded if again.learned else unrecorded
+        return unrecorded
 
     return prepare

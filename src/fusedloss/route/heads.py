@@ -47,7 +47,8 @@ def results(
         return operators.run(call, tensors)
     if asked is not None and not autocasts("cpu") and heads_again.serves(call, tensors):
         places = [k for k, t in enumerate(tensors) if t is not None]
-        remember(call.loss, call, asked, asked.tensors, heads_again.repeater(places))
+        how = heads_again.repeater(places), heads_again.checked
+        remember(call.loss, call, asked, asked.tensors, *how)
     differentiable = tensors[: call.gradients]
     if learns() and any(t is not None and t.requires_grad for t in differentiable):
         return named(Chunked, call.loss)(call, *tensors)

@@ -50,6 +50,7 @@ class Known:
     warning: str
     on_gpu: bool
     prepare: Callable[..., Callable[..., Tensor] | None]
+    unplanned: Callable[..., Tensor]  # runs the call where there is no plan, or none serves
     repeater: Callable[..., Tensor] | None = None  # made when the call first comes back
     tried: bool = False
     run: Callable[..., Tensor] | None = None  # that, where there is nothing else to do
@@ -108,7 +109,7 @@ def _with_more(loss: str, it: Known, tensors: Tensors) -> Tensor | None:
     _by_kernel[loss] += 1
     try:
         if it.repeater is None or _hooks(True) is not None:
-            return autograd.run(loss, it.call, (*tensors, *it.absent))
+            return it.unplanned(loss, it.call, (*tensors, *it.absent))
         return it.repeater(*tensors)
     except gpu.Failed as failed:
         gpu.turn_off(failed, it.call.family)
@@ -124,6 +125,7 @@ def remember(
     asked: Asked,
     made: Tensors,
     prepare: Callable[..., Callable[..., Tensor] | None] = autograd.repeater,
+    unplanned: Callable[..., Tensor] = autograd.run,
 ) -> None:
     """The call of the kernel may be repeated: the checks saw nothing but types and shapes."""
     settings, tensors, make, warning = asked
@@ -139,7 +141,7 @@ def remember(
     key = loss, settings, _grad_enabled(), available.host, tensors[0].shape
     absent = (None,) * (len(made) - len(present))
     alike, on_gpu = torch_state.alike(*tensors), gpu.serves(tensors[0])
-    it = Known(alike, call, absent, make, warning, on_gpu, prepare)
+    it = Known(alike, call, absent, make, warning, on_gpu, prepare, unplanned)
     if len(known) >= MOST:
         known.clear()
     known[key] = (it, *known.get(key, ())[: ALIKE - 1])
