@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from ...front.definition import REGISTRY
@@ -73,7 +74,7 @@ def table(results: Sequence[Small]) -> Table:
         rows.setdefault((each.loss, each.option), []).append(each)
     for (loss, option), those in sorted(rows.items(), key=_worst, reverse=True):
         by_shape = {each.shape: each for each in those}
-        found.add_row(loss, option, *(_cell(by_shape.get(shape)) for shape in SHAPES))
+        found.add_row(escape(loss), option, *(_cell(by_shape.get(shape)) for shape in SHAPES))
     return found
 
 
