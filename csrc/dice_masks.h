@@ -44,12 +44,16 @@ private:
     static FUSEDLOSS_LOOP Sums sums_of(const double* __restrict p, const double* __restrict q,
                                        const double* __restrict t, double ignored, int64_t n) {
         double both[8] = {}, wrong[8] = {}, missed[8] = {}, size[8] = {};
-        for (int64_t i = 0; i < n; ++i) {
-            const bool counts = t[i] != ignored;
-            both[i % 8] += counts ? p[i] * t[i] : 0.0;
-            wrong[i % 8] += counts ? p[i] * (1 - t[i]) : 0.0;
-            missed[i % 8] += counts ? q[i] * t[i] : 0.0;
-            size[i % 8] += counts ? t[i] : 0.0;
+        for (int64_t i = 0; i < n; i += 8) {
+            const int64_t some = std::min<int64_t>(8, n - i);
+#pragma omp simd
+            for (int64_t j = 0; j < some; ++j) {
+                const bool counts = t[i + j] != ignored;
+                both[j] += counts ? p[i + j] * t[i + j] : 0.0;
+                wrong[j] += counts ? p[i + j] * (1 - t[i + j]) : 0.0;
+                missed[j] += counts ? q[i + j] * t[i + j] : 0.0;
+                size[j] += counts ? t[i + j] : 0.0;
+            }
         }
         return {tree_sum(both), tree_sum(wrong), tree_sum(missed), tree_sum(size)};
     }
@@ -94,8 +98,13 @@ private:
             double* p = row(x, c);
             double* rest = row(q, c);
             if (a.activation == 1) {
-                math::map(rest, count, [](auto v) { return math::sigmoid(-v); }, p);
-                math::map(p, count, [](auto v) { return math::sigmoid(v); }, p);
+                math::map(rest, count, [](auto v) { return math::exp_minus_abs(v); }, p);
+#pragma omp simd
+                for (int64_t i = 0; i < count; ++i) {
+                    const double v = p[i], e = rest[i];
+                    p[i] = math::sigmoid(v, e);
+                    rest[i] = math::sigmoid(-v, e);
+                }
             } else {
                 for (int64_t i = 0; i < count; ++i) rest[i] = 1 - p[i];
             }
