@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 from fusedloss import LazyLogits, lazy_heads, patched
 from fusedloss.lazy.tensor import TracedLogits
 
-from .test_rules import FUSED, TOKENS, C, Model, T, gradients, of_tokens
+from .test_rules import FOUND, FUSED, TOKENS, C, Model, T, gradients, of_tokens
 
 N = TOKENS.shape[0]
 
@@ -111,6 +111,49 @@ def test_what_comes_out_is_used_like_logits() -> None:
     torch.testing.assert_close(torch.sin(x), plain.sin())
     torch.testing.assert_close(of_tokens(x), of_tokens(plain))
     assert x.cpu() is x and x.device == plain.device and len(x) == N and x.requires_grad
+
+
+def kept_without_gradient(x: Any) -> Tensor:
+    with torch.no_grad():
+        p = x.log_softmax(-1)
+        entropy = -(x.softmax(-1) * p).sum(-1).mean()
+    own = p.gather(-1, FOUND.unsqueeze(-1)) * x.log_softmax(-1).gather(-1, FOUND.unsqueeze(-1))
+    return own.sum() * entropy + (x.detach().softmax(-1) * x.log_softmax(-1)).sum(-1).sum()  # type: ignore[no-any-return]
+
+
+def written(x: Any) -> Tensor:
+    x.mul_(0.5)
+    torch.clamp_(x, -1, 1)
+    x[..., :3] = -1.0
+    x /= 2
+    return of_tokens(x)
+
+
+@pytest.mark.parametrize("step", [kept_without_gradient, written])
+def test_grad_mode_and_writes(step: Any) -> None:
+    torch.manual_seed(0)
+    model = Model().double()
+    expected, grads = gradients(model, step)
+    with lazy_heads(model, min_bytes=0):
+        model.zero_grad()
+        loss, _ = torch.compile(WithLoss(model, step), fullgraph=True, backend="aot_eager")(TOKENS)
+        loss.backward()
+    torch.testing.assert_close(loss.detach(), expected)
+    torch.testing.assert_close([p.grad for p in model.parameters()], grads)
+
+
+def test_a_compiled_loss_of_what_a_head_gave() -> None:
+    torch.manual_seed(0)
+    model = Model().double()
+
+    def step(x: Tensor) -> Tensor:
+        return of_tokens(x.float().double() * 2) + x.logsumexp(-1).sum() + x.sin().sum()
+
+    expected, grads = gradients(model, step)
+    with lazy_heads(model, "lm_head", min_bytes=0), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found, lazy_grads = gradients(model, torch.compile(step, backend="aot_eager"))
+    torch.testing.assert_close((found, lazy_grads), (expected, grads), rtol=1e-6, atol=1e-8)
 
 
 def test_evaluation_is_compiled_as_ever() -> None:

@@ -6,6 +6,7 @@ Who asks at every call binds the function to a global of its own module.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._C import _autograd, _dynamo, _functorch, _profiler
+from torch._functorch import pyfunctorch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
@@ -105,6 +107,25 @@ def constant(function: F) -> F:
     return function
 
 
+def untraced(function: F) -> F:
+    """Dynamo traces neither the function nor what it calls.
+
+    As torch.compiler.disable, which imports torch._dynamo.
+    """
+    frames = _dynamo.eval_frame
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        before = frames.set_eval_frame(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            frames.set_eval_frame(before)
+
+    called._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return called  # type: ignore[return-value]
+
+
 def bare_backward(function: Any, traced: Callable[..., Any]) -> None:
     """An autograd function's backward runs as its own `apply` would run it, and a microsecond sooner.
 
@@ -149,6 +170,21 @@ def freed_after_forward(module: torch.nn.Module) -> bool:
 def of_fsdp(hook: Any) -> bool:
     """Whether a hook of tensors is how FSDP learns that backward comes, whatever the gradient."""
     return type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp")
+
+
+@contextlib.contextmanager
+def as_if_alone(device: str) -> Iterator[None]:
+    """With gradients, and without autocast, inference mode and functorch's transforms."""
+    cleared: Any = contextlib.nullcontext()
+    if transforms_active():
+        cleared = pyfunctorch.temporarily_clear_interpreter_stack()
+    with (
+        cleared,
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device, enabled=False),
+    ):
+        yield
 
 
 @contextlib.contextmanager

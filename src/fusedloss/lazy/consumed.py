@@ -16,22 +16,9 @@ from ..core.reduce import autocasts
 from ..front.head import Head
 from ..kinds.heads import LinearCall
 from ..route.heads import dispatch
+from .product import LOG_PROBS, LOGITS, P_LOG_P, PROBS, Lazy, Product
 from .rules import OWN, dim_of, rule
-from .tensor import (
-    BY_NAME,
-    EITHER,
-    EITHER_NAMES,
-    LOG_PROBS,
-    LOGITS,
-    P_LOG_P,
-    PROBS,
-    RULES,
-    Lazy,
-    Product,
-    TracedLogits,
-    check_unchanged,
-    traced,
-)
+from .tensor import BY_NAME, EITHER, EITHER_NAMES, RULES, TracedLogits, check_unchanged, traced
 
 NOTHING = -(2**40)  # an ignore_index that no target is
 CHUNK = 64 << 20  # bytes of logits at a time
@@ -100,7 +87,12 @@ def _cross_entropy(
         or reduction not in ("none", "mean", "sum")
         or not isinstance(target, Tensor)
         or not (
-            weight is None or (isinstance(weight, Tensor) and weight.shape == (product.classes,))
+            weight is None
+            or (
+                isinstance(weight, Tensor)
+                and weight.shape == (product.classes,)
+                and not weight.requires_grad
+            )
         )
         or type(ignore_index) is not int
         or type(label_smoothing) not in (int, float)
@@ -165,7 +157,7 @@ def _gather(lazy: Any, dim: Any, index: Any, **more: Any) -> Any:
         or index.device != product.hidden.device
     ):
         return NotImplemented
-    if like.kind is LOGITS and 0 < shape[like.at] <= 16:
+    if like.kind is LOGITS and 0 < shape[like.at] <= _few(product):
         return _logits_of(lazy, index.movedim(like.at, -1)).movedim(-1, like.at)
     if like.kind not in (LOG_PROBS, PROBS) or shape[like.at] != 1:
         return NotImplemented
@@ -176,13 +168,18 @@ def _gather(lazy: Any, dim: Any, index: Any, **more: Any) -> Any:
     return (like.factor * found).unsqueeze(like.at).to(like.dtype)
 
 
+def _few(product: Product) -> int:
+    """How many logits of a row may be computed one by one: they take rows of the weight."""
+    return max(1, product.classes // max(product.hidden.shape[-1], 1))
+
+
 def _logits_of(lazy: Lazy, index: Tensor) -> Tensor:
     """The logits of a few classes of each row, (..., k)."""
     p = lazy.product
     check_unchanged(lazy)
     wide = torch.promote_types(p.hidden.dtype, torch.float32)
     with _as_given(p):
-        found = (p.hidden.unsqueeze(-2).to(wide) * p.weight[index].to(wide)).sum(-1)
+        found = (p.hidden.unsqueeze(-2).to(wide) * F.embedding(index, p.weight).to(wide)).sum(-1)
         if p.bias is not None:
             found = found + p.bias[index]
         found = found * p.scale
@@ -209,7 +206,7 @@ def _over_classes(lazy: Any, dim: Any) -> bool:
 
 
 @rule(torch.logsumexp, Tensor.logsumexp)
-def _logsumexp(lazy: Any, dim: Any, keepdim: bool = False, **more: Any) -> Any:
+def _logsumexp(lazy: Any, dim: Any = None, keepdim: bool = False, **more: Any) -> Any:
     if more or not _over_classes(lazy, dim) or lazy.like.kind is not LOGITS:
         return NotImplemented
     found = _statistics(lazy)[0].to(lazy.like.dtype)
@@ -289,6 +286,8 @@ def _topk(
 ) -> Any:
     if more or not largest or not _ordered(lazy, dim) or not 0 < k <= lazy.product.classes:
         return NotImplemented
+    if torch.is_grad_enabled() and lazy.requires_grad and k > _few(lazy.product):
+        return NotImplemented
     return _best(lazy, lambda x: x.topk(k, sorted=sorted), torch.return_types.topk, keepdim=True)
 
 
@@ -361,7 +360,7 @@ def _of_numbers(lazy: Lazy, target: Tensor, log_target: bool) -> Any:
         head = head_of(lazy, "kl_div", torch.promote_types(lazy.like.dtype, torch.float32))
         (cross,) = _run(head, of, probabilities=True, reduction="sum")
         own = (of * target.movedim(lazy.like.at, -1)) if log_target else torch.xlogy(of, of)
-        return cross + torch.where(of > 0, own, 0).sum(
+        return cross + torch.where(of != 0, own, 0).sum(
             dtype=torch.promote_types(own.dtype, torch.float32)
         )
 

@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..core import errors, plain, torch_state, trace
 from ..core.plain import PLAIN
-from .tensor import NAME, Product, lazy
+from .product import Product
+from .tensor import NAME, lazy
 
 MARK = "_fusedloss"  # a head's settings, among its attributes
 MIN_BYTES = 4 << 20
@@ -45,9 +46,9 @@ class Handle:
 
     def remove(self) -> None:
         for head in self._heads.values():
-            if isinstance(head, Lazily):
-                head.__class__ = type(head).original
-                vars(head).pop(MARK, None)
+            vars(head).pop(MARK, None)
+            if "original" in vars(type(head)):  # not of a class that a parametrization made of ours
+                head.__class__ = type(head).original  # type: ignore[attr-defined]
         self._heads = {}
 
     def __enter__(self) -> Handle:
@@ -68,7 +69,8 @@ class Lazily(nn.Module):
     bias: Tensor | None
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or not _serves(self, input, self.__dict__[MARK]):
+        settings = self.__dict__.get(MARK)
+        if args or kwargs or settings is None or not _serves(self, input, settings):
             return super().forward(input, *args, **kwargs)
         if type(self).original.forward is nn.Linear.forward:
             return _product(input, self.weight, self.bias)
@@ -227,12 +229,13 @@ def lazy_heads(
 
 
 def _made_lazy(heads: dict[str, nn.Module], settings: Settings) -> Handle:
-    new = {name: head for name, head in heads.items() if not isinstance(head, Lazily)}
+    new = {name: head for name, head in heads.items() if MARK not in vars(head)}
     for name, head in new.items():
         _check(name, head)
     for head in new.values():
         vars(head)[MARK] = settings
-        head.__class__ = _lazy_class(type(head))  # type: ignore[arg-type]
+        if not isinstance(head, Lazily):
+            head.__class__ = _lazy_class(type(head))  # type: ignore[arg-type]
     return Handle(new)
 
 

@@ -11,21 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from ..core.reduce import autocasts
+from .product import LOG_PROBS, LOGITS, P_LOG_P, P_X, PROBS, Lazy, Like, Product, Step
 from .rules import DATA, dim_of, liked, named, of_meta, rule, steps
-from .tensor import (
-    EITHER,
-    LOG_PROBS,
-    LOGITS,
-    P_LOG_P,
-    P_X,
-    PROBS,
-    RULES,
-    Lazy,
-    Like,
-    Product,
-    Step,
-    computed,
-)
+from .tensor import EITHER, RULES, LazyLogits, computed, root_of
 from .tensor import lazy as lazy_of
 
 MASKED = -1e4  # a class whose logit is at most this has no probability, whatever is added to it
@@ -92,11 +80,8 @@ def _type(lazy: Lazy, dtype: Any = None, **_: Any) -> Any:
 
 @rule(*named("detach"), DATA)
 def _detach(lazy: Lazy) -> Any:
-    hidden, weight, bias = (t if t is None else t.detach() for t in lazy.product.tensors)
-    assert hidden is not None and weight is not None
     with torch.no_grad():
-        product = replace(lazy.product, hidden=hidden, weight=weight, bias=bias)
-        return lazy.made(lazy.like, Tensor.detach, product)
+        return lazy.made(lazy.like, Tensor.detach, lazy.product.detached)
 
 
 def _makes(name: str) -> None:
@@ -134,11 +119,12 @@ def _scaled(lazy: Lazy, factor: float, like: Like, step: Step) -> Any:
     product = lazy.product
     if like.kind is not LOGITS:
         return lazy.made(replace(like, factor=like.factor * factor), step)
-    if factor <= 0:
+    scaled = factor * (product.cap or product.scale)
+    if not 0 < scaled < math.inf:
         return NotImplemented
     if product.cap:
-        return lazy.made(like, step, replace(product, cap=product.cap * factor))
-    return lazy.made(like, step, replace(product, scale=product.scale * factor))
+        return lazy.made(like, step, replace(product, cap=scaled))
+    return lazy.made(like, step, replace(product, scale=scaled))
 
 
 def _scaled_by_tensor(lazy: Lazy, other: Any, inverse: bool, like: Like, step: Step) -> Any:
@@ -151,7 +137,7 @@ def _scaled_by_tensor(lazy: Lazy, other: Any, inverse: bool, like: Like, step: S
     by = other.to(product.hidden.dtype)
     by = by.reciprocal() if inverse else by
     bias = None if product.bias is None else product.bias * by
-    return lazy.made(like, step, replace(product, hidden=product.hidden * by, bias=bias))
+    return lazy.made(like, step, replace(product, hidden=product.hidden * by, bias=bias), other)
 
 
 def _multiplies(function: Any, inverse: bool) -> None:
@@ -205,7 +191,10 @@ def _product_of_two(first: Lazy, second: Lazy, function: Any) -> Any:
         return NotImplemented
     like = liked(p, meta, kind=kind, factor=p.like.factor * other.like.factor)
     # Computed in full, it is made anew of the one that both were made of.
-    return p.made(like, lambda x: function(x, x.log() if kind is P_LOG_P else _full(other)))
+    others = root_of(other).product.tensors if isinstance(other, LazyLogits) else ()
+    return p.made(
+        like, lambda x: function(x, x.log() if kind is P_LOG_P else _full(other)), None, *others
+    )
 
 
 def _full(lazy: Any) -> Tensor:
@@ -243,7 +232,7 @@ def _adds(function: Any, sign: float) -> None:
         if meta is None:
             return NotImplemented
         return lazy.made(
-            liked(lazy, meta), lambda x: function(x, other), replace(product, bias=bias)
+            liked(lazy, meta), lambda x: function(x, other), replace(product, bias=bias), other
         )
 
     if sign > 0:
@@ -297,7 +286,14 @@ def _masked_fill(lazy: Lazy, mask: Any, value: Any) -> Any:
     bias = product.bias
     if bias is None:
         bias = torch.zeros(product.classes, dtype=product.hidden.dtype, device=of.device)
-    product = replace(product, bias=bias.masked_fill(of, number / product.scale))
+    weight = product.weight
+    if number != -math.inf:  # what a mask hides gets no gradient
+        if math.prod(product.rows) < product.hidden.shape[-1]:
+            return NotImplemented  # a copy of the weight is larger than the logits
+        weight = weight.masked_fill(of.unsqueeze(-1), 0)
+        least = torch.finfo(bias.dtype).min
+        number = max(number, least * min(product.scale, 1.0))
+    product = replace(product, weight=weight, bias=bias.masked_fill(of, number / product.scale))
     return lazy.made(lazy.like, lambda x: x.masked_fill(mask, value), product)
 
 

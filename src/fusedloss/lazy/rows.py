@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .product import LOGITS, Lazy, Like
 from .rules import contiguous, dim_of, liked, named, of_meta, rule, steps
-from .tensor import LOGITS, Lazy, Like
 
 
 @rule(Tensor.__getitem__)
@@ -23,11 +23,11 @@ def _getitem(lazy: Lazy, index: Any) -> Any:
     passed = place = k = (
         0  # dimensions of ours, dimensions made, entries before that of the classes
     )
-    while passed < like.at or entries[k] is None:
+    while k < len(entries) and (passed < like.at or entries[k] is None):
         passed += _takes(entries[k])
         place += entries[k] is None or isinstance(entries[k], slice)
         k += 1
-    classes = entries[k]
+    classes = entries[k] if k < len(entries) else None
     if passed != like.at or not isinstance(classes, slice):
         return NotImplemented
     if advanced and like.at != len(like.shape) - 1:
@@ -98,7 +98,8 @@ def _narrow(lazy: Lazy, dim: Any, start: Any, length: Any) -> Any:
 
 @rule(*named("index_select"))
 def _index_select(lazy: Lazy, dim: Any, index: Any) -> Any:
-    return _along(lazy, dim, index) if index.dim() == 1 else NotImplemented
+    whole = index.dim() == 1 and index.dtype in (torch.int64, torch.int32)
+    return _along(lazy, dim, index) if whole else NotImplemented
 
 
 @rule(*named("split"), torch.functional.split)

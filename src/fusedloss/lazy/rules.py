@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..core import torch_state
-from .tensor import RULES, Lazy, Like, Step, described, root_of
+from .product import Lazy, Like, Step, described
+from .tensor import ASKED, RULES, root_of
 
 Rule = Callable[..., Any]
 METADATA = (
@@ -45,6 +46,8 @@ def named(name: str) -> list[Any]:
 
 
 def _answers(function: Any, by_shape: bool) -> None:
+    ASKED.add(function)
+
     @rule(function)
     def answer(lazy: Any, *args: Any, **kwargs: Any) -> Any:
         return function(lazy.like.meta if by_shape else lazy, *args, **kwargs)

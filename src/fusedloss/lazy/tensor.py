@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,11 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from ..core import errors, torch_state, trace
+from .product import Lazy, Like, Product, Step, described, of_kind
 
 NAME = "lazy_head"
-LOGITS, LOG_PROBS, PROBS = "logits", "log-probabilities", "probabilities"
-P_LOG_P, P_X = "p log p", "p x"  # what is summed over the classes
-Step = Callable[[Tensor], Tensor]
 # What a torch function does with lazy logits: its result, or NotImplemented where it needs the numbers.
 RULES: dict[Any, Callable[..., Any]] = {}
 PRODUCTS = (
@@ -33,6 +30,7 @@ PRODUCTS = (
 BY_NAME: dict[
     Any, Any
 ] = {}  # the same: dynamo finds no function of Python among the keys of a dict
+ASKED: set[Any] = set()  # what is answered without the numbers
 EITHER_NAMES: set[Any] = set()
 EITHER: set[Any] = set()  # those that lazy logits may be the second argument of
 
@@ -41,82 +39,32 @@ class LazyLogitsWarning(UserWarning):
     """Lazy logits were computed in full: an operation needed the numbers."""
 
 
-@dataclass(frozen=True, eq=False)
-class Product:
-    """Rows x = s (h W^T + b), or c tanh(x) of them."""
-
-    hidden: Tensor  # (..., D)
-    weight: Tensor  # (C, D)
-    bias: Tensor | None  # (C)
-    scale: float = 1.0
-    cap: float = 0.0  # c; 0: no tanh
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.hidden, self.weight, self.bias
-
-    @property
-    def classes(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def rows(self) -> torch.Size:
-        return self.hidden.shape[:-1]
-
-    def logits(self) -> Tensor:
-        """Of all rows; the classes are the last dimension."""
-        x = F.linear(*self.tensors)
-        if self.scale != 1.0:
-            x = x * self.scale
-        return torch.tanh(x) * self.cap if self.cap else x
-
-
-@dataclass(frozen=True)
-class Like:
-    """What the tensor would be if it were computed."""
-
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    at: int  # where the classes stand among the dimensions
-    kind: str = LOGITS
-    factor: float = 1.0  # of the whole, after its kind
-
-    @property
-    def meta(self) -> Tensor:
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
-
-
-class Lazy:
-    """What the rules know of lazy logits."""
-
-    product: Product
-    like: Like
-
-    def made(self, like: Like, step: Step, product: Product | None = None) -> Any:
-        """What `step` makes of it, lazy too."""
-        raise NotImplementedError
-
-
 class LazyLogits(Lazy, Tensor):
     """A head's logits, or what a few operations make of them, before anybody needs the numbers."""
 
     root: LazyLogits | None  # what it was made of; None: the head's own output
     replay: Step | None  # makes it of the root's values, as the operations would have
+    others: tuple[Any, ...]  # the tensors that learn, besides the root's, that it is made of
     value: Tensor | None  # with autograd's graph, once it is computed
     members: list[weakref.ref[LazyLogits]]  # of a root: what was made of it
+    written: list[tuple[Tensor, Any]]  # its values after a write in place, and the root's tensors
+    node: Any  # autograd's, as it was made
+    version: int  # of a root's values, when they were computed
+    used: bool  # of a root: whether a gradient comes without its logits
     versions: tuple[int, ...]  # of a root: of its tensors
     awaited: list[Callable[[Tensor], Any]]  # of a root: who is told when a gradient comes
     told: Callable[[], bool]  # of a root: whether a warning is due when it is computed
 
     @classmethod
+    @torch_state.untraced
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if all(t.value is None for t in lazy_in((args, kwargs))):
+        lazies = [*lazy_in((args, kwargs))]
+        if all(map(_untouched, lazies)) or (func in ASKED and lazies[0].value is None):
             with torch_state.no_torch_function():
                 found = ruled(func, args, kwargs)
             if found is not NotImplemented:
-                return _announced(found, args)
+                return _announced(found, (args, kwargs))
         return in_full(func, args, kwargs)
 
     @classmethod
@@ -129,10 +77,15 @@ class LazyLogits(Lazy, Tensor):
 
         return func(*replaced(args, value), **replaced(kwargs or {}, value))
 
-    def made(self, like: Like, step: Step, product: Product | None = None) -> LazyLogits:
-        root, before = root_of(self), self.replay
-        replay = step if before is None else lambda logits: step(before(logits))
-        made = _tensor(product or self.product, like, root, replay)
+    def made(
+        self, like: Like, step: Step, product: Product | None = None, *others: Any
+    ) -> LazyLogits:
+        root, before, product = root_of(self), self.replay, product or self.product
+        now = _as_now(step, product.hidden.device.type)
+        if not torch.is_grad_enabled():
+            product = product.detached
+        replay = now if before is None else lambda logits: now(before(logits))
+        made = _tensor(product, like, root, replay, (*self.others, *others))
         root.members.append(weakref.ref(made))
         return made
 
@@ -151,14 +104,22 @@ class TracedLogits(Lazy):
 
     def __init__(self, product: Product, like: Like) -> None:
         self.product, self.like = product, like
+        self.value: Tensor | None = None  # after a write in place
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", None)
+        name = getattr(func, "__name__", "")
+        if name in WRITER_NAMES or (kwargs or {}).get("inplace"):
+            for each in args:
+                if isinstance(each, TracedLogits):
+                    each.value = each.values()
         return traced(func, BY_NAME.get(name), name in EITHER_NAMES, args, kwargs or {})
 
-    def made(self, like: Like, step: Step, product: Product | None = None) -> TracedLogits:
-        return TracedLogits(product or self.product, like)
+    def made(
+        self, like: Like, step: Step, product: Product | None = None, *others: Any
+    ) -> TracedLogits:
+        product = product or self.product
+        return TracedLogits(product if torch.is_grad_enabled() else product.detached, like)
 
     @property
     def shape(self) -> torch.Size:
@@ -185,39 +146,34 @@ class TracedLogits(Lazy):
         return any(t is not None and t.requires_grad for t in self.product.tensors)
 
     def values(self) -> Tensor:
-        return _of_kind(self.product.logits().to(self.like.dtype), self.like)
+        if self.value is not None:
+            return self.value
+        return of_kind(self.product.logits().to(self.like.dtype), self.like)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        if name.endswith("_"):
+            self.value = self.values()
         return getattr(self.values(), name)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.value = self.values()
+        self.value[index] = value.values() if isinstance(value, TracedLogits) else value
 
     def __repr__(self) -> str:
         return described(self)
 
 
 def traced(func: Any, rule: Any, either: bool, args: Any, kwargs: Any) -> Any:
-    found = by_rule(rule, either, args, kwargs)
+    written = any(isinstance(each, TracedLogits) and each.value is not None for each in args)
+    found = NotImplemented if written else by_rule(rule, either, args, kwargs)
     if found is not NotImplemented:
         return found
     if func in PRODUCTS and isinstance(args[-1], TracedLogits):
         words = "is traced with its factors in either order: use torch.matmul(logits, other)"
         errors.fail(NotImplementedError, NAME, f"logits @ other {words}")
     return func(*replaced(args, TracedLogits.values), **replaced(kwargs, TracedLogits.values))
-
-
-def _of_kind(x: Tensor, like: Like) -> Tensor:
-    """From logits whose classes are the last dimension."""
-    if like.kind is not LOGITS:
-        log_p = torch.log_softmax(x, -1)
-        p = log_p.exp()
-        x = {LOG_PROBS: log_p, PROBS: p, P_LOG_P: p * log_p, P_X: p * x}[like.kind] * like.factor
-    return x.movedim(-1, like.at)
-
-
-def described(lazy: Lazy) -> str:
-    like = lazy.like
-    return f"LazyLogits({like.kind} of shape {list(like.shape)}, {like.dtype}, not computed)"
 
 
 def ruled(func: Any, args: Any, kwargs: Any) -> Any:
@@ -229,6 +185,8 @@ def by_rule(rule: Any, either: bool, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     if not args and "input" in kwargs:
         args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
+    if len(args) == 1 and "other" in kwargs:
+        args, kwargs = (*args, kwargs["other"]), {k: v for k, v in kwargs.items() if k != "other"}
     if not args or not (isinstance(args[0], Lazy) or either):
         return NotImplemented
     return rule(*args, **kwargs)
@@ -238,9 +196,41 @@ def _announced(found: Any, args: Any) -> Any:
     """A result whose gradient is the first that comes of the logits."""
     if type(found) is Tensor and found.requires_grad and found.is_floating_point():
         for lazy in lazy_in(args):
+            root_of(lazy).used = True
             for hook in root_of(lazy).awaited:
                 found.register_hook(hook)
     return found
+
+
+def _untouched(lazy: LazyLogits) -> bool:
+    """Whether a rule may answer for it: its values are its product's, and its gradient goes to its product."""
+    root = root_of(lazy)
+    return (
+        lazy.value is None
+        and (root.value is None or root.value._version == root.version)
+        and not torch_state.transforms_active()
+        and not _moved(lazy)
+    )
+
+
+def _moved(lazy: LazyLogits) -> bool:
+    """Whether an autograd function, a module's backward hook say, returned it as its own output."""
+    with torch_state.no_torch_function():
+        return lazy.grad_fn is not lazy.node
+
+
+def _as_now(step: Step, device: str) -> Step:
+    """The step with autocast and grad mode as they are."""
+    autocast, learns = torch.is_autocast_enabled(device), torch.is_grad_enabled()
+    if learns and not autocast:
+        return step
+    dtype = torch.get_autocast_dtype(device)
+
+    def now(x: Tensor) -> Tensor:
+        with torch.autocast(device, dtype, enabled=autocast):
+            return step(x) if learns else step(x).detach()
+
+    return now
 
 
 class _Node(torch.autograd.Function):
@@ -248,25 +238,47 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, like: Like, replay: Step | None, device: torch.device, *tensors: Tensor | None
+        ctx: Any,
+        like: Like,
+        replay: Step | None,
+        device: torch.device,
+        written: list[tuple[Tensor, Any]],
+        *tensors: Tensor | None,
     ) -> Tensor:
-        ctx.replay = replay
+        ctx.replay, ctx.written, ctx.others = replay, written, tensors[3:]
         ctx.save_for_backward(*tensors)
         return torch_state.wrapper(LazyLogits, like.shape, like.stride, like.dtype, device)
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        needed, again = ctx.needs_input_grad[3:], torch.is_grad_enabled()
-        with torch.enable_grad():
-            leaves = [
-                t if t is None or again else t.detach().requires_grad_(need)
-                for t, need in zip(ctx.saved_tensors, needed, strict=True)
-            ]
-            logits = F.linear(*leaves)
-            found = logits if ctx.replay is None else ctx.replay(logits)
-            wanted = [t for t, need in zip(leaves, needed, strict=True) if need]
-            grads = iter(torch.autograd.grad(found, wanted, incoming, create_graph=again))
-        return None, None, None, *(next(grads) if need else None for need in needed)
+        needed, again = ctx.needs_input_grad[4:], torch.is_grad_enabled()
+        with torch.enable_grad(), torch.autocast(incoming.device.type, enabled=False):
+            if ctx.written:
+                found, parts = ctx.written[-1]
+            else:
+                parts = [
+                    t if t is None or again else t.detach().requires_grad_(need)
+                    for t, need in zip(ctx.saved_tensors[:3], needed, strict=False)
+                ]
+                logits = F.linear(*parts)
+                found = logits if ctx.replay is None else ctx.replay(logits)
+            each = zip((*parts, *ctx.others), needed, strict=True)
+            wanted = [t for t, need in each if need]
+            settings = {"create_graph": again, "retain_graph": True, "allow_unused": True}
+            grads = iter(torch.autograd.grad(found, wanted, incoming, **settings))
+        return None, None, None, None, *(next(grads) if need else None for need in needed)
+
+
+class _Behind(torch.autograd.Function):
+    """Values whose gradient goes where that of lazy logits goes by now."""
+
+    @staticmethod
+    def forward(ctx: Any, lazy: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None]:
+        return incoming, None
 
 
 def lazy(product: Product, told: Callable[[], bool] = lambda: True) -> Any:
@@ -276,19 +288,32 @@ def lazy(product: Product, told: Callable[[], bool] = lambda: True) -> Any:
     like = Like(shape, stride, product.hidden.dtype, len(shape) - 1)
     if torch.compiler.is_dynamo_compiling():
         return TracedLogits(product, like)
+    if not torch.is_grad_enabled():
+        product = product.detached
     found = _tensor(product, like, None, None)
-    found.members, found.awaited, found.told = [], [], told
-    found.versions = tuple(t._version for t in product.tensors if t is not None)
+    found.members, found.awaited, found.told, found.used = [], [], told, False
+    found.versions = tuple(map(_version, product.tensors))
     return found
 
 
+def _version(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
 def _tensor(
-    product: Product, like: Like, root: LazyLogits | None, replay: Step | None
+    product: Product,
+    like: Like,
+    root: LazyLogits | None,
+    replay: Step | None,
+    others: tuple[Any, ...] = (),
 ) -> LazyLogits:
     of = product if root is None else root.product
-    found: LazyLogits = _Node.apply(like, replay, of.hidden.device, *of.tensors)
+    written: list[Any] = []
+    found: LazyLogits = _Node.apply(like, replay, of.hidden.device, written, *of.tensors, *others)
     found.product, found.like, found.root, found.replay = product, like, root, replay
-    found.value = None
+    found.value, found.others, found.written = None, others, written
+    with torch_state.no_torch_function():
+        found.node = found.grad_fn
     return found
 
 
@@ -300,12 +325,14 @@ def computed(tensor: LazyLogits, why: str) -> Tensor:
     """Its values, as a plain tensor with autograd's graph; `why` is who needs them."""
     if tensor.value is None:
         root = root_of(tensor)
-        with torch.enable_grad():
+        with torch_state.as_if_alone(root.product.hidden.device.type):
             if root.value is None:
                 check_unchanged(tensor)
                 _tell(root, why)
                 root.value = F.linear(*root.product.tensors)
-            tensor.value = root.value if tensor.replay is None else tensor.replay(root.value)
+                root.version = _version(root.value)
+            value = root.value if tensor.replay is None else tensor.replay(root.value)
+            tensor.value = _Behind.apply(tensor, value.detach()) if _moved(tensor) else value
     return tensor.value
 
 
@@ -319,9 +346,8 @@ def check_unchanged(lazy: Lazy) -> None:
         return
     root = root_of(lazy)
     names = ("input", "weight", "bias")
-    parts = [(n, t) for n, t in zip(names, root.product.tensors, strict=True) if t is not None]
-    for (name, part), version in zip(parts, root.versions, strict=True):
-        if part._version != version:
+    for name, part, version in zip(names, root.product.tensors, root.versions, strict=True):
+        if _version(part) != version:
             errors.fail(
                 RuntimeError,
                 NAME,
@@ -334,18 +360,22 @@ def in_full(func: Any, args: Any, kwargs: Any) -> Any:
     """The function on the values."""
     name = getattr(func, "__name__", str(func))
     found = {id(t): t for t in lazy_in((args, kwargs))}
-    if _writes(name, kwargs):  # what shares memory with it sees the change, copies do not
-        for tensor in found.values():
-            for member in (root := root_of(tensor)).members:
-                if (other := member()) is not None:
-                    computed(other, name)
-            computed(root, name)
+    roots = [root_of(tensor) for tensor in found.values()]
+    if name in HOOKS or func is torch.autograd.grad:
+        _check_unused(lazy_in((args[1:], kwargs)) if func is torch.autograd.grad else roots, name)
+    # What shares memory with it sees a change, copies do not; a hook sees all gradients.
+    writes = _writes(name, args, kwargs)
+    family = [m for root in roots for m in _family(root)] if writes or name in HOOKS else []
+    for member in family:
+        computed(member, name)
     values = {key: computed(tensor, name) for key, tensor in found.items()}
 
     def value(tensor: Any) -> Tensor:
         return values[id(tensor)]
 
     result = func(*replaced(args, value), **replaced(kwargs, value))
+    for member in family if writes else ():
+        member.written[:] = [(computed(member, name), root_of(member).product.tensors)]
     return next((t for t in found.values() if result is t.value), result)
 
 
@@ -354,11 +384,34 @@ WRITERS = {
     for n in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"]
 }
 WRITERS |= {"__setitem__", "__set__"}
+WRITER_NAMES = {n for f in (torch, F) for n in dir(f) if n.endswith("_") and n[0] != "_"}
+HOOKS = {"register_hook", "retain_grad"}
 
 
-def _writes(name: str, kwargs: Any) -> bool:
+def _writes(name: str, args: Any, kwargs: Any) -> bool:
     own = name.endswith("_") and not name.endswith("__")
-    return own or "out" in kwargs or name in WRITERS
+    inplace = any(a is True for a in args) or kwargs.get("inplace")  # of relu, say
+    return own or "out" in kwargs or name in WRITERS or bool(inplace)
+
+
+def _family(root: LazyLogits) -> list[LazyLogits]:
+    members = (member() for member in root.members)
+    return [root, *(m for m in members if m is not None)]
+
+
+def _check_unused(lazies: Iterable[LazyLogits], name: str) -> None:
+    """Refuses to look for a gradient that never is.
+
+    Raises:
+        RuntimeError: a loss of these logits was computed without them.
+    """
+    if any(root_of(each).used for each in lazies):
+        errors.fail(
+            RuntimeError,
+            NAME,
+            f"{name} asks for the gradient of lazy logits after a loss of theirs was computed without them. "
+            "Call logits.retain_grad() before the loss: they are computed in full then",
+        )
 
 
 def lazy_in(value: Any) -> Iterator[LazyLogits]:
