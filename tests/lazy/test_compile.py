@@ -123,7 +123,7 @@ def kept_without_gradient(x: Any) -> Tensor:
 
 def written(x: Any) -> Tensor:
     x.mul_(0.5)
-    torch.clamp_(x, -1, 1)
+    x.clamp_(-1, 1)
     x[..., :3] = -1.0
     x /= 2
     return of_tokens(x)

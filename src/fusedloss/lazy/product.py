@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,8 +34,12 @@ class Product:
             return self._detached[0]
         hidden, weight, bias = (t if t is None else t.detach() for t in self.tensors)
         assert hidden is not None and weight is not None
-        self._detached.append(replace(self, hidden=hidden, weight=weight, bias=bias))
-        return self._detached[0]
+        found = Product(hidden, weight, bias, self.scale, self.cap)
+        if (
+            not torch.compiler.is_dynamo_compiling()
+        ):  # which gives no object back that holds a new one
+            self._detached.append(found)
+        return found
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
