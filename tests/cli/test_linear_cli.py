@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("rich")
 
-from fusedloss.cli import main
+from fusedloss.cli import decoder, main
 from fusedloss.cli.bench import heads as linear
 from fusedloss.cli.bench.harness import Plan
 from fusedloss.cli.bench.heads import head, in_a_process
@@ -76,7 +76,8 @@ def test_language_model(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
     monkeypatch.setattr(lm, "in_a_process", lambda f, *args: f(*args))
     monkeypatch.setattr(lm, "RATE", 0.5)
     for name, size in {"VOCABULARY": 600, "FEATURES": 16, "CONTEXT": 16, "QUICK_STEPS": 30}.items():
-        monkeypatch.setattr(lm, name, size)
+        for module in (lm, decoder):
+            monkeypatch.setattr(module, name, size, raising=False)
     assert main(["demo", "--lm", "--quick"]) == 0
     report = json.loads((here / "fusedloss-lm.json").read_text())
     assert report["vocabulary"] == 600
@@ -100,5 +101,6 @@ def test_a_wrong_gradient_is_found(here: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(lm, "in_a_process", lambda f, *args: f(*args))
     monkeypatch.setattr(lm, "RATE", 0.5)
     for name, size in {"VOCABULARY": 600, "FEATURES": 16, "CONTEXT": 16, "QUICK_STEPS": 30}.items():
-        monkeypatch.setattr(lm, name, size)
+        for module in (lm, decoder):
+            monkeypatch.setattr(module, name, size, raising=False)
     assert main(["demo", "--lm", "--quick", "--no-plot"]) == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -26,7 +25,8 @@ _grad_enabled = torch.is_grad_enabled
 
 def _at(places: Sequence[int], count: int) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
     """Lays out what is given, and None as the last, as so many: each at its place."""
-    return itemgetter(*(places.index(k) if k in places else -1 for k in range(count)))
+    at = [places.index(k) if k in places else -1 for k in range(count)]
+    return lambda given: tuple([given[k] for k in at])  # dynamo traces no itemgetter
 
 
 class AgainHead:

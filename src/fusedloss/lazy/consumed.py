@@ -31,9 +31,9 @@ def _as_given(product: Product) -> Iterator[None]:
         yield
 
 
-def head_of(lazy: Lazy, name: str, dtype: torch.dtype, product: Product | None = None) -> Head:
+def head_of(lazy: Lazy, name: str, dtype: torch.dtype) -> Head:
     check_unchanged(lazy)
-    p = product or lazy.product
+    p = lazy.product
     # c tanh(s z) is k tanh(t z / k) with k = c and t = s c.
     scale = p.scale * p.cap if p.cap else p.scale
     head = Head(name, p.hidden, p.weight, p.bias, p.cap or None, scale, None)
@@ -262,7 +262,7 @@ def _in_chunks(lazy: Lazy, reduce: Callable[[Tensor], tuple[Tensor, ...]]) -> tu
     )
 
 
-def _ordered(lazy: Any, dim: Any, any_kind: bool = True) -> bool:
+def _ordered(lazy: Any, dim: Any) -> bool:
     """Whether the best classes are those of the logits."""
     return (
         _over_classes(lazy, dim)
@@ -404,9 +404,11 @@ def _as_method(function: Any) -> Any:
 def of_tensors() -> None:
     """What is traced is no tensor: it gets those methods of one that may be asked of it."""
     for function, rule_of in RULES.items():
-        if function.__name__ != "__get__":
-            BY_NAME.setdefault(function.__name__, rule_of)
-    EITHER_NAMES.update(function.__name__ for function in EITHER)
+        name = getattr(function, "__name__", "__get__")  # another library may have replaced it
+        if name != "__get__":
+            BY_NAME.setdefault(name, rule_of)
+            if function in EITHER:
+                EITHER_NAMES.add(name)
     for name in dir(Tensor):
         found = getattr(Tensor, name)
         if getattr(found, "__get__", None) in RULES or not callable(found):

@@ -115,7 +115,7 @@ class DiceEngine(GpuEngine[DicePlan]):
         strides = images.classes(x)
         beside = None if strides[1] == 1 or images.d == 1 else images.d
         held = tile(images.c, beside, 2, compute.itemsize, x.element_size())
-        if beside and (call.gamma or x.element_size() < 4):  # more values than registers
+        if beside and (call.by_rows or x.element_size() < 4):  # more values than registers
             held = held._replace(warps=2 * held.warps)
         groups, of_group = (1, images.n) if call.batch else (images.n, 1)
         share = shared(groups, of_group, images.d, images.c, held.rows)
