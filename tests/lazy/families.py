@@ -143,14 +143,7 @@ def _small(family: str, name: str, sizes: dict[str, Any]) -> Any:
 
 def _llava() -> Any:
     text = transformers.LlamaConfig(**{k: CORE[k] for k in TEXT}, head_dim=8)
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=4,
-        patch_size=2,
-    )
+    vision = transformers.CLIPVisionConfig(**IMAGES)
     config = transformers.LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=-1
     )
@@ -159,35 +152,28 @@ def _llava() -> Any:
 
 def _paligemma() -> Any:
     text = transformers.GemmaConfig(**{k: CORE[k] for k in TEXT}, head_dim=8)
-    vision = transformers.SiglipVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=4,
-        patch_size=2,
-        projection_dim=32,
-    )
+    vision = transformers.SiglipVisionConfig(**IMAGES, projection_dim=32)
     config = transformers.PaliGemmaConfig(
         vision_config=vision, text_config=text, image_token_index=IMAGE, projection_dim=32
     )
     return transformers.PaliGemmaForConditionalGeneration(config)
 
 
+def _core_of(kind: Any) -> dict[str, Any]:
+    own = kind()
+    return {k: v for k, v in CORE.items() if hasattr(own, k)}
+
+
 def _whisper() -> Any:
     kind = transformers.WhisperConfig
-    own = kind()
-    sizes = {k: v for k, v in CORE.items() if hasattr(own, k)}
-    config = kind(**sizes, num_mel_bins=4, max_source_positions=6, max_target_positions=16)
+    config = kind(**_core_of(kind), num_mel_bins=4, max_source_positions=6, max_target_positions=16)
     return transformers.WhisperForConditionalGeneration(config)
 
 
 def _speech_to_text() -> Any:
     kind = transformers.Speech2TextConfig
-    own = kind()
-    sizes = {k: v for k, v in CORE.items() if hasattr(own, k)}
     config = kind(
-        **sizes, input_feat_per_channel=4, max_source_positions=12, max_target_positions=16
+        **_core_of(kind), input_feat_per_channel=4, max_source_positions=12, max_target_positions=16
     )
     return transformers.Speech2TextForConditionalGeneration(config)
 
@@ -196,6 +182,14 @@ TEXT = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("intermediate_size", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"),
 )
+IMAGES = {
+    **{
+        k: CORE[k]
+        for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    },
+    "image_size": 4,
+    "patch_size": 2,
+}
 IMAGE = 5  # the token in whose place a patch of the image comes
 # Models that see or hear, which are made of two: what builds one, and what it takes beside tokens.
 SEE: dict[str, tuple[Callable[[], Any], str, tuple[int, ...]]] = {

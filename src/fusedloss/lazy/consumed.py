@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from .. import losses
 from ..core.reduce import autocasts
+from ..engines.chunks.plan import BUDGET
 from ..front.head import Head
 from ..kinds.heads import LinearCall
 from ..route.heads import dispatch
@@ -21,7 +22,6 @@ from .rules import OWN, dim_of, rule
 from .tensor import BY_NAME, EITHER, EITHER_NAMES, RULES, TracedLogits, check_unchanged, traced
 
 NOTHING = -(2**40)  # an ignore_index that no target is
-CHUNK = 64 << 20  # bytes of logits at a time
 
 
 @contextmanager
@@ -31,13 +31,14 @@ def _as_given(product: Product) -> Iterator[None]:
         yield
 
 
-def head_of(lazy: Lazy, name: str, dtype: torch.dtype) -> Head:
+def head_of(lazy: Lazy, name: str, dtype: torch.dtype | None = None) -> Head:
+    """The head, for results of a type; without one, of the logits' type and at least float32."""
     check_unchanged(lazy)
     p = lazy.product
     # c tanh(s z) is k tanh(t z / k) with k = c and t = s c.
     scale = p.scale * p.cap if p.cap else p.scale
     head = Head(name, p.hidden, p.weight, p.bias, p.cap or None, scale, None)
-    head.dtype = dtype
+    head.dtype = dtype or torch.promote_types(lazy.like.dtype, torch.float32)
     return head
 
 
@@ -100,7 +101,7 @@ def _cross_entropy(
         or any(t is not None and t.device != product.hidden.device for t in (target, weight))
     ):
         return NotImplemented  # what is wrong is told of the logits in full
-    rows = product.hidden.shape[:-1]
+    rows = product.rows
     probabilities = target.shape == shape and target.is_floating_point()
     if probabilities:
         if ignore_index >= 0 or kind is not LOGITS:
@@ -162,7 +163,7 @@ def _gather(lazy: Any, dim: Any, index: Any, **more: Any) -> Any:
     if like.kind not in (LOG_PROBS, PROBS) or shape[like.at] != 1:
         return NotImplemented
     with _as_given(product):
-        head = head_of(lazy, "gather", torch.promote_types(like.dtype, torch.float32))
+        head = head_of(lazy, "gather")
         (losses_of_rows,) = _run(head, index.squeeze(like.at))
     found = -losses_of_rows if like.kind is LOG_PROBS else torch.exp(-losses_of_rows)
     return (like.factor * found).unsqueeze(like.at).to(like.dtype)
@@ -190,13 +191,17 @@ def _logits_of(lazy: Lazy, index: Tensor) -> Tensor:
 
 def _statistics(lazy: Lazy) -> tuple[Tensor, Tensor]:
     """The log-sum-exp and the entropy of each row."""
-    rows = lazy.product.hidden.shape[:-1]
-    with _as_given(lazy.product):
-        dtype = torch.promote_types(lazy.like.dtype, torch.float32)
-        head = head_of(lazy, "logsumexp", dtype)
-        first = torch.zeros(rows, dtype=torch.int64, device=lazy.product.hidden.device)
-        _, lse, entropy, _ = _run(head, first, statistics=True)
+    _, lse, entropy, _ = _of_rows(lazy, "logsumexp", statistics=True)
     return lse, entropy
+
+
+def _of_rows(lazy: Lazy, name: str, **settings: Any) -> Any:
+    """What is asked of each row and depends on no target: the first class stands for one."""
+    product = lazy.product
+    with _as_given(product):
+        head = head_of(lazy, name)
+        first = torch.zeros(product.rows, dtype=torch.int64, device=product.hidden.device)
+        return _run(head, first, **settings)
 
 
 def _over_classes(lazy: Any, dim: Any) -> bool:
@@ -223,11 +228,7 @@ def _sums(mean: bool, *functions: Any) -> None:
         if like.kind is PROBS:
             return NotImplemented
         if like.kind is LOG_PROBS:
-            rows = product.hidden.shape[:-1]
-            with _as_given(product):
-                head = head_of(lazy, "sum", torch.promote_types(like.dtype, torch.float32))
-                first = torch.zeros(rows, dtype=torch.int64, device=product.hidden.device)
-                (losses_of_rows,) = _run(head, first, smoothing=1.0)
+            (losses_of_rows,) = _of_rows(lazy, "sum", smoothing=1.0)
             found = -product.classes * losses_of_rows
         else:
             lse, entropy = _statistics(lazy)
@@ -247,9 +248,9 @@ def _in_chunks(lazy: Lazy, reduce: Callable[[Tensor], tuple[Tensor, ...]]) -> tu
     """What `reduce` gives of the last dimension of the logits, rows by rows, in the shape of the rows."""
     check_unchanged(lazy)
     product = lazy.product
-    rows = product.hidden.shape[:-1]
+    rows = product.rows
     flat = product.hidden.reshape(-1, product.hidden.shape[-1])
-    size = max(1, CHUNK // max(product.classes * flat.element_size(), 1))
+    size = max(1, BUDGET // max(product.classes * flat.element_size(), 1))
     parts = []
     with torch.no_grad(), _as_given(product):
         for chunk in flat.split(size):
@@ -357,7 +358,7 @@ def _of_numbers(lazy: Lazy, target: Tensor, log_target: bool) -> Any:
         return NotImplemented
     with _as_given(lazy.product):
         of = (target.exp() if log_target else target).movedim(lazy.like.at, -1)
-        head = head_of(lazy, "kl_div", torch.promote_types(lazy.like.dtype, torch.float32))
+        head = head_of(lazy, "kl_div")
         (cross,) = _run(head, of, probabilities=True, reduction="sum")
         own = (of * target.movedim(lazy.like.at, -1)) if log_target else torch.xlogy(of, of)
         return cross + torch.where(of != 0, own, 0).sum(
