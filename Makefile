@@ -1,10 +1,11 @@
-# make demo | test | bench | lint | sanitize | mutation | nightly: each makes what it needs, from a clean clone.
+# make demo | test | docs | bench | lint | sanitize | mutation | nightly: each makes what it needs,
+# from a clean clone.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt $(wildcard csrc/*) src/fusedloss/engines/cpu/printer.py $(wildcard src/fusedloss/losses/*.py)
 
-.PHONY: demo test nightly bench lint format sanitize mutation clean
+.PHONY: demo test docs nightly bench lint format sanitize mutation clean
 
 demo: $(VENV)/installed
 	$(BIN)/fusedloss demo
@@ -28,6 +29,11 @@ bench: $(VENV)/installed
 sanitize: $(VENV)/installed
 	$(BIN)/python tests/sanitize.py
 
+# The guide, into build/docs/html: built with warnings as errors, and looked at in Chromium where there is one.
+docs: $(VENV)/installed
+	$(BIN)/python docs/site
+	$(BIN)/python docs/site/check.py
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,7 +49,7 @@ format: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt $(SOURCES)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed"'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint,docs]'
 	touch $@
 
 clean:

@@ -21,7 +21,7 @@ class checks:  # noqa: N801
 
     'default' is what PyTorch checks; on a GPU, a class index out of range is raised at the next call,
     since to look at once would stop the queue. 'eager' looks at once. 'strict' also refuses, with a
-    ValueError, what PyTorch lets pass and users rue: docs/compatibility.md lists it.
+    ValueError, what PyTorch lets pass and users rue: docs/compatibility.md lists it::
 
         fusedloss.checks("strict")
         with fusedloss.checks("eager"):

@@ -34,20 +34,20 @@ def of_function(
     settings: dict[str, Setting],
     words: Words,
 ) -> str:
-    text, sections = _parts(inspect.cleandoc(body.__doc__ or ""))
+    text, sections = parts_of(inspect.cleandoc(body.__doc__ or ""))
     if module and body.__name__ not in text:
         text += f"\n\nAs :func:`torch.nn.functional.{body.__name__}`\n({URL}.{module}.html)."
-    said = {**COMMON, **words.arguments, **_items(sections.get("Args", ""))}
+    said = {**COMMON, **words.arguments, **items(sections.get("Args", ""))}
     arguments = [f"{n}: {said[n]}" for n in parameters if n in said]
     raised = [s.raises.format(argument=f"`{n}`") for n, s in settings.items()]
-    raises = _grouped([*words.raises, *raised, *_lines(sections.get("Raises", ""))])
+    raises = _grouped([*words.raises, *raised, *lines(sections.get("Raises", ""))])
     parts = [text, _section("Args", arguments)]
     parts.append(_section("Returns", [sections.get("Returns") or words.returns]))
     parts.append(_section("Raises", raises))
     return "\n\n".join(parts) + "\n"
 
 
-def _parts(doc: str) -> tuple[str, dict[str, str]]:
+def parts_of(doc: str) -> tuple[str, dict[str, str]]:
     """The text before the first section, and the sections by name."""
     pieces = re.split(r"^(Args|Returns|Raises):\n", doc, flags=re.MULTILINE)
     sections = {
@@ -56,13 +56,13 @@ def _parts(doc: str) -> tuple[str, dict[str, str]]:
     return pieces[0].strip(), sections
 
 
-def _lines(section: str) -> list[str]:
+def lines(section: str) -> list[str]:
     """One for each item, which may be continued on further lines that are indented."""
     return [" ".join(item.split()) for item in re.split(r"\n(?=\S)", section) if item]
 
 
-def _items(section: str) -> dict[str, str]:
-    pairs = (line.split(": ", 1) for line in _lines(section))
+def items(section: str) -> dict[str, str]:
+    pairs = (line.split(": ", 1) for line in lines(section))
     return dict(pairs)
 
 

@@ -122,7 +122,10 @@ def _of_input_or_integers(name, operands, _weight, _shapes):
     rules=(target_is_number, target_is_sign),
 )
 def hinge_embedding_loss(margin):
-    r"""Distances of pairs that are alike (1) or not (-1): :math:`\ell = x` or :math:`\max(0, \Delta - x)`.
+    r"""Distances of pairs that are alike (1) or not (-1).
+
+    .. math::
+        \ell = \begin{cases} x & \text{if } t = 1 \\ \max(0, \Delta - x) & \text{if } t = -1 \end{cases}
 
     With any other target it is the sum of both. At the margin the slope is that inside, as PyTorch's.
 

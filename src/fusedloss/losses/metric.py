@@ -307,8 +307,11 @@ def _pairs(shape, dtype, generator):
     margin=number,
 )
 def cosine_embedding_loss(margin):
-    r"""Of similar pairs (y = 1) :math:`\ell = 1 - \cos(a, b)`, of others (y = -1)
-    :math:`\ell = \max(\cos(a, b) - \text{margin}, 0)`.
+    r"""Similar pairs (y = 1) are drawn together, others (y = -1) apart, by the cosine between them.
+
+    .. math::
+        \ell = \begin{cases} 1 - \cos(a, b) & \text{if } y = 1 \\
+        \max(\cos(a, b) - \text{margin}, 0) & \text{if } y = -1 \end{cases}
 
     With :math:`\cos(a, b) = a \cdot b / \sqrt{(a \cdot a + \epsilon)(b \cdot b + \epsilon)}` and
     :math:`\epsilon = 10^{-12}`, as PyTorch has it: where a is 0 the cosine is 0, and its gradient by a is

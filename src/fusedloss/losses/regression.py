@@ -109,8 +109,11 @@ HUBER = Pointwise(huber, huber_grad)
     delta=above(0, RuntimeError, "huber_loss does not support non-positive values for delta."),
 )
 def huber_loss(delta):
-    r"""Squared up to `delta`, then linear: :math:`\ell = w\,\delta\,(|x - t| - \delta / 2)` beyond it, else
-    :math:`w\,(x - t)^2 / 2`.
+    r"""Squared up to `delta`, then linear.
+
+    .. math::
+        \ell = w \begin{cases} \frac{1}{2} (x - t)^2 & \text{if } |x - t| < \delta \\
+        \delta\,(|x - t| - \frac{\delta}{2}) & \text{otherwise} \end{cases}
 
     Args:
         input: predictions, of any shape.
@@ -147,8 +150,11 @@ SMOOTH_L1 = Pointwise(smooth_l1, smooth_l1_grad)
     beta=within(0, INF, RuntimeError, "smooth_l1_loss does not support negative values for beta."),
 )
 def smooth_l1_loss(beta):
-    r"""Squared up to `beta`, then linear with the slope 1: :math:`\ell = |x - t| - \beta / 2` beyond it, else
-    :math:`(x - t)^2 / 2 \beta`.
+    r"""Squared up to `beta`, then linear with the slope 1.
+
+    .. math::
+        \ell = \begin{cases} (x - t)^2 / (2 \beta) & \text{if } |x - t| < \beta \\
+        |x - t| - \frac{\beta}{2} & \text{otherwise} \end{cases}
 
     Args:
         input: predictions, of any shape.

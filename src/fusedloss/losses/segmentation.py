@@ -257,7 +257,7 @@ def dice_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Dice and cross entropy of one softmax: :math:`\lambda_d\,\mathrm{dice} + \lambda_c\,\mathrm{ce}`.
+    r"""Dice and cross entropy of one softmax: :math:`\ell = \lambda_d\,\mathrm{dice} + \lambda_c\,\mathrm{ce}`.
 
     As :func:`dice_loss` and :func:`cross_entropy`, in one call that reads the logits as often as one.
 
@@ -324,7 +324,7 @@ def dice_focal(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Dice and focal loss of one softmax: :math:`\lambda_d\,\mathrm{dice} + \lambda_f\,\mathrm{focal}`.
+    r"""Dice and focal loss of one softmax: :math:`\ell = \lambda_d\,\mathrm{dice} + \lambda_f\,\mathrm{focal}`.
 
     As :func:`dice_loss` and :func:`softmax_focal_loss`, in one call that reads the logits as often as one.
 
