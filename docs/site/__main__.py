@@ -22,6 +22,8 @@ import pages
 import sources
 from words import LANGUAGES, WORDS
 
+from fusedloss.front.modules import MODULES
+
 DOCS = HERE.parent
 START = ("install", "which-loss")
 # Pages of docs/, which stand on GitHub as well: English, and in Chinese behind a digest of docs/guide.
@@ -93,7 +95,7 @@ def reference(language: str) -> str:
     for name in FACE:
         kind = "class" if name in ("checks", "patched") else "function"
         parts.append(f".. auto{kind}:: {MODULE}.{name}\n")
-    for name in sorted(facts.MODULES):
+    for name in sorted(MODULES):
         parts.append(f".. autoclass:: fusedloss.nn.{name}\n   :show-inheritance:\n")
     return "\n".join(parts)
 
