@@ -34,37 +34,52 @@ FUSEDLOSS_LOOP double scale_and_sum(T* e, const T* __restrict f, int64_t n, T* o
     return tree_sum(sums);
 }
 
-// Adds four classes, `width` apart, to `all`, and with a factor each to `some`.
-template <class T>
-FUSEDLOSS_LOOP void add_four_twice(double* __restrict all, double* __restrict some, const T* __restrict p,
-                                   const T* __restrict by, int64_t width, int64_t n) {
+// A probability of more than half becomes 0, and its class is told.
+template <class T, class Index>
+inline void take_apart(T& p, Index c, Index& largest) {
+    largest = p > T(0.5) ? c : largest;
+    p = p > T(0.5) ? T(0) : p;
+}
+
+// Adds four classes, from c on and `width` apart, to `all`, and with a factor each to `some`; a class with
+// more than half of the probability is set apart, and told in `largest`.
+template <class T, class Index>
+FUSEDLOSS_LOOP void add_four_twice(double* __restrict all, double* __restrict some, Index* __restrict largest,
+                                   const T* __restrict p, const T* __restrict by, Index c, int64_t width,
+                                   int64_t n) {
     const T* __restrict p1 = p + width, * __restrict p2 = p1 + width, * __restrict p3 = p2 + width;
     const T b0 = by[0], b1 = by[1], b2 = by[2], b3 = by[3];
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-        all[i] += double((p[i] + p1[i]) + (p2[i] + p3[i]));
-        some[i] += double((p[i] * b0 + p1[i] * b1) + (p2[i] * b2 + p3[i] * b3));
-    }
-}
-
-template <class T>
-FUSEDLOSS_LOOP void add_twice(double* __restrict all, double* __restrict some, const T* __restrict p, T by,
-                              int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-        all[i] += double(p[i]);
-        some[i] += double(p[i] * by);
+        T q = p[i], q1 = p1[i], q2 = p2[i], q3 = p3[i];
+        Index found = largest[i];
+        take_apart(q, c, found);
+        take_apart(q1, c + 1, found);
+        take_apart(q2, c + 2, found);
+        take_apart(q3, c + 3, found);
+        largest[i] = found;
+        all[i] += double((q + q1) + (q2 + q3));
+        some[i] += double((q * b0 + q1 * b1) + (q2 * b2 + q3 * b3));
     }
 }
 
 template <class T, class Index>
-FUSEDLOSS_LOOP void copy_and_raise(const T* __restrict from, int64_t n, T* __restrict to, T* __restrict max,
-                                   Index* __restrict largest, Index c, const T* next) {
-    each_ahead<T, false>(n, next, [=](int64_t i) {
-        to[i] = from[i];
-        largest[i] = from[i] > max[i] ? c : largest[i];
-        max[i] = from[i] > max[i] ? from[i] : max[i];
-    });
+FUSEDLOSS_LOOP void add_twice(double* __restrict all, double* __restrict some, Index* __restrict largest,
+                              const T* __restrict p, T by, Index c, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        T q = p[i];
+        Index found = largest[i];
+        take_apart(q, c, found);
+        largest[i] = found;
+        all[i] += double(q);
+        some[i] += double(q * by);
+    }
+}
+
+template <class T>
+FUSEDLOSS_LOOP void copy_ahead(const T* __restrict from, int64_t n, T* __restrict to, const T* next) {
+    each_ahead<T, false>(n, next, [=](int64_t i) { to[i] = from[i]; });
 }
 
 // A number as the sum of two of type T: what cancels in the first leaves the digits of the second.
@@ -75,12 +90,16 @@ struct Split {
     explicit Split(double v) : high(T(v)), low(T(v - double(high))) {}
 };
 
-// p (b + h), with h as the sum of three; `out` may be `p`.
+// p (b + h), with h as the sum of three, of which `more` may be null; `out` may be `p`.
 template <class T>
 FUSEDLOSS_LOOP void overlap_slope(const T* p, const T* high, const T* low, const T* more, Split<T> b,
                                   int64_t n, T* out, const T* next) {
-    each_ahead<T, true>(
-        n, next, [=](int64_t i) { out[i] = p[i] * ((b.high + high[i]) + ((b.low + low[i]) + more[i])); });
+    if (more)
+        each_ahead<T, true>(
+            n, next, [=](int64_t i) { out[i] = p[i] * ((b.high + high[i]) + ((b.low + low[i]) + more[i])); });
+    else
+        each_ahead<T, true>(n, next,
+                            [=](int64_t i) { out[i] = p[i] * ((b.high + high[i]) + (b.low + low[i])); });
 }
 
 inline RowsArgs rows_of(const DiceArgs& a) {
@@ -147,17 +166,22 @@ public:
             take(n, d0, count, padded);
         else
             make(n, d0, count, padded);
-        set_wrong_apart(count, padded, slopes);
         for (int64_t c = 0; c < a.c; ++c) outside[size_t(c)] = T(slopes[c].outside);
         std::fill_n(p.others, padded, 0.0);
         std::fill_n(p.dots, padded, 0.0);
+        std::fill_n(largest, padded, Index(-1));
         const int64_t fours = a.c / 4 * 4;
         for (int64_t c = 0; c < fours; c += 4)
-            add_four_twice(p.others, p.dots, at(c), outside.data() + c, width, padded);
-        for (int64_t c = fours; c < a.c; ++c) add_twice(p.others, p.dots, at(c), outside[size_t(c)], padded);
+            add_four_twice(p.others, p.dots, largest, at(c), outside.data() + c, Index(c), width, padded);
+        for (int64_t c = fours; c < a.c; ++c)
+            add_twice(p.others, p.dots, largest, at(c), outside[size_t(c)], Index(c), padded);
+        const int64_t apart = set_wrong_apart(count, padded, slopes);
+        for (int64_t i = 0; i < padded; ++i) inside[i] = p.y[i] >= 0 ? slopes[p.y[i]].inside : 0.0;
+        std::fill_n(losses, padded, 0.0);
+        for (int64_t i = 0; i < padded && own_rows; ++i)
+            losses[i] = p.y[i] >= 0 ? by_rows * r.class_weight(p.y[i]) : 0.0;
+#pragma omp simd
         for (int64_t i = 0; i < padded; ++i) {
-            inside[i] = p.y[i] >= 0 ? slopes[p.y[i]].inside : 0.0;
-            losses[i] = own_rows && p.y[i] >= 0 ? by_rows * r.class_weight(p.y[i]) : 0.0;
             // Of a wrong class that is near certain: v_k - S as the others' part of it.
             beyond[i] = (p.others[i] + own[i]) * wrong_slope[i] - (own[i] * inside[i] + p.dots[i]);
             p.others[i] += wrong[i];
@@ -178,10 +202,13 @@ public:
         const auto to = [&](int64_t c) { return direct ? this->stretch(a.grad, n, d0, c) : at(c); };
         for (int64_t c = 0; c < a.c; ++c) {
             const T* next = direct ? this->after(a.grad, n, d0, c, count) : at(c);
-            overlap_slope(at(c), high, low, more, Split<T>(slopes[c].outside), padded, to(c), next);
+            overlap_slope(at(c), high, low, apart ? more : nullptr, Split<T>(slopes[c].outside), padded,
+                          to(c), next);
         }
-        for (int64_t i = 0; i < count; ++i)
-            if (wrong[i] > 0) to(largest[i])[i] = T(wrong[i] * (beyond[i] + losses[i]));
+        for (int64_t k = 0; k < apart; ++k) {
+            const int64_t i = set_apart[k];
+            to(largest[i])[i] = T(wrong[i] * (beyond[i] + losses[i]));
+        }
         this->settle_gradient(n, d0, count, direct);
     }
 
@@ -191,6 +218,7 @@ private:
     alignas(64) T f[most], high[most], low[most], more[most];
     alignas(64) double own[most], rest[most], losses[most], inside[most];
     alignas(64) double wrong[most], wrong_slope[most], beyond[most];
+    Index set_apart[most];
 
     bool kept(int64_t count, int64_t padded) const {
         return a.grad.data && this->dense(a.grad) && padded == count;
@@ -217,10 +245,8 @@ private:
 
     // The probabilities, those of the own classes apart: as the first pass left them, or made anew.
     void take(int64_t n, int64_t d0, int64_t count, int64_t padded) {
-        look_for_half(padded);
         for (int64_t c = 0; c < a.c; ++c)
-            copy_and_raise(this->stretch(a.grad, n, d0, c), count, at(c), p.max, largest, Index(c),
-                           this->after(a.grad, n, d0, c, count));
+            copy_ahead(this->stretch(a.grad, n, d0, c), count, at(c), this->after(a.grad, n, d0, c, count));
         r.labels(n, d0, count, p.y);
         this->any_ignored = mark_ignored(p.y, count, a.ignore_index, p.ignored);
         own_logits(p, at(0), width, padded);
@@ -231,30 +257,26 @@ private:
     void make(int64_t n, int64_t d0, int64_t count, int64_t padded) {
         gather(n, d0, count, padded);
         share(padded);
-        look_for_half(padded);
-        for (int64_t c = 0; c < a.c; ++c) {
-            scale_and_sum(at(c), f, padded, at(c), at(c));
-            raise(p.max, largest, at(c), Index(c), padded);
-        }
+        for (int64_t c = 0; c < a.c; ++c) scale_and_sum(at(c), f, padded, at(c), at(c));
         for (int64_t i = 0; i < padded; ++i) own[i] = double(T(own[i]));
     }
 
-    // The largest class is to have more than half of the probability.
-    void look_for_half(int64_t padded) {
-        std::fill_n(p.max, padded, T(0.5));
-        std::fill_n(largest, padded, Index(-1));
-    }
-
-    // A class with more than half of the probability that is not the own one leaves the tile.
-    void set_wrong_apart(int64_t count, int64_t padded, const Slopes* slopes) {
+    // A class with more than half of the probability that is not the own one leaves the tile: of how many
+    // positions, which are listed.
+    int64_t set_wrong_apart(int64_t count, int64_t padded, const Slopes* slopes) {
         std::fill_n(wrong, padded, 0.0);
         std::fill_n(wrong_slope, padded, 0.0);
+        int64_t found = 0;
         for (int64_t i = 0; i < count; ++i) {
-            const Index c = largest[i];
-            if (c < 0 || c == p.y[i] || p.y[i] < 0) continue;
+            set_apart[found] = Index(i);
+            found += int64_t(largest[i] >= 0) & int64_t(p.y[i] >= 0);
+        }
+        for (int64_t k = 0; k < found; ++k) {
+            const int64_t i = set_apart[k], c = largest[i];
             wrong[i] = double(std::exchange(at(c)[i], T(0)));
             wrong_slope[i] = slopes[c].outside;
         }
+        return found;
     }
 
     // What the focal loss makes of the weights of the rows' gradients.

@@ -50,14 +50,17 @@ def test_memory_stays_in_its_budget(variant: str, budget: int | None) -> None:
 
 
 def test_bench(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    small = [head("classes", 8, 4, v, dtype) for v in (16, 32) for dtype in ("float32", "bfloat16")]
+    small = [head("rows", 8, 4, v, dtype) for v in (16, 32) for dtype in ("float32", "bfloat16")]
+    small += [head("classes", 8, 4, v, "float32") for v in (16, 32)]
     monkeypatch.setattr(linear, "cases", lambda quick: small)
     monkeypatch.setattr(linear, "in_a_process", in_this_process)
     words = ("--quick", "--threads", "1", "--output", "out.json", "--picture", "out.svg")
     assert main(["bench", "--linear", *words]) == 0
     document = json.loads((here / "out.json").read_text())
     assert document["complete"] and document["kind"] == "linear"
-    assert [len(r["samples"]["ours"]) for r in document["results"]] == [2] * 4
+    results = document["results"]
+    assert [len(r["samples"]["ours"]) for r in results[:4]] == [2] * 4
+    assert all(not r["samples"] and "lazy" in r["peaks"] for r in results[4:])  # memory alone
     assert "ours / products" in capsys.readouterr().out
     assert (here / "out.svg").read_text().count("<path") > 4
 

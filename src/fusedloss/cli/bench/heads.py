@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
+import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -54,6 +55,7 @@ LABELS = {
 }
 COLOURS = {"ours": "#08306b", "lazy": "#4292c6", "eager": "#cb181d", "torch": "#ef8a62"}
 PEERS = ("liger", "cut-cross-entropy")
+CPU_PEERS = ("auto chunker", "unsloth-zoo", "trl")  # beside the cases of the table, where installed
 LONG, FEWEST = 60.0, 2  # a case that has taken so many seconds ends after so many rounds
 SAMPLE, SAMPLES = 0.01, 60  # seconds of one and how many, of a small case
 GPU_ROUNDS = 5
@@ -69,7 +71,7 @@ SMALL, SMALL_AT_MOST = ((3, 4, 5), (64, 64, 128)), {"eager": 1.3}
 def head(
     group: str, n: int, d: int, v: int, dtype: str, at_most: Mapping[str, float] = NONE
 ) -> Case:
-    """Rows, features and classes of a group: table, small, classes or rows."""
+    """Rows, features and classes of a group: table, small, rows, or classes, of which memory alone is taken."""
     words = f"{n} x {d} x {v} {dtype}", "linear_cross_entropy", (n, d, v), dtype
     return Case(*words, group=group, at_most=at_most)
 
@@ -89,9 +91,9 @@ def cases(quick: bool) -> list[Case]:
     if quick:
         shapes += [("classes", 512, 256, v) for v in (4096, 16384, 65536)]
         return found + [head(*shape, "float32") for shape in shapes]
-    shapes += [("classes", 1024, 512, 1000 * v) for v in (4, 16, 64, 128, 256)]
     shapes += [("rows", n, 512, 32000) for n in (256, 1024, 4096, 16384)]
-    return found + [head(*shape, dtype) for dtype in AT_MOST for shape in shapes]
+    found += [head(*shape, dtype) for dtype in AT_MOST for shape in shapes]
+    return found + [head("classes", 4096, 512, 1000 * v, "float32") for v in (8, 32, 64, 128, 256)]
 
 
 def shortest(result: Result, other: str, _: Sequence[Result]) -> float | None:
@@ -156,6 +158,9 @@ class HeadWork(Work):
             "torch": lambda: in_torchs_chunks,
             "liger": liger,
             "cut-cross-entropy": cut_cross_entropy,
+            "auto chunker": auto_chunker,
+            "unsloth-zoo": unsloth_zoo,
+            "trl": trl,
         }
 
     def step(self, variant: str) -> Step:
@@ -188,6 +193,26 @@ def cut_cross_entropy() -> Callable[..., Tensor]:
     return lambda x, w, y: function(x, w, y)
 
 
+def auto_chunker() -> Callable[..., Tensor]:
+    """Inductor's, of PyTorch's own logits and loss."""
+    chunked: dict[str, Any] = {"auto_chunker.enable": True}
+    return torch.compile(logits_in_full, fullgraph=True, dynamic=False, options=chunked)
+
+
+def unsloth_zoo() -> Callable[..., Tensor]:
+    os.environ.setdefault("UNSLOTH_ZOO_DISABLE_GPU_INIT", "1")
+    module = importlib.import_module("unsloth_zoo.fused_losses.cross_entropy_loss")
+    loss = partial(module.unsloth_fused_ce_loss, None, shift_labels=False)
+    return lambda x, w, y: loss(x.unsqueeze(0), w, None, y.unsqueeze(0))
+
+
+def trl() -> Callable[..., Tensor]:
+    """As its trainers call it: from the log-probabilities of all tokens."""
+    rows = importlib.import_module("trl.kernels").ChunkedLogProbFunction
+    size = importlib.import_module("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE
+    return lambda x, w, y: -rows.apply(x, w, None, y, 1.0, size, None, 1.0, ())[0].mean()
+
+
 def slow_products(dtype: torch.dtype) -> bool:
     return dtype in HALVES and not multiplies_bfloat16()
 
@@ -209,14 +234,18 @@ def measure(
 ) -> Iterator[Result]:
     for case in every:
         skipped = {v: why for v in VARIANTS if (why := why_not(case, v))}
-        chosen = tuple(v for v in VARIANTS if v not in skipped)
+        peers = CPU_PEERS if case.group == "table" else ()
+        chosen = tuple(v for v in (*VARIANTS, *peers) if v not in skipped)
         try:
             small = case.group == "small"
             measured = (1.0, SAMPLE, FEWEST, SAMPLES) if small else (LONG, 0.0, FEWEST, rounds)
             plan = Plan(chosen, threads, *measured, against, HeadWork)
-            result = in_a_process(time_case, case, plan)
-            for variant in LABELS:
-                if variant in result.samples and not small:
+            result, taken = Result(case, gradient_bytes=sizes(case)[1]), chosen
+            if case.group != "classes":
+                result = in_a_process(time_case, case, plan)
+                taken = tuple(result.samples)
+            for variant in (*LABELS, *peers):
+                if variant in taken and not small:
                     result.peaks[variant] = in_a_process(peak_memory, case, variant, plan)
         except (RuntimeError, OSError) as error:
             result = Result(case, skipped={"ours": str(error)})
@@ -233,11 +262,12 @@ def run(args: argparse.Namespace, threads: int) -> int:
     try:
         for result in measure(cases(args.quick), 2 if args.quick else 7, threads, against):
             results.append(result)
-            best = milliseconds(result) or "failed"
-            this.console.print(f"{result.case.title}, ms: {best}", markup=False)
+            this.console.print(f"{result.case.title}: {told(result)}", markup=False)
     except KeyboardInterrupt:
         interrupted = True
     this.console.print(table(results), tables.targets_table(results, targets(results)))
+    if beside := peers_table(results):
+        this.console.print(beside)
     if against:
         this.console.print(tables.builds_table(results), tables.slowest(results))
     for note in dict.fromkeys(w for r in results for w in r.skipped.values()):
@@ -283,9 +313,32 @@ def table(results: list[Result]) -> Table:
     return table
 
 
+def peers_table(results: Sequence[Result]) -> Table | None:
+    """What there is of the peers: how many times our time they take, and their memory."""
+    found = [p for p in CPU_PEERS if any(p in r.samples for r in results)]
+    if not found:
+        return None
+    table = Table(title="peers: times our time; MiB beyond inputs and gradients")
+    table.add_column("case")
+    for peer in found:
+        table.add_column(peer, justify="right")
+    for r in results:
+        if any(p in r.samples for p in found):
+            pairs = ((r.shortest_ratio(p, "ours"), mebibytes(r, p)) for p in found)
+            cells = (f"{number(ratio, 2)}; {number(memory, 0)}" for ratio, memory in pairs)
+            table.add_row(r.case.title, *cells)
+    return table
+
+
 def milliseconds(result: Result) -> str:
     shortest = 1e3 * (result.shortest("ours") or math.nan)
     return number(shortest, 0 if shortest >= 10 else 3)
+
+
+def told(result: Result) -> str:
+    if result.samples:
+        return f"{milliseconds(result)} ms"
+    return f"{number(mebibytes(result, 'ours'), 0)} MiB" if result.peaks else "failed"
 
 
 def mebibytes(result: Result, variant: str) -> float | None:
@@ -309,8 +362,6 @@ def picture(results: Sequence[Result], path: Path) -> None:
         xs = [r.case.shape[-1] for r in points if variant in r.peaks]
         ys = [mebibytes(r, variant) or 0.0 for r in points if variant in r.peaks]
         axes.plot(xs, ys, "o-", color=COLOURS[variant], label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
     axes.set_xlabel("classes")
     axes.set_ylabel("MiB beside the gradients")
     rows = statistics.mode(r.case.shape[0] for r in points)
