@@ -25,7 +25,14 @@ NOT = "not formula and not threads and not more_dimensions and not autocast"
 OVERLAPS = (
     "kernel_is or equals_what or layouts or the_same_bits or types_of or operators or ignored"
 )
-EVERY = {"losses": "300", "repeated": "10", "overlaps": "40"}
+# One in so many, here and in `make nightly`.
+EVERY = {
+    "losses": (900, 300),
+    "repeated": (100, 10),
+    "overlaps": (160, 40),
+    "checks": (5, 1),
+    "options": (3, 1),
+}
 
 PARTS = {
     "options": ("tests/engines/gpu_checks.py", "test_option"),
@@ -58,10 +65,13 @@ def pytest_in(mode: str, files: str, keep: str, **environment: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "more", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["few", "more"]
+)
 @pytest.mark.parametrize("part", PARTS)
-def test_interpreted(part: str, record_property: Callable[[str, object], None]) -> None:
+def test_interpreted(part: str, more: bool, record_property: Callable[[str, object], None]) -> None:
     files, keep = PARTS[part]
-    every = {"FUSEDLOSS_TEST_EVERY": EVERY.get(part, "1")}
+    every = {"FUSEDLOSS_TEST_EVERY": str(EVERY.get(part, (1, 1))[more])}
     summary = pytest_in("interpreted", files, keep, TRITON_INTERPRET="1", **every)
     record_property(f"GPU kernels interpreted, {part}", summary)
 

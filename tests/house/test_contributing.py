@@ -46,7 +46,7 @@ def test_example_makes_a_loss_that_passes(tmp_path: Path) -> None:
         end.write(EXAMPLE)
     elsewhere.build(root, "-O1")
     arguments = ["-k", "huber", "tests/losses", "tests/faces/test_faces.py"]
-    done = elsewhere.pytest_there(root, arguments, {"FUSEDLOSS_TEST_EVERY": "12"})
+    done = elsewhere.pytest_there(root, arguments, {"FUSEDLOSS_TEST_EVERY": "30"})
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) > 50, done.stdout[-2000:]
+    assert passed and int(passed[1]) > 20, done.stdout[-2000:]

@@ -46,7 +46,7 @@ def compiled(function: Function, dynamic: bool = False, backend: str = "aot_eage
     return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(9)
 @parameters_reduced()
 def test_compile(case: Case, reduction: str, generator: Generator) -> None:
     tensors, options = case.example(SHAPE, torch.float32, generator)
@@ -61,7 +61,7 @@ def test_compile(case: Case, reduction: str, generator: Generator) -> None:
     assert_close(fast(*tensors), expected.value)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @parameters()
 def test_compile_with_dynamic_shapes(case: Case, generator: Generator) -> None:
     """One graph serves every size."""

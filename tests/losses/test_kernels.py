@@ -77,7 +77,7 @@ def sizes_of(case: Case) -> Iterator[tuple[int, ...]]:
 SIZES = [(case, shape) for case in CASES for shape in sizes_of(case)]
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(12)
 @each_dtype
 @pytest.mark.parametrize(
     ("case", "shape"), SIZES, ids=[f"{case}-{'x'.join(map(str, shape))}" for case, shape in SIZES]
@@ -160,7 +160,7 @@ LAID_OUT: dict[str, list[tuple[int, ...]]] = {
 OTHER_VALUES = (expanded, expanded_last, overlapping)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 @each_dtype
 @pytest.mark.parametrize("layout", LAYOUTS)
 @parameters()

@@ -87,7 +87,7 @@ def test_mean_is_the_sum_over_an_exact_divisor(case: Case, path: str, generator:
             assert_divides(case, path, shape, weights, generator)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @of_compile
 @parameters(lambda case: case.option in ("weight", "all") and "mean" in case.reductions)
 def test_compiled_mean_is_the_sum_over_an_exact_divisor(case: Case, generator: Generator) -> None:
@@ -118,7 +118,7 @@ def _typed(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) else value
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(12)
 @pytest.mark.parametrize("path", [name for name in DIVIDES if name != "compiled"])
 @parameters_reduced()
 def test_the_default_type_changes_no_bit(

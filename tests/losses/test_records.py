@@ -291,6 +291,7 @@ def test_op_db_errors(loss: str, tally: Any) -> None:
             assert re.search(error.error_regex, str(caught.value)), str(caught.value)
 
 
+@pytest.mark.one_in(2)
 @per_dtype(module_dtypes)
 def test_module_db(loss: str, dtype: torch.dtype, tally: Any) -> None:
     count = tally(loss, "module_db")
