@@ -2,8 +2,9 @@
 //
 // A row's classes may come in several stretches: each is gathered into the row's sums, and when all have been
 // seen the row is finished. Where a gradient is wanted all classes are given at once, and it takes the
-// logits' place. With x' = softcap tanh(logit_scale x / softcap), b and B as in cross_entropy.h, and L the
-// row's log-sum-exp:
+// logits' place. Of a process that has but a shard of the classes they are gathered, what all processes
+// gathered is merged, and the row is finished by that. With x' = softcap tanh(logit_scale x / softcap), b and
+// B as in cross_entropy.h, and L the row's log-sum-exp:
 //   loss = sum_c b_c (L - x'_c) + z_loss L^2,   entropy = L - sum_c p_c x'_c.
 #pragma once
 #include <memory>
@@ -158,7 +159,11 @@ public:
     void operator()(int64_t n) {
         LinearSums<T> s;
         auto* kept = a.sums ? reinterpret_cast<LinearSums<T>*>(a.sums) + n : nullptr;
-        if (kept && a.first) s = *kept;
+        if (kept && !a.begin) s = *kept;
+        if (a.given) {
+            if (!(a.beyond && a.beyond[n])) finish(n, s);
+            return;
+        }
         gather(n, s);
         if (kept) *kept = s;
         if (a.beyond && (a.beyond[n] = is_beyond(s.max, ordinary))) return;
@@ -194,7 +199,7 @@ private:
     const T* soft_part(int64_t n, int64_t c, int64_t count) {
         const T* w = weight ? weight + a.first + c : nullptr;
         if (!a.label) {
-            const int64_t offset = n * a.target.stride[0] + (a.first + c) * a.target.stride[1];
+            const int64_t offset = n * a.target.stride[0] + (a.first - a.origin + c) * a.target.stride[1];
             load_strided<T>(memory(a.target, offset), a.target.dtype, a.target.stride[1], count, q_buffer);
         } else if (w) {
             std::fill_n(q_buffer, count, T(0));
@@ -278,7 +283,7 @@ private:
         const double even = (g * own_weight + rest) / s.sum(), tilted = slope / s.sum();
         const T by = too_small<T>(std::max(std::fabs(even), std::fabs(tilted))) ? math::lowered<T> : T(1);
         const double unit = double(math::lowered<T>) / double(by);
-        const int64_t y = a.label ? a.label[n] : -1;
+        const int64_t y = a.label ? a.label[n] - a.first : -1;
         const bool direct = a.logits.dtype == dtype_of<T>;
         for (int64_t c = 0; c < a.columns; c += row_block) {
             const int64_t count = std::min(row_block, a.columns - c);
@@ -303,7 +308,7 @@ private:
                 const double share = s.own / s.raised_sum(), bend = slope * (s.own_x - s.max) * share;
                 e[y - c] =
                     T(rest * share + (share > 0 ? bend : 0.0) - g * own_weight * (s.others / s.raised_sum()) -
-                      g * double(soft) * (weight ? double(weight[y]) : 1.0));
+                      g * double(soft) * (weight ? double(weight[a.label[n]]) : 1.0));
             }
             if (a.softcap > 0) uncap(e, x_buffer, T(1 / a.softcap), count);
             if (!direct) store(memory(a.logits, n, c), a.logits.dtype, 1, count, e);
@@ -318,7 +323,8 @@ private:
             for (int64_t i = 0; i < count; ++i) e_buffer[i] = scale * ((top - x[i]) + rest);
             if (weight)
                 for (int64_t i = 0; i < count; ++i) e_buffer[i] *= weight[a.first + c + i];
-            const int64_t offset = n * a.grad_target.stride[0] + (a.first + c) * a.grad_target.stride[1];
+            const int64_t offset =
+                n * a.grad_target.stride[0] + (a.first - a.origin + c) * a.grad_target.stride[1];
             store(memory(a.grad_target, offset), a.grad_target.dtype, a.grad_target.stride[1], count,
                   e_buffer);
         }
@@ -331,6 +337,39 @@ void linear_rows(const LinearArgs& a) {
     parallel_ranges(a.n, grain, [&](int64_t begin, int64_t end) {
         const auto kernel = std::make_unique<LinearKernel<T>>(a);
         for (int64_t n = begin; n < end; ++n) (*kernel)(n);
+    });
+}
+
+// What processes gathered of a row, each of its own classes, in the order of their ranks.
+template <class Sums>
+Sums merged(const Sums* parts, int64_t ranks, int64_t stride, bool labelled) {
+    Sums all;
+    for (int64_t k = 0; k < ranks; ++k) all.top = std::max(all.top, parts[k * stride].top);
+    all.max = all.top == -std::numeric_limits<double>::infinity() ? 0 : all.top;
+    bool owned = labelled;
+    for (int64_t k = 0; k < ranks; ++k) {
+        const Sums& s = parts[k * stride];
+        const double gap = s.max == all.max ? 0.0 : s.max - all.max;
+        all.own_x += s.own_x;  // of the process that has the class, and 0 of the others
+        all.mass += s.mass;
+        all.dot += s.dot + (s.mass != 0 ? s.mass * gap : 0.0);
+        if (s.raised_sum() == 0) continue;
+        const double own = brought(s.own, gap);
+        const bool is_own = labelled || (!owned && s.top == all.top);
+        all.others += brought(s.others, gap) + (is_own ? 0.0 : own);
+        all.own += is_own ? own : 0.0;
+        owned = owned || is_own;
+        all.products += std::exp(gap) > 0 ? brought(s.products + gap * s.raised_sum(), gap) : 0;
+    }
+    return all;
+}
+
+inline void merge_sums(const MergeArgs& a) {
+    using Sums = LinearSums<float>;  // of another type they are laid out alike
+    const auto* parts = reinterpret_cast<const Sums*>(a.parts);
+    parallel_ranges(a.n, 1024, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n)
+            reinterpret_cast<Sums*>(a.sums)[n] = merged(parts + n, a.ranks, a.n, a.labelled != 0);
     });
 }
 

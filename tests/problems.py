@@ -14,8 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from fusedloss import linear_cross_entropy, linear_kl_div, linear_log_prob
 from fusedloss.autograd import operators
-from fusedloss.engines.chunks import loop as chunks
-from fusedloss.engines.chunks import plan, straight
+from fusedloss.engines.chunks import chunked, plan, shards, straight
 from fusedloss.route import heads
 
 N, D, C = 37, 19, 53
@@ -133,7 +132,7 @@ def torch_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on devices that have none."""
-    for module in (chunks, plan, straight):
+    for module in (chunked, plan, shards, straight):
         monkeypatch.setattr(module, "on_host", lambda _: False)
 
 

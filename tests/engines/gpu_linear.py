@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 import fusedloss
 from fusedloss import linear_cross_entropy, linear_kl_div, linear_log_prob
 from fusedloss.engines import gpu
-from fusedloss.engines.chunks import loop as chunks
+from fusedloss.engines.chunks import chunked as chunks
 from fusedloss.engines.gpu import linear, tiles
 from fusedloss.kinds.heads import LinearCall, Rows
 

@@ -26,6 +26,7 @@ from torch.nn import functional as F  # noqa: N812
 from fusedloss import linear_cross_entropy, linear_kl_div
 from fusedloss.engines.chunks import loop as chunks
 from fusedloss.engines.chunks import products, straight
+from fusedloss.engines.cpu import linear as kernel
 from fusedloss.route import heads, memo
 
 
@@ -215,13 +216,13 @@ def test_options(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         pytest.skip("an older torch")
     seen: list[int] = []
-    step = chunks.kernel.step
+    step = kernel.step
 
     def counted(call: Any, logits: Any, *args: Any, **kwargs: Any) -> int:
         seen.append(logits.values.shape[0])
         return step(call, logits, *args, **kwargs)
 
-    monkeypatch.setattr(chunks.kernel, "step", counted)
+    monkeypatch.setattr(kernel, "step", counted)
     monkeypatch.setattr(chunks, "straight", lambda *_: False)
     monkeypatch.setattr(heads, "remember", lambda *_: None)
     problem = Problem(generator)

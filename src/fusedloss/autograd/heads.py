@@ -27,13 +27,15 @@ class Chunked(torch.autograd.Function):
     def forward(ctx: Any, call: LinearCall, *tensors: Slot) -> tuple[Tensor, ...]:
         needed = ctx.needs_input_grad[1:]
         ctx.call, ctx.stored = call, call.stores_gradients
-        results, grads = run(call, tensors, needed[:4] if ctx.stored else ())
+        # Backward makes the logits again, but gathers nothing again from other processes.
+        sums = call.empty_sums(tensors) if call.shard and not ctx.stored else None
+        results, grads = run(call, tensors, needed[:4] if ctx.stored else (), sums=sums)
         # Autograd saves no tensor of inference mode, whose changes it could not see.
         kept = (t if t is None or not t.is_inference() else None for t in tensors)
         if not ctx.stored:
             pairs = zip(tensors, kept, strict=True)
             kept = (t.clone() if k is None and t is not None else k for t, k in pairs)
-        ctx.save_for_backward(*kept, *grads)
+        ctx.save_for_backward(*kept, *grads, sums)
         ctx.like = [None if t is None else (t.shape, t.dtype) for t in tensors]
         assert tensors[0] is not None
         ctx.device, ctx.number = tensors[0].device, tensors[0].get_device()
@@ -53,7 +55,7 @@ class Chunked(torch.autograd.Function):
         for g in incoming:
             plain.check(call.loss, incoming=g)
         saved = unpacked(ctx)
-        tensors, stored = saved[: len(needed)], saved[len(needed) :]
+        tensors, stored, sums = saved[: len(needed)], saved[len(needed) : -1], saved[-1]
         create_graph = torch.is_grad_enabled()
         grads: Sequence[Slot] = ()
         if all(g is None for g in incoming):
@@ -72,7 +74,8 @@ class Chunked(torch.autograd.Function):
             ):
                 grads = redo(call, given, needed, incoming, create_graph)
             else:
-                grads = run(call, given, needed[:4], incoming)[1]
+                (sums,) = unchanged([sums])
+                grads = run(call, given, needed[:4], incoming, sums)[1]
         return (None, *grads, *(None,) * (len(needed) - len(grads)))
 
 

@@ -16,15 +16,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..core import caches, inductor, torch_state, trace
+from ..core import caches, inductor, shards, torch_state, trace
 from ..core.torch_state import differentiating
 from ..engines import engine_of, gpu
 from ..engines.chunks.loop import run as run_chunks
 from ..kinds.ctc import CtcCall
 from ..kinds.dice import DiceCall
 from ..kinds.distill import DistillCall
-from ..kinds.formula import FORMULAS, Pointwise
+from ..kinds.formula import FORMULAS
 from ..kinds.heads import LinearCall
+from ..kinds.logits import LogitsCall
 from ..kinds.margins import MarginCall
 from ..kinds.pointwise import PointwiseCall
 from ..kinds.reduction import ReductionCall
@@ -43,6 +44,7 @@ KINDS = {
     "torch.dtype": "ScalarType",
     "tuple[float, ...]": "float[]",
     "Pointwise": "str",  # by its name
+    "ClassShard | None": "str",
 }
 HEAD = (
     "Tensor input",
@@ -78,6 +80,7 @@ TENSORS: dict[type[Any], tuple[str, ...]] = {
     ),
     MarginCall: ("Tensor input", "Tensor target", "Tensor? weight"),
     LinearCall: HEAD,
+    LogitsCall: HEAD,
     DistillCall: (*HEAD, *TEACHER),
 }
 WIDE = (torch.float32, torch.float64)
@@ -88,8 +91,20 @@ T = TypeVar("T")
 
 
 def settings(call: Any) -> tuple[Any, ...]:
-    each = (getattr(call, field.name) for field in dataclasses.fields(call))
-    return tuple(value.name if isinstance(value, Pointwise) else value for value in each)
+    return tuple(_setting(getattr(call, f.name), str(f.type)) for f in dataclasses.fields(call))
+
+
+def _setting(value: Any, kind: str) -> Any:
+    if kind == "Pointwise":
+        return value.name
+    return str(value or "") if kind == "ClassShard | None" else value
+
+
+def _field(value: Any, kind: str) -> Any:
+    """The same the other way."""
+    if kind == "Pointwise":
+        return FORMULAS[value]
+    return shards.parsed(value) if kind == "ClassShard | None" else value
 
 
 def arguments(call: Any, tensors: Sequence[Any]) -> tuple[Any, ...]:
@@ -286,7 +301,7 @@ class Operator:
 
     def call(self, settings: Sequence[Any]) -> Any:
         pairs = zip(settings, dataclasses.fields(self.kind), strict=True)
-        return self.kind(*(FORMULAS[v] if f.type == "Pointwise" else v for v, f in pairs))
+        return self.kind(**{f.name: _field(v, str(f.type)) for v, f in pairs})
 
     def own(self, call: Any, slots: Sequence[Any]) -> tuple[Any, ...]:
         """Of the arguments for tensors those of the call."""

@@ -156,6 +156,13 @@ def wrapper(
     return torch.Tensor._make_wrapper_subclass(kind, shape, stride, dtype=dtype, device=device)
 
 
+def process_group(name: str) -> Any:
+    """The process group of a name."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
 def freed_after_forward(module: torch.nn.Module) -> bool:
     """Whether FSDP takes a module's parameters away before its caller has the output."""
     states = sys.modules.get("torch.distributed._composable_state")

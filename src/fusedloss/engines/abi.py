@@ -36,7 +36,7 @@ SOME = -4  # less m where m rows of a head count, but not all
 MAX_DIMS = 16
 LIMITS = runpy.run_path(str(Path(__file__).parents[1] / "kinds" / "names.py"))  # of formulas
 FORMULA_OPERANDS, FORMULA_NUMBERS = LIMITS["OPERANDS"], LIMITS["NUMBERS"]
-LINEAR_SUMS = 8  # doubles that a head keeps of a row
+LINEAR_SUMS = LIMITS["HEAD_SUMS"]  # doubles
 # Of the rows of a head that count and are not weighed with 0, array after array: labels, which rows they are,
 # what each counts in the sum and in its gradient, losses, which are beyond what is ordinary; then the divisor.
 HEAD_WORDS = 6
@@ -244,7 +244,9 @@ LINEAR = Struct(
     "LinearArgs",
     "int64_t n, c  // rows, classes in all",
     "int64_t first, columns  // the classes that are given: [first, first + columns)",
-    "int64_t finish  // these are the last ones",
+    "int64_t origin  // the first of this process: `target` holds the probabilities from it on",
+    "int64_t begin, finish  // these are the first ones, the last ones",
+    "int64_t given  // `sums` are of all classes already, and it finishes",
     "int64_t differentiate  // the logits become their gradient",
     "double smoothing, z_loss, softcap, logit_scale",
     "Logits logits",
@@ -262,7 +264,14 @@ LINEAR = Struct(
     "double* correct  // 1 where no class is above the target's",
     "Grid grad_target",
     "double ordinary  // a row whose largest logit is larger in size stays as it is",
-    "int64_t* beyond  // of each row, whether it does; or null, and none does",
+    "int64_t* beyond  // of each row, whether it does (`given`: did); or null, and none does",
+)
+MERGE = Struct(
+    "MergeArgs",  # what several processes gathered of rows, each of its own classes
+    "int64_t n, ranks",
+    "int64_t labelled  // the own class is the target's; else the largest",
+    "const double* parts  // the sums of n rows of each process, one after another",
+    "double* sums",
 )
 ACCUMULATE = Struct(
     "AccumulateArgs",  # the sums of the products of chunks
@@ -316,6 +325,7 @@ KERNELS = {
     "margins": MARGINS,
     "linear": LINEAR,
     "distill": DISTILL,
+    "merge": MERGE,
     "accumulate": ACCUMULATE,
     "head_rows": HEAD_ROWS,
     "head_results": HEAD_RESULTS,

@@ -12,7 +12,6 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from ..core import reduce, sharded
 from . import torch_m as formula
@@ -47,11 +46,13 @@ class DistillCall(LinearCall):
     def by_formula(self, *tensors: Slot) -> tuple[Tensor, ...]:
         input, linear_weight, linear_bias, target, *rest = self.masked(tensors)
         assert input is not None and linear_weight is not None
-        x = _linear(input, linear_weight, linear_bias)
+        x = self.logits_of(input, linear_weight, linear_bias).squeeze(2)
         teacher_input, teacher_weight, teacher_bias, teacher = rest[3:]
         if teacher is None:
             assert teacher_input is not None and teacher_weight is not None
-            teacher = _linear(teacher_input, teacher_weight, teacher_bias)
+            teacher = self.logits_of(teacher_input, teacher_weight, teacher_bias).squeeze(2)
+        elif self.shard is not None:
+            teacher = self.shard.whole(teacher, 1)
         losses = self.divergences(
             x.to(reduce.wide(x)), teacher, None if target is None else target[:, 0]
         )
@@ -97,10 +98,6 @@ class DistillCall(LinearCall):
         m = torch.logaddexp(t + math.log(self.beta), s + math.log(1 - self.beta))
         losses = self.beta * _relative_entropy(t, m)
         return losses + (1 - self.beta) * _relative_entropy(s, m)
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Slot) -> Tensor:
-    return F.linear(input, weight[:, 0], None if bias is None else bias[:, 0])
 
 
 def _relative_entropy(p: Tensor, q: Tensor) -> Tensor:

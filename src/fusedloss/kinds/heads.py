@@ -2,13 +2,14 @@
 
 The tensors that travel beside a call, N rows of D features, C classes and K heads of them:
 input (N, D), linear_weight (C, K, D), linear_bias (C, K), target (N, K) or (N, C, K), weight (C),
-sample_weight (N, K), denominator (); all but the first, the second and the target may be None.
+sample_weight (N, K), denominator (); all but the first, the second and the target may be None. Where the call
+has a shard, linear_weight, linear_bias and probabilities hold this process's classes alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -18,8 +19,10 @@ from torch.nn import functional as F  # noqa: N812
 
 from ..core import reduce, torch_state
 from ..core.indices import check_range
+from ..core.shards import ClassShard
 from . import torch_m as formula
 from .call import Kind
+from .names import HEAD_SUMS
 from .rows import RowsCall
 
 Slot = Tensor | None
@@ -53,6 +56,7 @@ class LinearCall(Kind):
     chunk_rows: int  # the most rows a chunk; 0: as many as the budget holds
     exact_logits: bool  # where the products round them: of all rows, or where that counts
     dtype: torch.dtype  # of the result
+    shard: ClassShard | None = field(default=None, kw_only=True)
 
     family: ClassVar[str] = "linear"
     indices: ClassVar[tuple[int, ...]] = (3,)
@@ -90,6 +94,13 @@ class LinearCall(Kind):
             if need and t is not None
         ]
 
+    def empty_sums(self, tensors: Sequence[Slot]) -> Tensor:
+        """For what all processes gather of each row, (N, K, 8)."""
+        input, linear_weight = tensors[:2]
+        assert input is not None and linear_weight is not None
+        shape = (input.shape[0], linear_weight.shape[1], HEAD_SUMS)
+        return input.new_zeros(shape, dtype=reduce.exact(input))
+
     def replicated(self, tensors: Sequence[Slot]) -> tuple[int, int]:
         """Class indices and weights, but no teacher's tensors."""
         return 3, 7
@@ -102,7 +113,11 @@ class LinearCall(Kind):
         assert linear_weight is not None
         if given is None:
             given = target.squeeze(1) if target.shape[1] == 1 else target
-        check_range(self.loss, given, linear_weight.shape[0], self.ignore_index)
+        check_range(self.loss, given, self.classes(linear_weight), self.ignore_index)
+
+    def classes(self, linear_weight: Tensor) -> int:
+        """In all, those of other processes too."""
+        return linear_weight.shape[0] if self.shard is None else self.shard.classes
 
     @property
     def learns(self) -> bool:
@@ -112,10 +127,19 @@ class LinearCall(Kind):
     def by_formula(self, *tensors: Slot) -> tuple[Tensor, ...]:
         input, linear_weight, linear_bias, target, weight, *_ = self.masked(tensors)
         assert input is not None and linear_weight is not None and target is not None
-        classes, heads = linear_weight.shape[:2]
-        bias = None if linear_bias is None else linear_bias.flatten()
-        x = F.linear(input, linear_weight.flatten(0, 1), bias).reshape(-1, classes, heads)
+        x = self.logits_of(input, linear_weight, linear_bias)
+        if self.shard is not None and self.probabilities:
+            target = self.shard.whole(target, 1)
         return self.results(self.rows(x.to(reduce.wide(x)), target, weight), tensors)
+
+    def logits_of(self, input: Tensor, linear_weight: Tensor, linear_bias: Slot) -> Tensor:
+        """Of all classes, (N, C, K)."""
+        if self.shard is not None and self.shard.adds:
+            input = self.shard.spread(input)
+        bias = None if linear_bias is None else linear_bias.flatten()
+        x = F.linear(input, linear_weight.flatten(0, 1), bias)
+        x = x.reshape(input.shape[0], *linear_weight.shape[:2])
+        return x if self.shard is None else self.shard.whole(x, 1)
 
     def rows(self, x: Tensor, target: Tensor, weight: Slot) -> Rows:
         """From the logits (N, C, K), in the type to compute in."""

@@ -80,5 +80,5 @@ def rounded(input: Tensor) -> bool:
 
 def takes_triton(call: LinearCall, input: Tensor) -> bool:
     """Whether the row steps are Triton's; elsewhere they are torch operations."""
-    indices = call.family == "linear" and not call.probabilities
+    indices = call.family == "linear" and not (call.probabilities or call.shard)
     return indices and gpu.serves(input) and gpu.problem(call.family) is None

@@ -280,6 +280,7 @@ def straight(call: LinearCall, tensors: Slots, needed: Sequence[bool], incoming:
     if (
         call.probabilities
         or call.statistics
+        or call.shard is not None
         or denominator is not None
         or linear_weight.numel() != classes * features
         or not on_host(input)

@@ -12,7 +12,7 @@ from .. import abi
 from .load import DTYPES, library, run
 
 PACK, PACK_DISTILL = abi.LINEAR.packer(), abi.DISTILL.packer()
-PACK_ACCUMULATE = abi.ACCUMULATE.packer()
+PACK_ACCUMULATE, PACK_MERGE = abi.ACCUMULATE.packer(), abi.MERGE.packer()
 
 
 class Logits(NamedTuple):
@@ -21,6 +21,17 @@ class Logits(NamedTuple):
     values: Tensor
     lost: Slot = None
     bias: Slot = None
+
+
+class Stretch(NamedTuple):
+    """Which classes a chunk holds, if not all: what `sums` remember of the row is of those before, too."""
+
+    first: int
+    classes: int  # in all
+    begin: bool = True  # they are the first ones
+    finish: bool = True  # the last ones
+    origin: int = 0  # of this process the first class; probabilities are given from it on
+    given: bool = False  # the sums are of all classes already
 
 
 def step(
@@ -32,26 +43,28 @@ def step(
     incoming: Rows | None = None,
     grad_target: Slot = None,
     *,
-    first: int = 0,
-    classes: int = 0,
+    stretch: Stretch | None = None,
     sums: Slot = None,
     ordinary: float = 0.0,
     beyond: Slot = None,
 ) -> int:
     """Fills `results` from a chunk (n, C) of logits; with `incoming` it becomes its gradient.
 
-    `target` is (n) of int64, or (n, C). `results` and `incoming` are float64 for each row. A chunk
-    may hold fewer than all `classes`, those from `first` on: then `sums` remember the row. Where `beyond`
+    `target` is (n) of int64, or (n, C). `results` and `incoming` are float64 for each row. Where `beyond`
     is given, rows whose largest logit is beyond what is `ordinary` stay as they are, and it tells which:
     so many are returned.
     """
     n, columns = logits.values.shape
+    own = stretch or Stretch(0, columns)
     arguments = PACK(
         n=n,
-        c=classes or columns,
-        first=first,
+        c=own.classes,
+        first=own.first,
         columns=columns,
-        finish=first + columns == (classes or columns),
+        origin=own.origin,
+        begin=own.begin,
+        finish=own.finish,
+        given=own.given,
         differentiate=incoming is not None,
         smoothing=call.smoothing,
         z_loss=call.z_loss,
@@ -74,6 +87,21 @@ def step(
         beyond=_pointer(beyond),
     )
     return run("linear", call.loss, arguments)
+
+
+def merge(call: LinearCall, parts: Tensor) -> Tensor:
+    """Of the sums (k, n, 8) of k processes, each of its own classes, those of all."""
+    ranks, n, _ = parts.shape
+    sums = parts.new_empty(n, abi.LINEAR_SUMS)
+    arguments = PACK_MERGE(
+        n=n,
+        ranks=ranks,
+        labelled=not call.probabilities,
+        parts=parts.data_ptr(),
+        sums=sums.data_ptr(),
+    )
+    run("merge", call.loss, arguments)
+    return sums
 
 
 def distill(
