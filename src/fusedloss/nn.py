@@ -38,12 +38,13 @@ if hasattr(modules, "LinearCrossEntropyLoss"):  # since torch 2.13
             logit_scale: Tensor | float = 1.0,
             memory_budget: int | None = None,
             exact_logits: bool = False,
+            class_group: Any = None,
             **settings: Any,
         ) -> None:
             super().__init__(in_features, num_classes, **settings)
             self.z_loss, self.softcap = z_loss, softcap
             self.logit_scale, self.memory_budget = logit_scale, memory_budget
-            self.exact_logits = exact_logits
+            self.exact_logits, self.class_group = exact_logits, class_group
 
         def forward(
             self,
@@ -71,6 +72,7 @@ if hasattr(modules, "LinearCrossEntropyLoss"):  # since torch 2.13
                 denominator=denominator,
                 memory_budget=self.memory_budget,
                 exact_logits=self.exact_logits,
+                class_group=self.class_group,
             )
 
     MODULES["LinearCrossEntropyLoss"] = LinearCrossEntropyLoss

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core import advice, errors
 from ..core.reduce import result_dtype
 from ..kinds.rows import RowsCall
+from ..route import class_groups
 from ..route.dispatch import dispatch
 from ..route.memo import Asked
 from . import docs
@@ -54,7 +55,18 @@ class Classes:
         return loss.memo()
 
     def run(self, loss: Definition, asked: Asked | None, given: dict[str, Any]) -> Tensor:
-        name = loss.name
+        if given.get("class_group") is None:
+            return self._run(loss, asked, given)
+
+        def run() -> Tensor:
+            own = class_groups.settle(loss.name, given, class_groups.of_rows)
+            return self._run(loss, None, own)
+
+        found: Tensor = class_groups.untraced(run)
+        return found
+
+    def _run(self, loss: Definition, asked: Asked | None, given: dict[str, Any]) -> Tensor:
+        name, shard = loss.name, given.get("class_group")
         operands, more = loss.tensors(given, TypeError), loss.more_tensors(given, TypeError)
         input, target = operands.values()
         weight = more.get("weight")
@@ -62,19 +74,23 @@ class Classes:
         reduction = loss.reduction(given)
         if more or target.device != input.device:
             errors.same_device(name, **operands, **more)
+        whole = input if shard is None else shard.like_whole(input, min(input.dim() - 1, 1))
         probabilities = self.soft and target.shape == input.shape
         if probabilities:
-            dtype = self._check_probabilities(name, input, target, weight, ignore_index)
+            dtype = self._check_probabilities(name, input, target, ignore_index)
+            dtype = self._with_weight(name, whole, dtype, weight)
         else:
             # Of images and the like PyTorch takes a class weight of any shape.
             weight = weight.flatten() if weight is not None and input.dim() > 2 else weight
             dtype = result_dtype(input.dtype, input)
             if self.softmax:
                 self._check_input(name, input, target)
-            check_indices(name, input, target, weight, dtype)
+            check_indices(name, whole, target, weight, dtype)
             if not self.softmax:
                 self._check_input(name, input, target)
         call = RowsCall(name, probabilities, reduction, ignore_index, smoothing, dtype, gamma)
+        if shard is not None:
+            return class_groups.rows(call, shard, input, target, weight)
         loss.refuse_what_users_rue(operands, reduction=reduction, ignore_index=ignore_index)
         why = None
         if probabilities and input.numel() == 0 and input.shape[min(input.dim() - 1, 1)] == 0:
@@ -82,9 +98,9 @@ class Classes:
         return dispatch(name, call, (input, target, weight), why, asked)
 
     def _check_probabilities(
-        self, name: str, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
+        self, name: str, input: Tensor, target: Tensor, ignore_index: int
     ) -> torch.dtype:
-        """The type of the result."""
+        """The type of the result, without a weight."""
         if not target.is_floating_point() or not input.dim():
             errors.fail(
                 RuntimeError,
@@ -101,15 +117,17 @@ class Classes:
                 f"{ignore_index}",
             )
         self._check_input(name, input, target)
-        if weight is not None:
-            check_weight(name, input, weight)
-            if weight.is_complex():
-                errors.not_floating(name, RuntimeError, "mul", weight=weight)
-        dtype = result_dtype(input.dtype, input)
-        for other in (target, weight):
-            if other is not None:
-                dtype = torch.promote_types(dtype, other.dtype)
-        return dtype
+        return torch.promote_types(result_dtype(input.dtype, input), target.dtype)
+
+    def _with_weight(
+        self, name: str, input: Tensor, dtype: torch.dtype, weight: Tensor | None
+    ) -> torch.dtype:
+        if weight is None:
+            return dtype
+        check_weight(name, input, weight)
+        if weight.is_complex():
+            errors.not_floating(name, RuntimeError, "mul", weight=weight)
+        return torch.promote_types(dtype, weight.dtype)
 
     def _check_input(self, name: str, input: Tensor, target: Tensor) -> None:
         if not input.is_floating_point():

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core import errors, plain, sharded
 from ..core.plain import PLAIN
 from ..core.reduce import autocasts, resolve, result_dtype
+from ..core.shards import ClassShard
 from ..kinds.heads import LinearCall, Ready, Slots
 from .classes import check_indices, check_weight
 
@@ -64,9 +65,10 @@ class Head:
         logit_scale: Tensor | float,
         memory_budget: int | None,
         exact_logits: bool = False,
+        shard: ClassShard | None = None,
         prefix: str = "",  # of a teacher's arguments
     ) -> None:
-        self.name, self.prefix = name, prefix
+        self.name, self.prefix, self.shard = name, prefix, shard
         names = [f"{prefix}input", f"{prefix or 'linear_'}weight", f"{prefix or 'linear_'}bias"]
         tensors = zip(names, (input, linear_weight, linear_bias), strict=True)
         given = {key: tensor for key, tensor in tensors if tensor is not None}
@@ -183,7 +185,8 @@ class Head:
     def _logits(self) -> Tensor:
         """Of the shape that cross entropy would see, without memory."""
         batch = (math.prod(self.batch),) if self.batch else ()
-        shape = (*batch, self.classes, *self.out)
+        classes = self.classes if self.shard is None else self.shard.classes
+        shape = (*batch, classes, *self.out)
         return torch.empty(shape, dtype=self.input.dtype, device="meta")
 
     def _check_index_target(self, target: Tensor, weight: Tensor | None) -> None:
@@ -307,6 +310,7 @@ class Head:
                 "memory_budget": self.memory_budget,
                 "exact_logits": self.exact_logits,
                 "dtype": self.dtype,
+                "shard": self.shard,
                 **settings,
             }
         )

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..kinds.distill import DistillCall
+from ..route import class_groups
 from ..route.heads import dispatch
 from ..route.memo import Asked
 from .composed import Composed
 from .loss import Definition
 from .signature import Memo
 
-OF_VALUES = ("denominator", "options")  # what they hold may change: no call with them is repeated
+# What they hold may change: no call with them is repeated.
+OF_VALUES = ("denominator", "options", "class_group")
 
 
 @dataclass(frozen=True)
@@ -32,4 +34,11 @@ class Heads(Composed):
         return Memo(plain, ", ".join(keys), found, has_domain=False)
 
     def run(self, loss: Definition, asked: Asked | None, given: dict[str, Any]) -> Any:
-        return dispatch(super().run(loss, asked, given), asked)
+        if given.get("class_group") is None:
+            return dispatch(super().run(loss, asked, given), asked)
+
+        def run() -> Any:
+            own = class_groups.settle(loss.name, given, class_groups.of_heads)
+            return dispatch(super(Heads, self).run(loss, None, own))
+
+        return class_groups.untraced(run)

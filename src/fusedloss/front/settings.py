@@ -76,6 +76,10 @@ def _integer_or_none(function: str, argument: str, value: Any) -> int | None:
     return None if value is None else _integer(function, argument, value)
 
 
+def _anything(function: str, argument: str, value: Any) -> Any:
+    return value
+
+
 number = Setting(errors.number, "TypeError: {argument} that is no number")
 positive = above(0)
 boolean = Setting(
@@ -86,6 +90,9 @@ integer_or_none = Setting(
     _integer_or_none,
     "TypeError: {argument} that is neither an integer nor None",
     key="0 if {0} is None else {0}, type({0})",
+)
+class_group = Setting(  # the front checks it, once it knows the arguments of all processes
+    _anything, "TypeError: {argument} that is no process group", "{0} is None", key="None"
 )
 # What a setting may be that has such a default, and of which no more is said.
 BY_DEFAULT: dict[type, Setting] = {float: number, bool: boolean, int: integer}

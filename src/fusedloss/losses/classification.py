@@ -7,7 +7,7 @@ import torch
 from ..front.classes import Classes, Counted
 from ..front.definition import BenchCase, Bounds, normal, plain, row, uniform
 from ..front.loss import loss
-from ..front.settings import within
+from ..front.settings import class_group, within
 from ..front.strict import (
     input_is_log_probability,
     input_is_no_softmax,
@@ -136,8 +136,9 @@ CASES_OF_PROBABILITIES = (
     ),
     rules=(target_is_number, target_is_distribution, input_is_no_softmax, some_row_counts),
     label_smoothing=within(0.0, 1.0, RuntimeError, "Got: {value}"),
+    class_group=class_group,
 )
-def cross_entropy(ignore_index, label_smoothing):
+def cross_entropy(ignore_index, label_smoothing, class_group=None):
     r"""Cross entropy of the softmax of logits, against class indices or class probabilities.
 
     With q the target's probabilities (one-hot for an index), h the smoothing and C classes,
@@ -158,6 +159,7 @@ def cross_entropy(ignore_index, label_smoothing):
         reduction: 'none', 'sum' or 'mean'. 'mean' divides by the weights of the targets that are not
             ignored; for probabilities, by the number of rows.
         label_smoothing: h, in [0, 1].
+        class_group: as in :func:`linear_cross_entropy`: the input holds the logits of this process's classes.
 
     Raises:
         RuntimeError: `ignore_index` with probabilities.

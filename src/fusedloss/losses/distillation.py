@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -74,6 +76,7 @@ def linear_kl_div(
     denominator: Tensor | float | None = None,
     memory_budget: int | None = None,
     exact_logits: bool = False,
+    class_group: Any = None,
 ) -> Tensor:
     r"""Distillation: the divergence of a student's head from a teacher's, the logits of neither in full.
 
@@ -112,6 +115,8 @@ def linear_kl_div(
         denominator: as in :func:`linear_cross_entropy`.
         memory_budget: as in :func:`linear_cross_entropy`.
         exact_logits: as there, of both heads, whose logits count by what the temperature makes of them.
+        class_group: as there, of `teacher_weight`, `teacher_bias` and `teacher_logits`, too. The logits exist
+            in full then.
 
     Raises:
         ValueError: an unknown `divergence`; a `temperature` or `beta` out of range; a teacher given twice or
@@ -130,7 +135,7 @@ def linear_kl_div(
     if hard_weight and target is None:
         errors.fail(ValueError, name, f"hard_weight = {hard_weight} needs a target")
     reduction = reduction_of(name, reduction, denominator)
-    given = (softcap, 1.0, memory_budget, exact_logits)
+    given = (softcap, 1.0, memory_budget, exact_logits, class_group)
     head = Head(name, input, linear_weight, linear_bias, *given)
     if head.out:
         errors.fail(

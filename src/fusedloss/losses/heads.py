@@ -112,6 +112,7 @@ def linear_cross_entropy(
     denominator: Tensor | float | None = None,
     memory_budget: int | None = None,
     exact_logits: bool = False,
+    class_group: Any = None,
 ) -> Tensor:
     r"""Cross entropy of a linear head's logits, which never exist as a whole.
 
@@ -155,15 +156,23 @@ def linear_cross_entropy(
         exact_logits: whether logits of half types keep their digits in every row. A CPU that multiplies
             bfloat16 itself rounds them to it, but for rows that have one beyond 8, and for results that come
             without gradients ('none', `no_grad`); a GPU rounds all of them, or takes its products in float32.
+        class_group: a ProcessGroup, or a DeviceMesh of one dimension, among whose processes the classes are
+            divided, in the order of ranks and not necessarily evenly: `linear_weight` and `linear_bias` are
+            those of this process. All else is the same on each, labels are numbered over all classes,
+            `weight` is of all of them, and probabilities of all or of this process's. So are the results, bit
+            by bit, and the input's gradient, which is summed over the group: by one exchange of eight numbers
+            a row and chunk, and two more a loss.
 
     Raises:
         ValueError: `softcap` not above 0; a `memory_budget` that does not hold one row.
         RuntimeError: `ignore_index` with probabilities.
-        TypeError: `z_loss` or `label_smoothing` that requires a gradient.
+        TypeError: `z_loss` or `label_smoothing` that requires a gradient; a `class_group` that is no group.
+        ValueError: a `class_group` of which this process is no member, or whose processes were given
+            arguments that differ in more than their classes.
     """
     name = "linear_cross_entropy"
     reduction = reduction_of(name, reduction, denominator)
-    given = (softcap, logit_scale, memory_budget, exact_logits)
+    given = (softcap, logit_scale, memory_budget, exact_logits, class_group)
     head = Head(name, input, linear_weight, linear_bias, *given)
     ignore_index = index(name, ignore_index)
     probabilities = head.check_target(target, weight, ignore_index)
@@ -238,6 +247,7 @@ def linear_log_prob(
     statistics: bool = False,
     memory_budget: int | None = None,
     exact_logits: bool = False,
+    class_group: Any = None,
 ) -> Tensor | LogProb:
     r"""The log-probability that a linear head gives each target, :math:`\log \mathrm{softmax}(x / T)_y`.
 
@@ -257,6 +267,7 @@ def linear_log_prob(
             the number of rows that count: from the same pass, and without a stop of a GPU's queue.
         memory_budget: as in :func:`linear_cross_entropy`.
         exact_logits: as there; it is the gradients' that may be rounded.
+        class_group: as there.
 
     Returns:
         The log-probabilities in the target's shape, of float32 at least; or a `LogProb` of them
@@ -267,7 +278,7 @@ def linear_log_prob(
     """
     name = "linear_log_prob"
     temperature = setting(name, "temperature", temperature, above=0.0, folds=softcap is None)
-    given = (softcap, 1 / temperature, memory_budget, exact_logits)
+    given = (softcap, 1 / temperature, memory_budget, exact_logits, class_group)
     head = Head(name, input, linear_weight, linear_bias, *given)
     if softcap is not None:
         head.softcap = head.softcap / temperature

@@ -29,6 +29,8 @@ def results(
 ) -> tuple[Tensor, ...]:
     """The results of the call; `given` is the target as the caller shaped it."""
     why = "a setting requires a gradient" if call.learns else None
+    if call.shard is not None and call.family == "distill":
+        why = "no kernel merges the divergences of shards of classes"
     if torch.compiler.is_compiling():
         if why is None and operator_serves(call, tensors):
             return operators.run(call, tensors)

@@ -20,7 +20,7 @@ from ..arguments import (
     chosen_threads,
 )
 from ..processes import NO_COMPILER, available
-from . import compiled, cuda, heads, overhead, report, tables
+from . import compiled, cuda, distributed, heads, overhead, report, tables
 from .cases import TIMED, Case
 from .cpu import Job, needed, stream
 from .harness import Result
@@ -42,7 +42,12 @@ def run(args: argparse.Namespace) -> int:
             if args.linear:
                 return heads.run_on_gpu(args.output)
             return cuda.run(args.output, chosen_losses(args.only, TIMED))
-        own = {"linear": heads.run, "calls": overhead.run, "compiled": compiled.run}
+        own = {
+            "linear": heads.run,
+            "calls": overhead.run,
+            "compiled": compiled.run,
+            "distributed": distributed.run,
+        }
         for name, bench in own.items():
             if getattr(args, name):
                 check_writable("--output", args.output)

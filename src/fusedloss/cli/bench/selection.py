@@ -35,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "takes --quick, --only, --threads",
         "--compiled": "ours under torch.compile, beside ours called and PyTorch's compiled, and training "
         "steps; takes --quick, --threads, --only, --sizes",
+        "--distributed": "a head whose classes are divided among two processes, beside one and PyTorch's "
+        "loss_parallel; takes --quick",
         "--no-sweep": "the cases alone",
         "--targets": "print which targets are met",
     }

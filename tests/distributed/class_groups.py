@@ -1,0 +1,325 @@
+"""Losses of plain shards of classes on several processes, against those of one of all classes."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from problems import SETTINGS, Distillation, Problem, without_kernels
+from torch import Generator, Tensor
+
+import fusedloss
+
+N, D, C = 11, 6, 9
+SIZES = {
+    2: ((5, 4), (7, 2), (9, 0)),
+    3: ((3, 3, 3), (0, 8, 1), (9, 0, 0)),
+    4: ((3, 3, 3, 0), (1, 6, 0, 2)),
+}
+BUDGET = 4000  # bytes: chunks of a few rows
+TIGHT, LOOSE = {"rtol": 1e-12, "atol": 1e-12}, {"rtol": 2e-5, "atol": 2e-6}
+Tensors = dict[str, Tensor]
+Own = Callable[[Tensor, int], Tensor]  # of a tensor with the classes in a dimension
+
+
+class Case:
+    """A call of one process; `classes` says in which dimension a tensor has them."""
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        tensors: Tensors,
+        classes: dict[str, int],
+        learned: tuple[str, ...],
+        **settings: Any,
+    ) -> None:
+        self.name, self.function, self.tensors = name, function, tensors
+        self.classes, self.learned, self.settings = classes, learned, settings
+
+    def run(self, own: Own, **more: Any) -> list[Tensor]:
+        """Results and gradients, of what `own` leaves of the tensors."""
+        given = {}
+        for name, tensor in self.tensors.items():
+            dim = self.classes.get(name)
+            found = tensor if dim is None else own(tensor, dim)
+            given[name] = found.detach().clone().requires_grad_(name in self.learned)
+        results = self.function(**given, **self.settings, **more)
+        results = [results] if isinstance(results, Tensor) else list(results)
+        learned = [given[name] for name in self.learned]
+        outputs = [r for r in results if r.requires_grad]
+        draw = Generator().manual_seed(1)
+        incoming = [torch.randn(r.shape, generator=draw, dtype=torch.float64) for r in outputs]
+        incoming = [g.to(r.dtype) for g, r in zip(incoming, outputs, strict=True)]
+        grads = torch.autograd.grad(outputs, learned, incoming)
+        return [*(r.detach() for r in results), *grads]
+
+    def check(self, rank: int, sizes: tuple[int, ...], group: Any, **tolerance: float) -> None:
+        own = of_shard(rank, sizes)
+        expected = self.run(lambda tensor, dim: tensor)
+        found = self.run(own, class_group=group)
+        results = len(expected) - len(self.learned)
+        dims: list[int | None] = [None] * results
+        dims += [self.classes.get(name) for name in self.learned]
+        for whole, part, dim in zip(expected, found, dims, strict=True):
+            torch.testing.assert_close(part, whole if dim is None else own(whole, dim), **tolerance)
+            if dim is None:
+                same_on_all(part)
+
+
+def same_on_all(tensor: Tensor) -> None:
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, tensor.numpy().tobytes())
+    assert len(set(every)) == 1, "the bits differ between processes"
+
+
+OF_HEADS = {
+    "linear_weight": 0,
+    "linear_bias": 0,
+    "teacher_weight": 0,
+    "teacher_bias": 0,
+    "teacher_logits": -1,
+}
+HEAD = ("input", "linear_weight", "linear_bias")
+
+
+def drawn(dtype: torch.dtype, **more: Any) -> Problem:
+    return Problem(Generator().manual_seed(2), dtype, shape=(N, D, C), **more)
+
+
+def heads(dtype: torch.dtype) -> Iterator[Case]:
+    for setting, out, reduction in itertools.product(SETTINGS, ((), (2,)), ("mean", "none")):
+        if out and setting not in ("plain", "all"):
+            continue
+        problem = drawn(dtype, out=out)
+        options = {**problem.settings(setting), "reduction": reduction, "memory_budget": BUDGET}
+        given = (fusedloss.linear_cross_entropy, problem.tensors)
+        yield Case(f"{setting} {out} {reduction}", *given, OF_HEADS, HEAD, **options)
+        problem = drawn(dtype, out=out, probabilities=True)
+        given = (fusedloss.linear_cross_entropy, problem.tensors)
+        for whole in (True, False):
+            classes = OF_HEADS if whole else {**OF_HEADS, "target": 1}
+            name = f"probabilities {setting} {out} {reduction} {whole}"
+            yield Case(name, *given, classes, (*HEAD, "target"), **options)
+    problem = drawn(dtype)
+    given = (fusedloss.linear_cross_entropy, problem.tensors, OF_HEADS, HEAD)
+    yield Case("denominator", *given, denominator=7.0, reduction="mean")
+    threes = {**problem.tensors, "target": torch.where(problem.tensors["target"] < 0, 3, 1)}
+    given = (fusedloss.linear_cross_entropy, threes, OF_HEADS, HEAD)
+    yield Case("sum", *given, reduction="sum", ignore_index=3)
+    ignored = {**problem.tensors, "target": torch.full((N,), -100)}
+    yield Case("all ignored", *given[:1], ignored, OF_HEADS, HEAD, reduction="sum")
+    nothing = {k: t[:0] if k in ("input", "target") else t for k, t in problem.tensors.items()}
+    yield Case("no rows", *given[:1], nothing, OF_HEADS, HEAD, reduction="sum")
+
+
+def log_probs(dtype: torch.dtype) -> Iterator[Case]:
+    for statistics, softcap in itertools.product((False, True), (None, 2.0)):
+        options = {"statistics": statistics, "softcap": softcap, "temperature": 0.7}
+        given = (fusedloss.linear_log_prob, drawn(dtype).tensors, OF_HEADS, HEAD)
+        yield Case(f"log_prob {statistics} {softcap}", *given, **options, memory_budget=BUDGET)
+
+
+def divergences(dtype: torch.dtype) -> Iterator[Case]:
+    problem = Distillation(Generator().manual_seed(2), dtype, shape=(N, D, C))
+    for divergence in ("forward", "reverse", "js"):
+        options = {"divergence": divergence, "hard_weight": 0.5, "temperature": 2.0}
+        tensors = {**problem.tensors, **problem.teacher}
+        yield Case(divergence, fusedloss.linear_kl_div, tensors, OF_HEADS, HEAD, **options)
+    tensors = {**problem.tensors, "teacher_logits": problem.logits()}
+    yield Case("teacher's logits", fusedloss.linear_kl_div, tensors, OF_HEADS, HEAD)
+
+
+def logits(dtype: torch.dtype) -> Iterator[Case]:
+    draw = Generator().manual_seed(3)
+    weight = (torch.rand(C, generator=draw, dtype=torch.float64) + 0.1).to(dtype)
+    function, alone = fusedloss.functional.cross_entropy, ("input",)
+    for shape, reduction in itertools.product(((C,), (N, C), (3, C, 4)), ("mean", "sum", "none")):
+        dim = min(len(shape) - 1, 1)
+        x = torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype)
+        y = torch.randint(C, (*shape[:dim], *shape[dim + 1 :]), generator=draw)
+        q = torch.randn(shape, generator=draw, dtype=torch.float64).softmax(dim).to(dtype)
+        for more in ({}, {"weight": weight, "label_smoothing": 0.2}):
+            name, more = f"{shape} {reduction} {len(more)}", {**more, "reduction": reduction}
+            yield Case(name, function, {"input": x, "target": y}, {"input": dim}, alone, **more)
+            both = {"input": dim, "target": dim}
+            given = (function, {"input": x, "target": q})
+            for classes in (both, {"input": dim}):
+                words = f"probabilities {name} {len(classes)}"
+                yield Case(words, *given, classes, ("input", "target"), **more)
+        if len(shape) > 1:
+            more = {"ignore_index": int(y.flatten()[0]), "reduction": reduction}
+            given = (function, {"input": x, "target": y}, {"input": dim}, alone)
+            yield Case(f"ignored {shape} {reduction}", *given, **more)
+
+
+def cases(dtype: torch.dtype) -> Iterator[Case]:
+    yield from heads(dtype)
+    yield from log_probs(dtype)
+    yield from divergences(dtype)
+    yield from logits(dtype)
+
+
+def matrix(rank: int, dtype: torch.dtype, torch_steps: bool = False) -> int:
+    """How many cases there are, none of which is wrong on this process."""
+    tolerance = TIGHT if dtype is torch.float64 else LOOSE
+    group, count = dist.group.WORLD, 0
+    with without_kernels_here() if torch_steps else contextlib.nullcontext():
+        for case, sizes in itertools.product(cases(dtype), SIZES[dist.get_world_size()]):
+            try:
+                case.check(rank, sizes, group, **tolerance)
+            except Exception as error:
+                raise AssertionError(f"{case.name} {sizes}") from error
+            count += 1
+    return count
+
+
+@contextlib.contextmanager
+def without_kernels_here() -> Iterator[None]:
+    import pytest
+
+    with pytest.MonkeyPatch.context() as patch:
+        without_kernels(patch)
+        yield
+
+
+def seen(call: Callable[[], Any]) -> str:
+    """What it raises."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def refused(rank: int) -> dict[str, str]:
+    """What this process sees of calls of which something is wrong, on some process at least."""
+    world = dist.get_world_size()
+    group, found = dist.group.WORLD, {}
+    x, y, w = torch.randn(N, D), torch.arange(N) % 8, torch.randn(4, D)
+    head = fusedloss.linear_cross_entropy
+
+    def say(name: str, function: Callable[..., Any], *given: Any, **more: Any) -> None:
+        settings = {"class_group": group, **more}
+        found[name] = seen(lambda: function(*given, **settings))
+
+    say("label", head, x, w, torch.where(y == 3, 4 * world, y))
+    bad = y.clone()
+    if rank == 1:
+        bad[2] = -7
+    say("label of one", head, x, w, bad)
+    say("label of logits", fusedloss.functional.cross_entropy, torch.randn(N, 4), bad)
+    say("weight", head, x, w, y, weight=torch.ones(4))
+    say("probabilities", head, x, w, torch.rand(N, 3))
+    say("features", head, x, torch.randn(4, D + rank), y)
+    say("bias", head, x, w, y, linear_bias=torch.zeros(4 + rank))
+    say("rows", head, x[: N - rank], w, y[: N - rank])
+    say("labels", head, x, w, (y + rank) % 4)
+    say("type", head, x.double() if rank else x, w.double() if rank else w, y % 4)
+    say("settings", head, x, w, y % 4, label_smoothing=0.1 * rank)
+    say("requires", head, x.clone().requires_grad_(rank == 0), w, y % 4, reduction="none")
+    say("no group", head, x, w, y, class_group="tp")
+    say("no member", head, x, w, y, class_group=-100)
+    mesh = torch.distributed.init_device_mesh("cpu", (world, 1), mesh_dim_names=("dp", "tp"))
+    say("mesh", head, x, w, y, class_group=mesh)
+    placed = torch.distributed.tensor.distribute_tensor(
+        torch.randn(8, D), mesh["dp"], [torch.distributed.tensor.Shard(0)]
+    )
+    say("DTensor", head, x, placed, y)
+    say("budget", head, x, w, y % 4, memory_budget=10)
+    say("no tensor", head, x, None, y)
+    return found
+
+
+def counted(rank: int) -> dict[str, list[str]]:
+    """The collectives of calls, in their order."""
+    return {
+        name: collectives(reduction, gradients)
+        for name, reduction, gradients in (
+            ("mean", "mean", (0, 1)),
+            ("weight alone", "mean", (1,)),
+            ("without", "mean", ()),
+            ("none", "none", (0, 1)),
+            ("one rank alone", "mean", (0, 1) if rank else ()),
+        )
+    }
+
+
+def collectives(reduction: str, gradients: tuple[int, ...]) -> list[str]:
+    seen: list[str] = []
+
+    def noting(name: str) -> Callable[..., Any]:
+        function = getattr(dist, name)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            seen.append(name)
+            return function(*args, **kwargs)
+
+        return noted
+
+    with contextlib.ExitStack() as stack:
+        for name in ("all_gather_into_tensor", "all_reduce"):
+            stack.enter_context(mock.patch.object(dist, name, noting(name)))
+        draw = Generator().manual_seed(0)
+        x, w = torch.randn(64, 8, generator=draw), torch.randn(40, 8, generator=draw)
+        leaves = [t.requires_grad_(k in gradients) for k, t in enumerate((x, w))]
+        settings: dict[str, Any] = {"class_group": dist.group.WORLD, "memory_budget": 8000}
+        head = fusedloss.linear_cross_entropy
+        loss = head(*leaves, torch.arange(64), reduction=reduction, **settings).sum()
+        seen.append("forward")
+        if loss.requires_grad:
+            loss.backward()
+    return seen
+
+
+def double_backward(rank: int) -> None:
+    """Second derivatives are those of one process."""
+    sizes = SIZES[dist.get_world_size()][0]
+    own = of_shard(rank, sizes)
+    for case in (*itertools.islice(heads(torch.float64), 3), *divergences(torch.float64)):
+        expected = second(case, lambda tensor, dim: tensor)
+        found = second(case, own, class_group=dist.group.WORLD)
+        for name, whole, part in zip(HEAD, expected, found, strict=True):
+            dim = case.classes.get(name)
+            torch.testing.assert_close(part, whole if dim is None else own(whole, dim), **TIGHT)
+
+
+def of_shard(rank: int, sizes: tuple[int, ...]) -> Own:
+    return lambda tensor, dim: tensor.narrow(dim, sum(sizes[:rank]), sizes[rank])
+
+
+def second(case: Case, own: Own, **more: Any) -> list[Tensor]:
+    """By `HEAD`, the derivatives of the squares of the first ones of the input."""
+    given = {}
+    for name, tensor in case.tensors.items():
+        dim = case.classes.get(name)
+        found = tensor if dim is None else own(tensor, dim)
+        given[name] = found.detach().clone().requires_grad_(name in HEAD)
+    loss = case.function(**given, **case.settings, **more).sum()
+    (grad,) = torch.autograd.grad(loss, given["input"], create_graph=True)
+    return list(torch.autograd.grad(grad.square().sum(), [given[n] for n in HEAD]))
+
+
+def compiled(rank: int) -> None:
+    """Under torch.compile the same call gives the same bits."""
+    problem = drawn(torch.float32)
+    own = of_shard(rank, SIZES[dist.get_world_size()][0])
+    given = {k: own(t, 0) if k in OF_HEADS else t for k, t in problem.tensors.items()}
+    given["target"] = given["target"].clamp(min=0)
+
+    def loss(input: Tensor, linear_weight: Tensor, linear_bias: Tensor, target: Tensor) -> Tensor:
+        more = {"linear_bias": linear_bias, "class_group": dist.group.WORLD}
+        return 2 * fusedloss.linear_cross_entropy(input * 1.5, linear_weight, target, **more)
+
+    results = []
+    for function in (loss, torch.compile(loss, backend="aot_eager")):
+        leaves = {k: t.detach().clone().requires_grad_(k in HEAD) for k, t in given.items()}
+        value = function(**leaves)
+        results.append([value, *torch.autograd.grad(value, [leaves[k] for k in HEAD])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
