@@ -39,11 +39,10 @@ void pointwise_call(Random& r) {
         inputs[k] = floats(r, float_type(r), sizes, in, 0.05, 0.95, special);
     for (Tensor& m : multipliers)
         if (r.chance(40)) m = floats(r, float_type(r), sizes, in, 0.1, 2, special);
-    Tensor loss = output(r, !reduced && r.chance(70), float_type(r), sizes, out);
-    Tensor total = output(r, reduced, float_type(r), {}, DENSE);
+    Tensor loss = output(r, reduced ? 0 : 70, sizes, out);
+    Tensor total = output(r, reduced ? 100 : 0, {}, DENSE);
     Tensor grads[formula_operands];
-    for (int k = 0; k < kernel.derivatives; ++k)
-        grads[k] = output(r, r.chance(60), float_type(r), sizes, out);
+    for (int k = 0; k < kernel.derivatives; ++k) grads[k] = output(r, 60, sizes, out);
 
     const bool flat = dense;
     const size_t ndim = flat ? 1 : sizes.size();
@@ -112,12 +111,12 @@ void rows_call(Random& r, bool nll) {
     Tensor weight, incoming;
     if (r.chance(40)) weight = floats(r, wide ? F64 : F32, {a.c}, DENSE, 0.1, 2, special);
     if (r.chance(40)) incoming = floats(r, float_type(r), rows, in, -1, 1, special);
-    Tensor loss = output(r, !reduced, float_type(r), rows, DENSE);
-    Tensor total = output(r, reduced, float_type(r), {}, DENSE);
+    Tensor loss = output(r, reduced ? 0 : 100, rows, DENSE);
+    Tensor total = output(r, reduced ? 100 : 0, {}, DENSE);
     const Layout out = r.chance(50) ? DENSE : ANY;
-    Tensor grad = output(r, r.chance(70), nll ? input.dtype : float_type(r), whole, out);
+    Tensor grad = output(r, 70, whole, out, nll ? input.dtype : any_type);
     if (nll) grad.refill(0);  // the kernel of nll writes the target's entry alone
-    Tensor grad_target = output(r, a.probabilities && r.chance(50), float_type(r), whole, out);
+    Tensor grad_target = output(r, a.probabilities ? 50 : 0, whole, out);
     a.input = grid(input);
     a.target = a.probabilities ? grid(target) : row_grid(target);
     a.weight = {weight.data(), weight.dtype, {}};
@@ -173,9 +172,9 @@ void reduction_call(Random& r) {
     for (int k = 0; k < operands; ++k) inputs[k] = floats(r, float_type(r), whole, EXPANDED, -2, 2, special);
     if (label) inputs[operands] = floats(r, float_type(r), column, EXPANDED, -1, 1, special);
     if (r.chance(40)) incoming = floats(r, float_type(r), column, EXPANDED, -1, 1, special);
-    Tensor loss = output(r, !reduced, float_type(r), column, DENSE);
-    Tensor total = output(r, reduced, float_type(r), {1, 1}, DENSE);
-    for (int k = 0; k < operands; ++k) grads[k] = output(r, r.chance(60), float_type(r), whole, ANY);
+    Tensor loss = output(r, reduced ? 0 : 100, column, DENSE);
+    Tensor total = output(r, reduced ? 100 : 0, {1, 1}, DENSE);
+    for (int k = 0; k < operands; ++k) grads[k] = output(r, 60, whole, ANY);
     for (int k = 0; k < 3; ++k) a.input[k] = matrix(inputs[k]), a.grad[k] = matrix(grads[k]);
     a.incoming = matrix(incoming);
     a.loss = matrix(loss);
@@ -245,14 +244,14 @@ void linear_call(Random& r) {
     Tensor target, label, weight, grad_target;
     if (probabilities) {
         target = floats(r, float_type(r), whole, EXPANDED, 0, 1, special);
-        grad_target = output(r, a.differentiate && r.chance(50), float_type(r), whole, ANY);
+        grad_target = output(r, a.differentiate ? 50 : 0, whole, ANY);
     } else {
         label = labels(r, a.n, a.c);
     }
     if (r.chance(40)) weight = floats(r, logits.dtype == F64 ? F64 : F32, {a.c}, DENSE, 0.1, 2, special);
     Tensor results[4], incoming[3], sums = make(r, F64, {a.n, 8}, DENSE, gap);
     const auto doubles = [](const Tensor& t) { return static_cast<double*>(t.data()); };
-    for (Tensor& t : results) t = output(r, r.chance(70), F64, {a.n}, DENSE);
+    for (Tensor& t : results) t = output(r, 70, {a.n}, DENSE, F64);
     for (Tensor& t : incoming)
         if (a.differentiate && r.chance(60)) t = floats(r, F64, {a.n}, DENSE, -1, 1, special);
     const auto grid_of = [](const Tensor& t) {
@@ -365,6 +364,9 @@ void head_rows_call(Random& r) {
             {&out});
 }
 
+// The same on every machine: what was drawn is.
+std::atomic<uint64_t> drawn{0};
+
 void calls(uint64_t seed, int64_t count) {
     Random r(seed);
     for (int64_t k = 0; k < count; ++k) {
@@ -381,6 +383,7 @@ void calls(uint64_t seed, int64_t count) {
             default: reduction_call(r); break;
         }
     }
+    drawn ^= r.engine();
 }
 
 }  // namespace
@@ -395,7 +398,7 @@ int main(int argc, char** argv) {
         threads.emplace_back([=] { calls(seed + uint64_t(k), count / callers); });
     calls(seed, count / callers);
     for (std::thread& t : threads) t.join();
-    std::printf("driver: %lld calls of the kernels, seed %llu, %lld at once: no fault\n", (long long)count,
-                (unsigned long long)seed, (long long)callers);
+    std::printf("driver: %lld calls of the kernels, seed %llu, %lld at once, drawn %016llx: no fault\n",
+                (long long)count, (unsigned long long)seed, (long long)callers, (unsigned long long)drawn);
     return 0;
 }

@@ -28,6 +28,7 @@ using namespace fusedloss;
 using Sizes = std::vector<int64_t>;
 
 constexpr unsigned char untouched = 0xA5, gap = 0xFF;  // floats of gap bytes are NaN
+constexpr int64_t any_type = -1;
 
 void require(bool holds, const std::string& what) {
     if (holds) return;
@@ -176,10 +177,6 @@ Tensor make(Random& r, int64_t dtype, const Sizes& sizes, Layout layout, unsigne
     return t;
 }
 
-Tensor output(Random& r, bool present, int64_t dtype, const Sizes& sizes, Layout layout) {
-    return present ? make(r, dtype, sizes, layout, untouched) : Tensor{};
-}
-
 Tensor floats(Random& r, int64_t dtype, const Sizes& sizes, Layout layout, double low, double high,
               bool special) {
     Tensor t = make(r, dtype, sizes, layout, gap);
@@ -192,6 +189,14 @@ Tensor floats(Random& r, int64_t dtype, const Sizes& sizes, Layout layout, doubl
 }
 
 int64_t float_type(Random& r) { return r.of<int64_t>({F32, F32, F64, BF16, F16}); }
+
+// In so many of a hundred calls, of any type where none is given. It draws both itself: in what order the
+// arguments of a call are evaluated differs between ABIs.
+Tensor output(Random& r, int percent, const Sizes& sizes, Layout layout, int64_t dtype = any_type) {
+    const bool present = r.chance(percent);
+    if (dtype == any_type) dtype = float_type(r);
+    return present ? make(r, dtype, sizes, layout, untouched) : Tensor{};
+}
 
 // Runs the call on one thread and on the pool, over outputs of different bytes: what it leaves in an element
 // must be the same, and so was written; what lies between the elements must be as it was. A refusal by

@@ -40,9 +40,9 @@ void ctc_call(Random& r) {
         begins[n] = padded ? n * target.strides[0] : begins[n] * target.strides[0];
     Tensor input = floats(r, float_type(r), whole, EXPANDED, -4, 0, special), incoming;
     if (r.chance(40)) incoming = floats(r, float_type(r), {a.n}, EXPANDED, -1, 1, special);
-    Tensor loss = output(r, !reduced, float_type(r), {a.n}, DENSE);
-    Tensor total = output(r, reduced, float_type(r), {}, DENSE);
-    Tensor grad = output(r, r.chance(70), float_type(r), whole, ANY);
+    Tensor loss = output(r, reduced ? 0 : 100, {a.n}, DENSE);
+    Tensor total = output(r, reduced ? 100 : 0, {}, DENSE);
+    Tensor grad = output(r, 70, whole, ANY);
     a.lengths = lengths.data();
     a.target = {target.data(), target.dtype};
     a.input = grid(input);
@@ -75,9 +75,9 @@ void margins_call(Random& r) {
     if (!a.sets && r.chance(40))
         weight = floats(r, input.dtype == F64 ? F64 : F32, {a.classes}, DENSE, 0.1, 2, special);
     if (r.chance(40)) incoming = floats(r, float_type(r), column, EXPANDED, -1, 1, special);
-    Tensor loss = output(r, !reduced, float_type(r), column, DENSE);
-    Tensor total = output(r, reduced, float_type(r), {1, 1}, DENSE);
-    Tensor grad = output(r, r.chance(70), float_type(r), whole, ANY);
+    Tensor loss = output(r, reduced ? 0 : 100, column, DENSE);
+    Tensor total = output(r, reduced ? 100 : 0, {1, 1}, DENSE);
+    Tensor grad = output(r, 70, whole, ANY);
     a.input = matrix(input);
     a.target = matrix(target);
     a.weight = {weight.data(), weight.dtype};
@@ -127,9 +127,9 @@ void dice_call(Random& r) {
     const Sizes losses = {groups, 1, entries};
     if (r.chance(40))
         incoming = floats(r, float_type(r), reduced ? Sizes{1, 1, 1} : losses, EXPANDED, -1, 1, special);
-    Tensor loss = output(r, !reduced, float_type(r), losses, ANY);
-    Tensor total = output(r, reduced, float_type(r), {}, DENSE);
-    Tensor grad = output(r, r.chance(70), float_type(r), whole, r.chance(60) ? DENSE : ANY);
+    Tensor loss = output(r, reduced ? 0 : 100, losses, ANY);
+    Tensor total = output(r, reduced ? 100 : 0, {}, DENSE);
+    Tensor grad = output(r, 70, whole, r.chance(60) ? DENSE : ANY);
     const auto of_losses = [](const Tensor& t, bool one) {
         return t ? Grid{t.data(), t.dtype, {one ? 0 : t.strides[0], one ? 0 : t.strides[2], 0}} : Grid{};
     };
