@@ -26,6 +26,13 @@ from fusedloss.front.modules import MODULES
 
 DOCS = HERE.parent
 START = ("install", "which-loss")
+TUTORIALS = (
+    "replace-torch-nn",
+    "large-vocabularies",
+    "distillation",
+    "metric-learning",
+    "segmentation",
+)
 # Pages of docs/, which stand on GitHub as well: English, and in Chinese behind a digest of docs/guide.
 OF_DOCS = (
     "compatibility",
@@ -55,8 +62,12 @@ def found_of_docs() -> list[str]:
 
 
 def tutorials() -> list[str]:
-    files = sorted((sources.GUIDE / "tutorials").glob("*.md"))
-    return [f"tutorials/{f.stem}" for f in files if "." not in f.stem]
+    """In their order, and those that are new behind them."""
+    found = [
+        f.stem for f in sorted((sources.GUIDE / "tutorials").glob("*.md")) if "." not in f.stem
+    ]
+    ordered = [*(n for n in TUTORIALS if n in found), *(n for n in found if n not in TUTORIALS)]
+    return [f"tutorials/{name}" for name in ordered]
 
 
 def toctree(caption: str, names: list[str]) -> str:
@@ -78,7 +89,7 @@ def front(language: str) -> str:
 
 def of_docs(name: str, language: str) -> str:
     text = (DOCS / f"{name}.md").read_text()
-    text = re.sub(r":math:`([^`]+)`", r"$\1$", text).replace("](../", "](https://localhost/")
+    text = re.sub(r":math:`([^`]+)`", r"$\1$", text).replace("](guide/", "](")
     if language == "en":
         return text
     below = re.sub(r"^(#+ )", r"#\1", text, flags=re.MULTILINE)

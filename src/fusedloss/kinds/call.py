@@ -28,6 +28,11 @@ class Kind:
         return None
 
     @property
+    def cpu_gap(self) -> str | None:
+        """The same of the CPU's, which were built before."""
+        return None
+
+    @property
     def outputs(self) -> int:
         """How many results there are."""
         return 1

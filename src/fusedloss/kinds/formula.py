@@ -16,6 +16,7 @@ from .names import NUMBERS, OPERANDS
 from .torch_m import NAMESPACES, OutsideDomain
 
 FORMULAS: dict[str, Pointwise] = {}
+LOSSES = "fusedloss.losses."  # the modules whose formulas the build prints
 
 
 class Functions(NamedTuple):
@@ -51,6 +52,7 @@ class Pointwise:
     operands: tuple[str, ...] = field(init=False)
     params: tuple[str, ...] = field(init=False)
     derivatives: int = field(init=False)  # how many `grad` gives
+    built: bool = field(init=False)  # whether the build prints it for the CPU
     by_torch: Mapping[torch.dtype, Functions] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -70,6 +72,7 @@ class Pointwise:
             "name": self.value.__name__,
             "operands": operands,
             "params": params,
+            "built": str(self.value.__module__).startswith(LOSSES),
             "derivatives": _derivatives(by_torch[torch.float64], len(operands), params),
             "by_torch": by_torch,
         }

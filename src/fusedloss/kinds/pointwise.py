@@ -46,6 +46,10 @@ class PointwiseCall(Kind):
         return f"pointwise/{self.formula.name}"
 
     @property
+    def cpu_gap(self) -> str | None:
+        return None if self.formula.built else "its formula is none of those that were built"
+
+    @property
     def gradients(self) -> int:
         """How many of the tensors the kernel differentiates by: the first ones."""
         return self.formula.derivatives

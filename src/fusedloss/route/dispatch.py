@@ -67,7 +67,7 @@ def operator_serves(call: Any, tensors: tuple[Tensor | None, ...]) -> bool:
 def _kernel_gap(call: Any, tensors: tuple[Tensor | None, ...]) -> str | None:
     """What the kernels of this call cannot do, or None."""
     on_gpu = gpu.serves(tensors[0])
-    if on_gpu and (why := call.gpu_gap):
+    if why := call.gpu_gap if on_gpu else call.cpu_gap:
         return str(why)
     for k, tensor in enumerate(tensors):
         if tensor is None:
