@@ -143,7 +143,7 @@ def _parameters(known: Facts, own: Source, language: str) -> str:
         )
         shape = f"`{shape}`" if "(" in shape else shape or DASH
         rows.append([f"`{argument.name}`", kind, default, shape, _cell(meaning)])
-    text = table(words["columns"], rows, left=5)
+    text = "```{rst-class} parameters\n```\n" + table(words["columns"], rows, left=5)
     if any(a.name in LEGACY for a in known.arguments):
         text += f"\n\n{words['legacy']}"
     return text + (f"\n\n{words['returns']}{markdown(known.returns)}" if language == "en" else "")
