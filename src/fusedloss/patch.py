@@ -19,7 +19,7 @@ import torch.nn.functional
 from torch import Tensor
 
 from . import losses
-from .core import caches, errors
+from .core import caches, errors, torch_state
 from .core.plain import PLAIN
 from .core.torch_state import FakeTensor, FunctionalTensor
 from .lazy.heads import of_patch
@@ -168,11 +168,6 @@ def _is_redirect(code: CodeType) -> bool:
     return NAME in code.co_names
 
 
-def _compiling() -> bool:
-    """Whether torch.compile or an exporter, whose first graph keeps the call, traces it for the second."""
-    return torch.compiler.is_compiling()
-
-
 def _copy(function: FunctionType) -> FunctionType:
     """PyTorch's function as an object of its own, whose code stays."""
     copy = FunctionType(
@@ -256,7 +251,8 @@ _names = SimpleNamespace(
     theirs=ORIGINALS,
     plain=PLAIN,
     traced=(*PLAIN, FakeTensor, FunctionalTensor),
-    compiling=_compiling,
+    # An exporter, too, whose first graph keeps the call, traces it for the second.
+    compiling=torch_state.is_compiling,
     unpatch=unpatch,
 )
 if _earlier:

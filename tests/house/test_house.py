@@ -23,14 +23,18 @@ FLOORS = (
     ("front",),
     ("losses",),
     ("lazy",),
-    ("functional", "nn", "patch", "aliases", ""),
+    ("functional", "nn", "patch", "aliases", "_functions", "_modules", ""),
     ("cli", "__main__"),
 )
 APART = {"engines.cpu", "engines.gpu"}
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 450, 80
 # Who may know torch's private names: `cli/bench` times what lies under torch's own losses.
 PRIVATE_NAMES = ("core/torch_state.py", "core/inductor.py", "cli/bench/")
-PRIVATE = re.compile(r"\btorch(\.\w+)*\._[A-Za-z]\w*|\bforward_ad\._|\b_dynamo_marked_constant\b")
+# And the public one whose word is wrong before torch 2.13.
+PRIVATE = re.compile(
+    r"\btorch(\.\w+)*\._[A-Za-z]\w*|\bforward_ad\._|\b_dynamo_marked_constant\b"
+    r"|\btorch\.compiler\.is_compiling\b"
+)
 
 
 def module(path: Path) -> str:
@@ -38,7 +42,9 @@ def module(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {module(path): path for path in sorted(HOME.rglob("*.py"))}
+# And what is there for type checkers alone.
+STUBS = [p for p in HOME.rglob("*.pyi") if not p.with_suffix(".py").exists()]
+MODULES = {module(path): path for path in sorted([*HOME.rglob("*.py"), *STUBS])}
 
 
 def imported(name: str) -> set[str]:

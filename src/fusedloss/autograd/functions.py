@@ -129,7 +129,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.compiler.is_compiling():
+        if torch_state.is_compiling():
             return traced.backward(ctx, incoming[0])
         needed, saved = ctx.needs_input_grad[1:], unpacked(ctx)
         tensors = saved[: len(needed)]

@@ -47,7 +47,7 @@ class Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *incoming: Slot) -> tuple[Slot, ...]:
-        if torch.compiler.is_compiling():
+        if torch_state.is_compiling():
             return traced.backward(ctx, *incoming)
         call, needed = ctx.call, ctx.needs_input_grad[1:]
         if ctx.on_gpu and gpu.problem(call.family) is None:

@@ -31,7 +31,7 @@ def scalar_type(dtype: torch.dtype) -> str:
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warns at the place of the user's call, but not under torch.compile, which cannot trace a warning."""
-    if not torch.compiler.is_compiling():
+    if not torch_state.is_compiling():
         warnings.warn(message, category, stacklevel=_user_level())
 
 
@@ -112,7 +112,7 @@ def learns(value: object) -> bool:
     """Whether something is differentiated by a tensor that is given for a number, or mapped over it."""
     if not isinstance(value, Tensor):
         return False
-    if value.requires_grad or torch.compiler.is_compiling():
+    if value.requires_grad or torch_state.is_compiling():
         return value.requires_grad
     if torch_state.is_wrapped(value):
         return True

@@ -14,7 +14,7 @@ from . import errors, plain, sharded, torch_state
 
 def readable(tensor: Tensor) -> Tensor | None:
     """The tensor if its values can be read without a sync, and while nobody traces or watches operations."""
-    if torch.compiler.is_compiling() or torch_state.dispatch_modes() or torch_state.is_tracing():
+    if torch_state.is_compiling() or torch_state.dispatch_modes() or torch_state.is_tracing():
         return None
     return None if not tensor.is_cpu or plain.gap(tensor) else tensor
 

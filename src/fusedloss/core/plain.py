@@ -66,7 +66,7 @@ def check(function: str, **tensors: Tensor | None) -> None:
     Raises:
         RuntimeError: there is one.
     """
-    if torch.compiler.is_compiling() or torch_state.transforms_active() or torch_state.is_tracing():
+    if torch_state.is_compiling() or torch_state.transforms_active() or torch_state.is_tracing():
         return
     for name, tensor in tensors.items():
         if tensor is not None and gap(tensor) is FREED:

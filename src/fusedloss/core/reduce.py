@@ -65,7 +65,7 @@ def sum_of(weights: Tensor) -> Tensor:
 def count_other(tensor: Tensor, value: float) -> Tensor:
     """How many elements are not `value`; of a plain tensor in parts, so that no condition is held in full."""
     parts: tuple[Tensor, ...] = (tensor,)
-    if type(tensor) is Tensor and tensor.dim() and not torch.compiler.is_compiling():
+    if type(tensor) is Tensor and tensor.dim() and not torch_state.is_compiling():
         parts = tensor.split(max(1, PART // max(1, tensor.shape[1:].numel())))
     counts = (torch.count_nonzero(part.to(wide(part)) != value).to(exact(part)) for part in parts)
     return functools.reduce(torch.add, counts)

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from . import torch_state
+
 T = TypeVar("T")
 
 
@@ -37,9 +39,7 @@ def run(formula: Callable[..., T], tensors: tuple[Any, ...], first: int, last: i
         t if t is None or is_sharded(t) or not first <= k < last else replicated(t, like)
         for k, t in enumerate(tensors)
     )
-    if torch.compiler.is_compiling() or not (
-        torch.is_inference_mode_enabled() or like.is_inference()
-    ):
+    if torch_state.is_compiling() or not (torch.is_inference_mode_enabled() or like.is_inference()):
         return formula(*tensors)
     # DTensors take aten.__and__ for an operation in place, by its name: a & b is a in inference mode.
     with torch.inference_mode(False), torch.no_grad():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._C import _autograd, _dynamo, _functorch, _profiler
 from torch._functorch import pyfunctorch
+from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
@@ -133,6 +134,21 @@ def bare_backward(function: Any, traced: Callable[..., Any]) -> None:
     """
     function._backward_cls.apply = function.backward
     function.backward = staticmethod(traced)
+
+
+def _is_compiling() -> bool:
+    return torch.compiler.is_compiling() or (
+        TracingContext.try_get() is not None and not torch.compiler.is_exporting()
+    )
+
+
+# Whether torch.compile or an exporter traces. Before torch 2.13 its own word is no while AOTAutograd traces
+# what Dynamo has traced: a function that Dynamo keeps as it is, such as a patched one, is first entered then.
+is_compiling: Callable[[], bool] = (
+    torch.compiler.is_compiling
+    if hasattr(torch.compiler, "_compile_session_context")
+    else _is_compiling
+)
 
 
 @constant

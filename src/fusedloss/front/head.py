@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import errors, plain, sharded
+from ..core import errors, plain, sharded, torch_state
 from ..core.plain import PLAIN
 from ..core.reduce import autocasts, resolve, result_dtype
 from ..core.shards import ClassShard
@@ -326,7 +326,7 @@ class Head:
             denominator,
             *teacher,
         )
-        if not torch.compiler.is_compiling():
+        if not torch_state.is_compiling():
             # Zeros without memory, which autograd makes, get some.
             tensors = tuple(
                 t.clone() if t is not None and t._is_zerotensor() else t for t in tensors
@@ -341,7 +341,7 @@ def index(name: str, ignore_index: int | None) -> int | None:
 
 def check_tensors(name: str, **arguments: Any) -> None:
     """Refuses tensors without memory, sparse ones, and distributed ones beside plain ones."""
-    if torch.compiler.is_compiling():
+    if torch_state.is_compiling():
         return
     given = {key: t for key, t in arguments.items() if isinstance(t, Tensor)}
     plain.check(name, **given)
@@ -377,7 +377,7 @@ def _multiplied_in(tensor: Tensor) -> torch.dtype:
 
 def _size(scale: Tensor) -> float:
     """The power of two above a scale beyond 1, by which float16 may overflow; 1 where no look is free."""
-    if torch.compiler.is_compiling() or not (scale.is_cpu and plain.is_plain(scale.detach())):
+    if torch_state.is_compiling() or not (scale.is_cpu and plain.is_plain(scale.detach())):
         return 1.0
     return math.ldexp(1.0, min(max(math.frexp(scale.item())[1], 0), 1023))
 
@@ -412,9 +412,7 @@ def setting(
 
     On the meta device there is no number to read.
     """
-    traced = isinstance(value, Tensor) and (
-        value.is_meta or (folds and torch.compiler.is_compiling())
-    )
+    traced = isinstance(value, Tensor) and (value.is_meta or (folds and torch_state.is_compiling()))
     if not (traced or errors.learns(value)):
         return finite(name, argument, value, above)
     if value.dim() or value.is_complex():
@@ -422,7 +420,7 @@ def setting(
         words = f"argument '{argument}' must be float or a real 0-dim tensor, not {got}"
         errors.fail(TypeError, name, words)
     # Where it can be looked at, and no queue stops for it.
-    if not torch.compiler.is_compiling() and value.is_cpu and plain.is_plain(value.detach()):
+    if not torch_state.is_compiling() and value.is_cpu and plain.is_plain(value.detach()):
         finite(name, argument, value.item(), above)
     return value
 

@@ -231,7 +231,7 @@ def check(loss: str, input: Tensor, target: Tensor, **settings: Any) -> None:
 
 def _readable(*tensors: Tensor) -> bool:
     return not (
-        torch.compiler.is_compiling()
+        torch_state.is_compiling()
         or torch_state.transforms_active()
         or torch_state.dispatch_modes()
         or torch_state.is_tracing()

@@ -190,7 +190,7 @@ def apply(formula: ByTorch, operands: tuple[Tensor, ...], params: dict[str, floa
     operands = torch.broadcast_tensors(*operands)
     check_domain(formula, operands, params)
     value = _functions(formula, operands).value
-    if torch.compiler.is_compiling():
+    if torch_state.is_compiling():
         # It traces an autograd function where autograd runs, and maps none.
         if not torch_state.transforms_active() and _differentiated(operands):
             # Clones, which compilers drop: of what is changed later in the graph torch.compile would hand
@@ -217,7 +217,7 @@ def check_domain(formula: ByTorch, operands: tuple[Tensor, ...], params: dict[st
     if sharded.is_sharded(inside):
         inside = sharded.whole(inside.all())
     transformed = torch_state.transforms_active()
-    if torch.compiler.is_compiling():
+    if torch_state.is_compiling():
         if transformed:
             return  # an assertion has no batching rule, and a traced tensor cannot be unwrapped
     elif transformed:

@@ -276,7 +276,7 @@ def capped(x: Tensor, softcap: Tensor | float) -> Tensor:
 
 def _is_differentiated(tensor: Tensor) -> bool:
     """By autograd or a transform around, which wrap what is not differentiated, too; in doubt, it is."""
-    if torch.compiler.is_compiling():
+    if torch_state.is_compiling():
         return tensor.requires_grad
     if torch_state.forward_mode():
         return torch_state.is_wrapped(tensor) or forward_ad.unpack_dual(tensor).tangent is not None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from ..core import torch_state
 from ..core.reduce import autocasts
 from .product import LOG_PROBS, LOGITS, P_LOG_P, P_X, PROBS, Lazy, Like, Product, Step
 from .rules import DATA, dim_of, liked, named, of_meta, rule, steps
@@ -107,7 +108,7 @@ def _number(value: Any) -> float | None:
         free = (
             not value.dim() and value.is_cpu and not value.requires_grad and not value.is_complex()
         )
-        if isinstance(value, Lazy) or not free or torch.compiler.is_compiling():
+        if isinstance(value, Lazy) or not free or torch_state.is_compiling():
             return None
         value = value.item()
     if type(value) not in (int, float) or not math.isfinite(value):

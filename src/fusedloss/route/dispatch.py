@@ -96,7 +96,7 @@ def dispatch(
 
     What was `asked`, if that is given, `repeat` may do again: the checks saw nothing else but types and shapes.
     """
-    if torch.compiler.is_compiling():
+    if torch_state.is_compiling():
         if why is None and operator_serves(call, tensors):
             return operators.run(call, tensors)[0]
         return by_formula(call, tensors)

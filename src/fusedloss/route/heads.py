@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..autograd import heads_again, operators
@@ -31,7 +30,7 @@ def results(
     why = "a setting requires a gradient" if call.learns else None
     if call.shard is not None and call.family == "distill":
         why = "no kernel merges the divergences of shards of classes"
-    if torch.compiler.is_compiling():
+    if torch_state.is_compiling():
         if why is None and operator_serves(call, tensors):
             return operators.run(call, tensors)
         return by_formula(call, tensors)
