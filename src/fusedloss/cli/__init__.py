@@ -1,7 +1,8 @@
 """The command `fusedloss`.
 
-A subcommand is a module or a package here with `add_arguments(parser)` and `run(args) -> int`,
-and one line in `COMMANDS`. Only the module of the subcommand that runs is imported.
+A subcommand is a module or a package here with `add_arguments(parser)`, `needs(args)` and `run(args) -> int`,
+and one line in `COMMANDS`. Only the module of the subcommand that runs is imported, and beside torch nothing
+before `run`: what is missing is said at once.
 """
 
 from __future__ import annotations
@@ -11,22 +12,17 @@ import io
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NamedTuple
+from importlib.util import find_spec
 
-
-class Command(NamedTuple):
-    help: str
-    extra: str | None = None
-
+from .. import __version__
 
 COMMANDS = {
-    "demo": Command(
-        "train fourteen models with torch.nn and with fusedloss.nn, and compare", "demo"
-    ),
-    "bench": Command("time the losses beside PyTorch and what the machine can do", "cli"),
-    "verify": Command("measure every loss's errors against 50 digits, beside PyTorch's", "verify"),
-    "info": Command("what is installed, which kernels are loaded, and why not if they are not"),
+    "demo": "train fourteen models with torch.nn and with fusedloss.nn, and compare",
+    "bench": "time the losses beside PyTorch and what the machine can do",
+    "verify": "measure every loss's errors against 50 digits, beside PyTorch's",
+    "info": "what is installed, which kernels are loaded, and why not if they are not",
 }
+PACKAGES = {"sklearn": "scikit-learn"}  # by what is imported, where its name is another
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,28 +36,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fusedloss", description="The losses of torch.nn with fused kernels."
     )
+    parser.add_argument("--version", action="version", version=f"fusedloss {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    try:
-        for each, command in COMMANDS.items():
-            subparser = subparsers.add_parser(
-                each, help=command.help, description=f"{command.help[0].upper()}{command.help[1:]}."
-            )
-            if each == name:
-                module = import_module(f"{__name__}.{name}")
-                module.add_arguments(subparser)
-        args = parser.parse_args(argv)
-        return int(module.run(args))
-    except ModuleNotFoundError as error:
-        extra = COMMANDS[name].extra if name in COMMANDS else None
-        missing = (error.name or "").partition(".")[0]
-        if extra is None or missing in ("", "fusedloss", "torch"):
-            raise
+    for each, help in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            each, help=help, description=f"{help[0].upper()}{help[1:]}."
+        )
+        if each == name:
+            module = import_module(f"{__name__}.{name}")
+            module.add_arguments(subparser)
+    args = parser.parse_args(argv)
+    missing = [PACKAGES.get(n, n) for n in module.needs(args) if find_spec(n) is None]
+    if missing:
+        listed, are = " and ".join(missing), "is" if len(missing) == 1 else "are"
         print(
-            f"fusedloss {name}: needs {missing}, which is not installed: "
-            f"run pip install 'fusedloss[{extra}]'",
+            f"fusedloss {name}: needs {listed}, which {are} not installed: run "
+            f"pip install {' '.join(missing)}",
             file=sys.stderr,
         )
         return 2
+    try:
+        return int(module.run(args))
     except KeyboardInterrupt:
         print(f"fusedloss {name}: interrupted", file=sys.stderr)
         return 130

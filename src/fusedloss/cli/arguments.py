@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -56,8 +55,6 @@ def chosen_threads(word: str | None) -> int:
 def check_picture(path: Path | None) -> None:
     if path is None:
         return
-    if find_spec("matplotlib") is None:
-        raise UsageError("--picture: needs matplotlib (pip install 'fusedloss[demo]')")
     if path.suffix not in (".svg", ".png"):
         raise UsageError(f"--picture: must end in .svg or .png, got {str(path)!r}")
     check_writable("--picture", path)

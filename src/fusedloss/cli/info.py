@@ -18,6 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Print versions, the CPU library in use, threads, GPU and Triton."
 
 
+def needs(_: argparse.Namespace) -> tuple[str, ...]:
+    return ()
+
+
 def run(args: argparse.Namespace) -> int:
     for name, value in facts().items():
         print(f"{name:<16}{value}")

@@ -25,9 +25,7 @@ from .cases import TIMED, Case
 from .cpu import Job, needed, stream
 from .harness import Result
 from .machine import Run
-from .selection import Selection, add_arguments, selection
-
-__all__ = ["add_arguments", "run"]
+from .selection import Selection, selection
 
 COMPILING = 10.0  # seconds, for the guess at the time left
 AGAIN = 2  # times, what seems slower than another build

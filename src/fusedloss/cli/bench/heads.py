@@ -220,7 +220,7 @@ def slow_products(dtype: torch.dtype) -> bool:
 def why_not(case: Case, variant: str) -> str | None:
     """Why a variant is left out, or None."""
     if variant == "torch" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        return "an older torch"
+        return "PyTorch in chunks, which came with torch 2.13 (F.linear_cross_entropy)"
     if variant in ("eager", "torch") and slow_products(getattr(torch, case.dtype)):
         return SLOW_PRODUCTS
     logits, gradients = sizes(case)

@@ -8,7 +8,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -24,12 +23,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from ..arguments import plain_name
+from .arguments import QUICK
 from .report import plot, report
 from .tasks import TASKS, Task
 from .training import Result, train
 
-QUICK = 5
 LEGEND = """[dim]
 apart: greatest difference of the two loss curves; bound: what rounding explains
 µs in loss: torch.nn → fusedloss, forward and backward, median step, one thread
@@ -85,36 +83,6 @@ def verdict(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def loss_name(text: str) -> str:
-    """The loss that a word of `--only` names; `mse` and `MSELoss` are the same."""
-    for task in TASKS:
-        if plain_name(task.loss) == plain_name(text):
-            return task.loss
-    names = ", ".join(task.loss for task in TASKS)
-    raise argparse.ArgumentTypeError(f"must be among {names}, got {text!r}")
-
-
-def seed_value(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"must be an integer from 0 to 2**32 - 1, got {text!r}")
-    return int(text)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--output", type=Path, default=Path(), metavar="DIR", help="where to write (default: here)"
-    )
-    parser.add_argument("--seed", type=seed_value, default=0, help="default: 0")
-    parser.add_argument(
-        "--only", type=loss_name, nargs="+", metavar="LOSS", help="run these losses' tasks alone"
-    )
-    parser.add_argument(
-        "--lm", action="store_true", help="a language model, its head and loss four ways"
-    )
-    parser.add_argument("--quick", action="store_true", help=f"train 1/{QUICK} of the epochs")
-    parser.add_argument("--no-plot", action="store_true", help="do not draw fusedloss-demo.png")
-
-
 def run(args: argparse.Namespace) -> int:
     """Train every task: 0 when all curves are PyTorch's, 1 when one is not, 2 on bad arguments."""
     started = time.perf_counter()
@@ -123,9 +91,6 @@ def run(args: argparse.Namespace) -> int:
         tempfile.TemporaryFile(dir=args.output).close()
     except OSError as error:
         return unwritable(args.output, error)
-    if not args.no_plot:
-        # Before the training: a missing matplotlib is said at once.
-        import_module("matplotlib")
     if args.lm:
         from . import lm
 

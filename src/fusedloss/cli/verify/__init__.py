@@ -2,6 +2,14 @@
 50 digits, `measured.py` the paths and their errors, `picture.py` the picture of docs/accuracy.md.
 """
 
-from .command import add_arguments, run
+import argparse
 
-__all__ = ["add_arguments", "run"]
+from .arguments import add_arguments, needs
+
+__all__ = ["add_arguments", "needs", "run"]
+
+
+def run(args: argparse.Namespace) -> int:
+    from .command import run as of_command
+
+    return of_command(args)

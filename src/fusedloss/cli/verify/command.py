@@ -22,7 +22,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ... import __version__
 from ...core import reduce
-from ...engines.cpu.load import FLOATS
 from ...front.definition import REGISTRY, Loss
 from ...kinds.ctc import CtcCall
 from ...kinds.dice import DiceCall
@@ -32,33 +31,15 @@ from ...kinds.reduction import ReductionCall
 from ..arguments import UsageError, among, check_writable, chosen_losses
 from ..bench.tables import new_table, short
 from . import exact, measured, overlaps
+from .arguments import DTYPES
 from .heads import heads
 from .measured import PYTORCH, SUM_BOUND, TRITON, Errors, Path, Sum
 from .probes import Probe, probes
 from .sequences import sequences
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 QUICK = ("float32", "bfloat16")
 QUANTITIES = ("value", "gradient")
 BEGIN, END = "<!-- accuracy: begin -->", "<!-- accuracy: end -->"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Measure the errors of every loss, type and path against 50 digits, PyTorch's beside them. "
-        "Exits with 1 where one is beyond the bound that docs/accuracy.md states."
-    )
-    add = parser.add_argument
-    add(
-        "--quick",
-        action="store_true",
-        help="a minute or two: fewer probes, two types, one capability",
-    )
-    add("--only", nargs="+", metavar="LOSS", help="these losses alone")
-    add("--dtype", nargs="+", metavar="DTYPE", help=f"these of {', '.join(DTYPES)}")
-    add("--json", type=File, metavar="FILE", help="write every figure there")
-    add("--markdown", type=File, metavar="FILE", help="write the table into docs/accuracy.md")
-    add("--picture", type=File, metavar="FILE", help="draw the errors against the logit, and stop")
 
 
 @dataclass(frozen=True)

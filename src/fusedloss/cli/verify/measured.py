@@ -13,7 +13,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path as File
 from typing import Any
 from unittest import mock
@@ -31,6 +30,7 @@ from ...kinds.distill import DistillCall
 from ...kinds.heads import LinearCall
 from ...route import dispatch
 from . import exact
+from .arguments import interprets
 from .exact import Exact
 from .probes import Probe, flat
 
@@ -90,7 +90,7 @@ def paths(every: bool) -> list[Path]:
     found = [Path("formula"), PYTORCH]
     if torch.cuda.is_available():
         found.insert(0, Path(TRITON))
-    elif every and find_spec("triton"):
+    elif interprets(not every):
         found.insert(0, Path(TRITON, INTERPRETED))
     if cpu.problem():
         return found
