@@ -3,8 +3,6 @@
 `from fusedloss import nn` in place of `from torch import nn`.
 """
 
-from typing import TYPE_CHECKING, Any
-
 from . import functional, nn
 from .core.levels import checks
 from .core.trace import Route, explain
@@ -35,7 +33,3 @@ __all__ = [
     "synchronize",
     "unpatch",
 ]
-
-if TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Any: ...  # the losses come with their definitions

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.nn.functional
 
 from . import aliases
 from .losses import *  # noqa: F403
 from .losses import __all__ as _own
-
-if TYPE_CHECKING:
-    from torch.nn.functional import *  # noqa: F403  (whose signatures ours have)
 
 
 def __getattr__(name: str) -> Any:

@@ -361,7 +361,8 @@ def picture(results: Sequence[Result], path: Path) -> None:
     for variant, label in LABELS.items():
         xs = [r.case.shape[-1] for r in points if variant in r.peaks]
         ys = [mebibytes(r, variant) or 0.0 for r in points if variant in r.peaks]
-        axes.plot(xs, ys, "o-", color=COLOURS[variant], label=label)
+        if xs:
+            axes.plot(xs, ys, "o-", color=COLOURS[variant], label=label)
     axes.set_xlabel("classes")
     axes.set_ylabel("MiB beside the gradients")
     rows = statistics.mode(r.case.shape[0] for r in points)

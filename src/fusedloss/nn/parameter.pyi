@@ -1,0 +1,3 @@
+# Printed by tests/stubs.py.
+
+from torch.nn.parameter import *
