@@ -1,11 +1,11 @@
-# make demo | test | docs | bench | lint | sanitize | mutation | nightly: each makes what it needs,
+# make demo | test | docs | bench | wheel | lint | sanitize | mutation | nightly: each makes what it needs,
 # from a clean clone.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt $(wildcard csrc/*) src/fusedloss/engines/cpu/printer.py $(wildcard src/fusedloss/losses/*.py)
 
-.PHONY: demo test docs nightly bench lint format sanitize mutation clean
+.PHONY: demo test test-torch docs nightly bench wheel lint format sanitize mutation clean
 
 demo: $(VENV)/installed
 	$(BIN)/fusedloss demo
@@ -34,6 +34,32 @@ docs: $(VENV)/installed
 	$(BIN)/python docs/site
 	$(BIN)/python docs/site/check.py
 
+# dist/: the sdist and the wheel of this machine, tried where there is torch alone, no compiler and no source.
+wheel: build/wheel/built
+	rm -rf dist
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build --sdist --outdir dist .
+	PATH=$(CURDIR)/$(BIN):$$PATH auditwheel repair --only-plat --plat manylinux_2_28_$$(uname -m) --wheel-dir dist build/wheel/*.whl
+	$(BIN)/python tests/wheel.py
+
+# From the kernels that are built here.
+build/wheel/built: $(VENV)/installed $(shell find src -name '*.py*' -not -path '*/__pycache__/*') README.md
+	rm -rf build/wheel
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build --wheel --outdir build/wheel .
+	touch $@
+
+# The quick rooms on another torch, with the wheel, in an environment of its own: make test-torch TORCH=2.14.1
+OTHER = .venv-torch-$(TORCH)
+ROOMS = tests/house tests/front tests/faces tests/losses
+test-torch: build/wheel/built
+	test -n "$(TORCH)" || { echo "make test-torch: TORCH=VERSION is missing, say TORCH=2.14.1"; exit 2; }
+	$(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/python -m pip install --quiet --extra-index-url https://download.pytorch.org/whl/cpu torch==$(TORCH)
+	grep -v '^torch==\|^triton==' constraints.txt > build/constraints-without-torch.txt
+	$(OTHER)/bin/python -m pip install --quiet -c build/constraints-without-torch.txt torch==$(TORCH) \
+	    expecttest hypothesis mpmath numpy pytest pytest-xdist rich
+	$(OTHER)/bin/python -m pip install --quiet --no-deps --force-reinstall build/wheel/*.whl
+	FUSEDLOSS_TEST_EVERY=$(or $(EVERY),20) $(OTHER)/bin/python -m pytest -n auto $(ROOMS) $(ARGS)
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,6 +67,7 @@ lint: $(VENV)/installed
 	$(BIN)/clang-format --dry-run -Werror csrc/* tests/native/*
 
 format: $(VENV)/installed
+	$(BIN)/python tests/stubs.py
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/* tests/native/*
@@ -49,8 +76,8 @@ format: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt $(SOURCES)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed"'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint,docs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint,docs,wheel]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) .venv-torch-* build dist

@@ -4,11 +4,11 @@
 // probability.
 #pragma once
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <vector>
 
 #include "convert.h"
+#include "libm.h"
 #include "math.h"
 #include "parallel.h"
 

@@ -165,8 +165,10 @@ private:
 template <class T>
 class Distances {
 public:
-    Distances(const Reduction& reduction, const double* numbers, int64_t n)
-        : norms_(size_t(reduction.measures), Distance<T>(numbers[0], numbers[1], n)), n_(n) {}
+    Distances(const Reduction& reduction, const double* numbers, int64_t n) : n_(n) {
+        norms_.reserve(max_measures);
+        for (int k = 0; k < reduction.measures; ++k) norms_.emplace_back(numbers[0], numbers[1], n);
+    }
 
     void measure(const T* const* x, double* out) {
         for (size_t k = 0; k < norms_.size(); ++k) out[k] = norms_[k](x[pairs[k][0]], x[pairs[k][1]]);

@@ -1,9 +1,9 @@
 // The passes over a stretch of a row of logits, and what they gather of it.
 #pragma once
-#include <cmath>
 #include <limits>
 
 #include "grid.h"
+#include "libm.h"
 #include "math.h"
 #include "parallel.h"
 

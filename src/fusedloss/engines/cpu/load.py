@@ -44,7 +44,12 @@ def _load(small: bool = False) -> tuple[ctypes.CDLL | None, str | None, str | No
     try:
         lib = ctypes.CDLL(str(path(small)))
     except OSError as error:
-        return None, f"cannot load {path(small)}: {error}", None
+        at = path(small)
+        return (
+            None,
+            f"cannot load {at}: {error}" if at.exists() else f"not built: there is no {at}",
+            None,
+        )
     lib.fusedloss_run.argtypes = [ctypes.c_int64, ctypes.c_char_p]
     lib.fusedloss_run.restype = ctypes.c_int64
     for names in (lib.fusedloss_formula, lib.fusedloss_reduction):
