@@ -240,8 +240,9 @@ def measure(
             small = case.group == "small"
             measured = (1.0, SAMPLE, FEWEST, SAMPLES) if small else (LONG, 0.0, FEWEST, rounds)
             plan = Plan(chosen, threads, *measured, against, HeadWork)
-            result, taken = Result(case, gradient_bytes=sizes(case)[1]), chosen
-            if case.group != "classes":
+            if case.group == "classes":
+                result, taken = Result(case, gradient_bytes=sizes(case)[1]), chosen
+            else:
                 result = in_a_process(time_case, case, plan)
                 taken = tuple(result.samples)
             for variant in (*LABELS, *peers):
