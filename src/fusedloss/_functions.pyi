@@ -1,7 +1,7 @@
 # Printed by tests/stubs.py.
 
 from collections.abc import Callable
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions
@@ -49,6 +49,8 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
+    class_group: Any = None,
 ) -> Tensor: ...
 def ctc_loss(
     log_probs: Tensor,
@@ -173,6 +175,7 @@ def linear_cross_entropy(
     denominator: Tensor | float | None = None,
     memory_budget: int | None = None,
     exact_logits: bool = False,
+    class_group: Any = None,
 ) -> Tensor: ...
 def linear_kl_div(
     input: Tensor,
@@ -197,6 +200,7 @@ def linear_kl_div(
     denominator: Tensor | float | None = None,
     memory_budget: int | None = None,
     exact_logits: bool = False,
+    class_group: Any = None,
 ) -> Tensor: ...
 @overload
 def linear_log_prob(
@@ -211,6 +215,7 @@ def linear_log_prob(
     statistics: Literal[False] = False,
     memory_budget: int | None = None,
     exact_logits: bool = False,
+    class_group: Any = None,
 ) -> Tensor: ...
 @overload
 def linear_log_prob(
@@ -225,6 +230,7 @@ def linear_log_prob(
     statistics: Literal[True],
     memory_budget: int | None = None,
     exact_logits: bool = False,
+    class_group: Any = None,
 ) -> LogProb: ...
 @overload
 def linear_log_prob(
@@ -239,6 +245,7 @@ def linear_log_prob(
     statistics: bool,
     memory_budget: int | None = None,
     exact_logits: bool = False,
+    class_group: Any = None,
 ) -> Tensor | LogProb: ...
 def margin_ranking_loss(
     input1: Tensor,

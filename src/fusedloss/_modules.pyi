@@ -48,6 +48,18 @@ class CosineEmbeddingLoss(torch.nn.CosineEmbeddingLoss):
     def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor: ...
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    class_group: Any
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        class_group: Any = None,
+    ) -> None: ...
     def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
 
 class DiceCrossEntropyLoss(torch.nn.Module):
@@ -176,6 +188,7 @@ class LinearCrossEntropyLoss(torch.nn.LinearCrossEntropyLoss):
     logit_scale: Tensor | float
     memory_budget: int | None
     exact_logits: bool
+    class_group: Any
     def __init__(
         self,
         in_features: int,
@@ -186,6 +199,7 @@ class LinearCrossEntropyLoss(torch.nn.LinearCrossEntropyLoss):
         logit_scale: Tensor | float = 1.0,
         memory_budget: int | None = None,
         exact_logits: bool = False,
+        class_group: Any = None,
         **settings: Any,
     ) -> None: ...
     def forward(
