@@ -25,8 +25,8 @@ int64_t cross_entropy(RowsArgs a) {
     Rows<T> rows(a);
     if (!a.probabilities) {
         if (const int64_t bad = rows.check(); bad >= 0) return bad;
-    } else if (a.mean) {
-        rows.denominator = double(rows.positions());
+    } else {
+        rows.divide(double(rows.positions()));
     }
     if (a.grad.data) advise_huge_pages(a.grad.data, rows.positions() * a.c * size_of(a.grad.dtype));
 

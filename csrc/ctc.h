@@ -376,7 +376,7 @@ inline int64_t run(const CtcArgs& a) {
             const double parts = a.mean ? double(std::max<int64_t>(a.lengths[a.n + n], 1)) : 1.0;
             const double arrives =
                 a.incoming.data ? load_one(a.incoming.data, a.incoming.dtype, n * a.incoming_stride) : 1.0;
-            const double loss = sequences.run(n, a.mean ? arrives / (parts * double(a.n)) : arrives);
+            const double loss = sequences.run(n, a.mean ? arrives / (parts * a.denominator) : arrives);
             const bool drop = a.zero_infinity && loss == math::detail::infinity<double>;
             losses[size_t(n)] = drop ? 0.0 : loss / parts;
         }
@@ -384,7 +384,7 @@ inline int64_t run(const CtcArgs& a) {
     if (a.loss.data)
         for (int64_t n = 0; n < a.n; ++n) store_one(a.loss.data, a.loss.dtype, n, losses[size_t(n)]);
     if (a.total.data)
-        store_one(a.total.data, a.total.dtype, 0, total_sum(losses) / (a.mean ? double(a.n) : 1.0));
+        store_one(a.total.data, a.total.dtype, 0, total_sum(losses) / (a.mean ? a.denominator : 1.0));
     return fine;
 }
 

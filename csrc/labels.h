@@ -59,6 +59,11 @@ struct Rows {
 
     double class_weight(int64_t y) const { return weight ? double(weight[y]) : 1.0; }
 
+    // The mean is over so many, if nothing else is given.
+    void divide(double count) {
+        if (a.mean) denominator = a.denominator != 0 ? a.denominator : count;
+    }
+
     // Returns -1, or the first position whose index is out of range; sets the mean's denominator.
     int64_t check() {
         constexpr int64_t size = 4096, strip = 1024;
@@ -85,7 +90,7 @@ struct Rows {
             sums[size_t(b)] = sum;
         });
         if (outside.position() >= 0) return outside.position();
-        if (a.mean) denominator = total_sum(sums);
+        divide(total_sum(sums));
         return -1;
     }
 

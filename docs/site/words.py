@@ -131,6 +131,8 @@ SHAPES_ZH = {
 # What a parameter means wherever its page does not say it.
 COMMON_ZH = {
     "reduction": "归约方式：`'none'` 不归约，`'mean'` 取平均，`'sum'` 求和。",
+    "denominator": "`'mean'` 的除数，代替自己的计数：一个数或 0 维张量，例如所有进程、所有累积步的总数"
+    "（`fusedloss.distributed.count`）。",
 }
 
 

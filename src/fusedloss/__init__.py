@@ -3,7 +3,7 @@
 `from fusedloss import nn` in place of `from torch import nn`.
 """
 
-from . import functional, nn
+from . import distributed, functional, nn
 from .core.levels import checks
 from .core.trace import Route, explain
 from .engines.gpu import synchronize
@@ -23,6 +23,7 @@ __all__ = [
     "LazyLogitsWarning",
     "Route",
     "checks",
+    "distributed",
     "explain",
     "functional",
     "lazy_head",

@@ -1,5 +1,6 @@
 # Printed by tests/stubs.py.
 
+from . import distributed as distributed
 from . import functional as functional
 from . import nn as nn
 from ._functions import *

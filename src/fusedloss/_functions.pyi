@@ -17,6 +17,7 @@ def binary_cross_entropy(
     reduction: str = "mean",
     *,
     exact_grad: bool = False,
+    denominator: Tensor | float | None = None,
 ) -> Tensor: ...
 def binary_cross_entropy_with_logits(
     input: Tensor,
@@ -30,6 +31,7 @@ def binary_cross_entropy_with_logits(
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
+    denominator: Tensor | float | None = None,
 ) -> Tensor: ...
 def cosine_embedding_loss(
     input1: Tensor,
@@ -39,6 +41,8 @@ def cosine_embedding_loss(
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
+    *,
+    denominator: Tensor | float | None = None,
 ) -> Tensor: ...
 def cross_entropy(
     input: Tensor,
@@ -51,6 +55,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     *,
     class_group: Any = None,
+    denominator: Tensor | float | None = None,
 ) -> Tensor: ...
 def ctc_loss(
     log_probs: Tensor,
@@ -60,6 +65,8 @@ def ctc_loss(
     blank: int = 0,
     reduction: str = "mean",
     zero_infinity: bool = False,
+    *,
+    denominator: Tensor | float | None = None,
 ) -> Tensor: ...
 def dice_cross_entropy(
     input: Tensor,
@@ -117,6 +124,7 @@ def dice_loss(
     skip_absent: bool = False,
     ignore_index: int = -100,
     reduction: str = "mean",
+    denominator: Tensor | float | None = None,
 ) -> Tensor: ...
 def gaussian_nll_loss(
     input: Tensor,
@@ -125,6 +133,8 @@ def gaussian_nll_loss(
     full: bool = False,
     eps: float = 1e-06,
     reduction: str = "mean",
+    *,
+    denominator: Tensor | float | None = None,
 ) -> Tensor: ...
 def hinge_embedding_loss(
     input: Tensor,
@@ -133,6 +143,8 @@ def hinge_embedding_loss(
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
+    *,
+    denominator: Tensor | float | None = None,
 ) -> Tensor: ...
 def huber_loss(
     input: Tensor,
@@ -140,6 +152,8 @@ def huber_loss(
     reduction: str = "mean",
     delta: float = 1.0,
     weight: Tensor | None = None,
+    *,
+    denominator: Tensor | float | None = None,
 ) -> Tensor: ...
 def kl_div(
     input: Tensor,
@@ -148,6 +162,8 @@ def kl_div(
     reduce: bool | None = None,
     reduction: str = "mean",
     log_target: bool = False,
+    *,
+    denominator: Tensor | float | None = None,
 ) -> Tensor: ...
 def l1_loss(
     input: Tensor,
@@ -156,6 +172,8 @@ def l1_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
     weight: Tensor | None = None,
+    *,
+    denominator: Tensor | float | None = None,
 ) -> Tensor: ...
 def linear_cross_entropy(
     input: Tensor,
@@ -255,6 +273,8 @@ def margin_ranking_loss(
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
+    *,
+    denominator: Tensor | float | None = None,
 ) -> Tensor: ...
 def mse_loss(
     input: Tensor,
@@ -263,6 +283,8 @@ def mse_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
     weight: Tensor | None = None,
+    *,
+    denominator: Tensor | float | None = None,
 ) -> Tensor: ...
 def multi_margin_loss(
     input: Tensor,
@@ -273,6 +295,8 @@ def multi_margin_loss(
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
+    *,
+    denominator: Tensor | float | None = None,
 ) -> Tensor: ...
 def multilabel_margin_loss(
     input: Tensor,
@@ -280,6 +304,8 @@ def multilabel_margin_loss(
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
+    *,
+    denominator: Tensor | float | None = None,
 ) -> Tensor: ...
 def multilabel_soft_margin_loss(
     input: Tensor,
@@ -288,6 +314,8 @@ def multilabel_soft_margin_loss(
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
+    *,
+    denominator: Tensor | float | None = None,
 ) -> Tensor: ...
 def nll_loss(
     input: Tensor,
@@ -297,6 +325,8 @@ def nll_loss(
     ignore_index: int = -100,
     reduce: bool | None = None,
     reduction: str = "mean",
+    *,
+    denominator: Tensor | float | None = None,
 ) -> Tensor: ...
 def poisson_nll_loss(
     input: Tensor,
@@ -307,6 +337,8 @@ def poisson_nll_loss(
     eps: float = 1e-08,
     reduce: bool | None = None,
     reduction: str = "mean",
+    *,
+    denominator: Tensor | float | None = None,
 ) -> Tensor: ...
 def sigmoid_focal_loss(
     input: Tensor,
@@ -318,6 +350,7 @@ def sigmoid_focal_loss(
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
+    denominator: Tensor | float | None = None,
 ) -> Tensor: ...
 def smooth_l1_loss(
     input: Tensor,
@@ -326,6 +359,8 @@ def smooth_l1_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
     beta: float = 1.0,
+    *,
+    denominator: Tensor | float | None = None,
 ) -> Tensor: ...
 def soft_margin_loss(
     input: Tensor,
@@ -333,6 +368,8 @@ def soft_margin_loss(
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
+    *,
+    denominator: Tensor | float | None = None,
 ) -> Tensor: ...
 def softmax_focal_loss(
     input: Tensor,
@@ -343,6 +380,7 @@ def softmax_focal_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    denominator: Tensor | float | None = None,
 ) -> Tensor: ...
 def triplet_margin_loss(
     anchor: Tensor,
@@ -355,6 +393,8 @@ def triplet_margin_loss(
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
+    *,
+    denominator: Tensor | float | None = None,
 ) -> Tensor: ...
 def triplet_margin_with_distance_loss(
     anchor: Tensor,
@@ -365,4 +405,5 @@ def triplet_margin_with_distance_loss(
     margin: float = 1.0,
     swap: bool = False,
     reduction: str = "mean",
+    denominator: Tensor | float | None = None,
 ) -> Tensor: ...

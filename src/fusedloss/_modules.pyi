@@ -19,7 +19,9 @@ class BCELoss(torch.nn.BCELoss):
         *,
         exact_grad: bool = False,
     ) -> None: ...
-    def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
+    def forward(
+        self, input: Tensor, target: Tensor, denominator: Tensor | None = None
+    ) -> Tensor: ...
 
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
     ignore_index: int | None
@@ -36,16 +38,27 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
         label_smoothing: float = 0.0,
     ) -> None: ...
     def forward(
-        self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None
+        self,
+        input: Tensor,
+        target: Tensor,
+        sample_weight: Tensor | None = None,
+        denominator: Tensor | None = None,
     ) -> Tensor: ...
 
 class CTCLoss(torch.nn.CTCLoss):
     def forward(
-        self, log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor
+        self,
+        log_probs: Tensor,
+        targets: Tensor,
+        input_lengths: Tensor,
+        target_lengths: Tensor,
+        denominator: Tensor | None = None,
     ) -> Tensor: ...
 
 class CosineEmbeddingLoss(torch.nn.CosineEmbeddingLoss):
-    def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor: ...
+    def forward(
+        self, input1: Tensor, input2: Tensor, target: Tensor, denominator: Tensor | None = None
+    ) -> Tensor: ...
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     class_group: Any
@@ -60,7 +73,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         *,
         class_group: Any = None,
     ) -> None: ...
-    def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
+    def forward(
+        self, input: Tensor, target: Tensor, denominator: Tensor | None = None
+    ) -> Tensor: ...
 
 class DiceCrossEntropyLoss(torch.nn.Module):
     weight: Tensor | None
@@ -165,22 +180,34 @@ class DiceLoss(torch.nn.Module):
         ignore_index: int = -100,
         reduction: str = "mean",
     ) -> None: ...
-    def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
+    def forward(
+        self, input: Tensor, target: Tensor, denominator: Tensor | float | None = None
+    ) -> Tensor: ...
 
 class GaussianNLLLoss(torch.nn.GaussianNLLLoss):
-    def forward(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor: ...
+    def forward(
+        self, input: Tensor, target: Tensor, var: Tensor | float, denominator: Tensor | None = None
+    ) -> Tensor: ...
 
 class HingeEmbeddingLoss(torch.nn.HingeEmbeddingLoss):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
+    def forward(
+        self, input: Tensor, target: Tensor, denominator: Tensor | None = None
+    ) -> Tensor: ...
 
 class HuberLoss(torch.nn.HuberLoss):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
+    def forward(
+        self, input: Tensor, target: Tensor, denominator: Tensor | None = None
+    ) -> Tensor: ...
 
 class KLDivLoss(torch.nn.KLDivLoss):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
+    def forward(
+        self, input: Tensor, target: Tensor, denominator: Tensor | None = None
+    ) -> Tensor: ...
 
 class L1Loss(torch.nn.L1Loss):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
+    def forward(
+        self, input: Tensor, target: Tensor, denominator: Tensor | None = None
+    ) -> Tensor: ...
 
 class LinearCrossEntropyLoss(torch.nn.LinearCrossEntropyLoss):
     z_loss: float
@@ -212,25 +239,39 @@ class LinearCrossEntropyLoss(torch.nn.LinearCrossEntropyLoss):
     ) -> Tensor: ...
 
 class MSELoss(torch.nn.MSELoss):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
+    def forward(
+        self, input: Tensor, target: Tensor, denominator: Tensor | None = None
+    ) -> Tensor: ...
 
 class MarginRankingLoss(torch.nn.MarginRankingLoss):
-    def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor: ...
+    def forward(
+        self, input1: Tensor, input2: Tensor, target: Tensor, denominator: Tensor | None = None
+    ) -> Tensor: ...
 
 class MultiLabelMarginLoss(torch.nn.MultiLabelMarginLoss):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
+    def forward(
+        self, input: Tensor, target: Tensor, denominator: Tensor | None = None
+    ) -> Tensor: ...
 
 class MultiLabelSoftMarginLoss(torch.nn.MultiLabelSoftMarginLoss):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
+    def forward(
+        self, input: Tensor, target: Tensor, denominator: Tensor | None = None
+    ) -> Tensor: ...
 
 class MultiMarginLoss(torch.nn.MultiMarginLoss):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
+    def forward(
+        self, input: Tensor, target: Tensor, denominator: Tensor | None = None
+    ) -> Tensor: ...
 
 class NLLLoss(torch.nn.NLLLoss):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
+    def forward(
+        self, input: Tensor, target: Tensor, denominator: Tensor | None = None
+    ) -> Tensor: ...
 
 class PoissonNLLLoss(torch.nn.PoissonNLLLoss):
-    def forward(self, log_input: Tensor, target: Tensor) -> Tensor: ...
+    def forward(
+        self, log_input: Tensor, target: Tensor, denominator: Tensor | None = None
+    ) -> Tensor: ...
 
 class SigmoidFocalLoss(torch.nn.Module):
     alpha: float
@@ -248,14 +289,22 @@ class SigmoidFocalLoss(torch.nn.Module):
         label_smoothing: float = 0.0,
     ) -> None: ...
     def forward(
-        self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None
+        self,
+        input: Tensor,
+        target: Tensor,
+        sample_weight: Tensor | None = None,
+        denominator: Tensor | float | None = None,
     ) -> Tensor: ...
 
 class SmoothL1Loss(torch.nn.SmoothL1Loss):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
+    def forward(
+        self, input: Tensor, target: Tensor, denominator: Tensor | None = None
+    ) -> Tensor: ...
 
 class SoftMarginLoss(torch.nn.SoftMarginLoss):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
+    def forward(
+        self, input: Tensor, target: Tensor, denominator: Tensor | None = None
+    ) -> Tensor: ...
 
 class SoftmaxFocalLoss(torch.nn.Module):
     weight: Tensor | None
@@ -272,10 +321,16 @@ class SoftmaxFocalLoss(torch.nn.Module):
         label_smoothing: float = 0.0,
         reduction: str = "mean",
     ) -> None: ...
-    def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
+    def forward(
+        self, input: Tensor, target: Tensor, denominator: Tensor | float | None = None
+    ) -> Tensor: ...
 
 class TripletMarginLoss(torch.nn.TripletMarginLoss):
-    def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor: ...
+    def forward(
+        self, anchor: Tensor, positive: Tensor, negative: Tensor, denominator: Tensor | None = None
+    ) -> Tensor: ...
 
 class TripletMarginWithDistanceLoss(torch.nn.TripletMarginWithDistanceLoss):
-    def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor: ...
+    def forward(
+        self, anchor: Tensor, positive: Tensor, negative: Tensor, denominator: Tensor | None = None
+    ) -> Tensor: ...

@@ -23,7 +23,10 @@ FLOORS = (
     ("front",),
     ("losses",),
     ("lazy",),
-    ("functional", "nn", "patch", "aliases", "_functions", "_modules", ""),
+    (
+        *("functional", "nn", "patch", "aliases", "distributed", ""),
+        *("_functions", "_modules"),
+    ),
     ("cli", "__main__"),
 )
 APART = {"engines.cpu", "engines.gpu"}

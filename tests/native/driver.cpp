@@ -87,6 +87,7 @@ void rows_call(Random& r, bool nll) {
     if (r.chance(30)) a.d = std::exchange(a.n, 1);
     a.probabilities = !nll && r.chance(40);
     a.mean = r.chance(50);
+    a.denominator = r.chance(30) ? 7.5 : 0;
     a.ignore_index = r.chance(50) ? r.below(a.c) : -100;
     a.smoothing = nll || r.chance(50) ? 0.0 : r.uniform(0, 1);
     const bool special = r.chance(20), reduced = r.chance(60), outside = !a.probabilities && r.chance(10);

@@ -26,6 +26,7 @@ void ctc_call(Random& r) {
     a.zero_infinity = r.chance(50);
     const bool special = r.chance(20), reduced = r.chance(60), padded = r.chance(50), wrong = r.chance(10);
     a.mean = reduced && r.chance(50);
+    a.denominator = r.chance(50) ? double(a.n) : 7.5;
     std::vector<int64_t> lengths(size_t(4 * a.n));
     int64_t *frames = lengths.data(), *counts = frames + a.n, *begins = counts + a.n, labels = 0;
     for (int64_t n = 0; n < a.n; ++n) {

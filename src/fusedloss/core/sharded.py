@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import torch_state
+from .errors import fail
 
 T = TypeVar("T")
 
@@ -28,6 +29,27 @@ def replicated(tensor: Tensor, like: Any) -> Tensor:
 
     placements = [Replicate()] * like.device_mesh.ndim
     return DTensor.from_local(tensor, like.device_mesh, placements, run_check=False)
+
+
+def beside(function: str, argument: str, scalar: Tensor, like: Tensor) -> Any:
+    """A scalar as the tensor `like` can be combined with it: both DTensors, or none.
+
+    Raises:
+        RuntimeError: it is a DTensor beside a plain tensor, and only a collective would tell what it is.
+    """
+    if is_sharded(like):
+        return scalar if is_sharded(scalar) else replicated(scalar, like)
+    if not is_sharded(scalar):
+        return scalar
+    spread: Any = scalar
+    if not all(p.is_replicate() for p in spread.placements):
+        fail(
+            RuntimeError,
+            function,
+            f"{argument} is a DTensor with placements {spread.placements} beside plain tensors: pass "
+            f"{argument}.full_tensor(), which every process must call",
+        )
+    return spread.to_local()
 
 
 def run(formula: Callable[..., T], tensors: tuple[Any, ...], first: int, last: int) -> T:

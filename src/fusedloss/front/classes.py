@@ -46,6 +46,7 @@ class Classes:
 
     kind: ClassVar[str] = "rows"
     computes: ClassVar[bool] = False
+    divides: ClassVar[bool] = True
 
     kernel: str  # PyTorch's word for what a type is lacking
     softmax: bool = False  # the input holds logits
@@ -89,13 +90,15 @@ class Classes:
             if not self.softmax:
                 self._check_input(name, input, target)
         call = RowsCall(name, probabilities, reduction, ignore_index, smoothing, dtype, gamma)
+        by = loss.divisor(given, reduction)
         if shard is not None:
-            return class_groups.rows(call, shard, input, target, weight)
-        loss.refuse_what_users_rue(operands, reduction=reduction, ignore_index=ignore_index)
+            return class_groups.rows(call, shard, input, target, weight, by)
+        seen = {"reduction": reduction, "ignore_index": ignore_index}
+        loss.refuse_what_users_rue(operands, given, **seen)
         why = None
         if probabilities and input.numel() == 0 and input.shape[min(input.dim() - 1, 1)] == 0:
             why = "there are no classes"
-        return dispatch(name, call, (input, target, weight), why, asked)
+        return dispatch(name, call, (input, target, weight), why, asked, by)
 
     def _check_probabilities(
         self, name: str, input: Tensor, target: Tensor, ignore_index: int

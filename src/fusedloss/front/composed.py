@@ -18,6 +18,7 @@ class Composed:
 
     kind: ClassVar[str] = ""
     computes: ClassVar[bool] = True
+    divides: ClassVar[bool] = False  # what does so says it itself
 
     returns: str
     raises: tuple[str, ...] = ()

@@ -16,6 +16,8 @@ COMMON = {
     "size_average": "deprecated, overrides `reduction`.",
     "reduce": "deprecated, overrides `reduction`.",
     "reduction": "'none', 'mean' or 'sum'.",
+    "denominator": "what 'mean' divides by in place of its own count, a number or a 0-dim tensor: the count "
+    "of all processes and all steps of an accumulation, say (:func:`fusedloss.distributed.count`).",
 }
 
 
@@ -40,6 +42,8 @@ def of_function(
     said = {**COMMON, **words.arguments, **items(sections.get("Args", ""))}
     arguments = [f"{n}: {said[n]}" for n in parameters if n in said]
     raised = [s.raises.format(argument=f"`{n}`") for n, s in settings.items()]
+    if "denominator" in parameters:
+        raised.append("ValueError: `denominator` with another reduction than 'mean'")
     raises = _grouped([*words.raises, *raised, *lines(sections.get("Raises", ""))])
     parts = [text, _section("Args", arguments)]
     parts.append(_section("Returns", [sections.get("Returns") or words.returns]))

@@ -15,6 +15,7 @@ from ..core.reduce import autocasts, resolve, result_dtype
 from ..core.shards import ClassShard
 from ..kinds.heads import LinearCall, Ready, Slots
 from .classes import check_indices, check_weight
+from .settings import divisor
 
 SOFTMAX = "log_softmax_lastdim_kernel_impl"  # PyTorch's name for what a type is lacking
 
@@ -43,8 +44,7 @@ RAISES = (
 
 def reduction_of(name: str, reduction: str, denominator: Tensor | float | None) -> str:
     reduction = resolve(name, reduction)
-    if denominator is not None and reduction != "mean":
-        errors.fail(ValueError, name, f"denominator is for reduction = 'mean', got {reduction!r}")
+    divisor(name, denominator, reduction)
     return reduction
 
 
@@ -425,20 +425,9 @@ def setting(
     return value
 
 
-def scalar(name: str, argument: str, value: Tensor | float | None, input: Tensor) -> Tensor | None:
-    """A number as a 0-dim tensor."""
-    if value is None:
-        return None
-    if not isinstance(value, Tensor):
-        return torch.full((), errors.number(name, argument, value), dtype=torch.float64)
-    if value.dim():
-        errors.fail(
-            ValueError,
-            name,
-            f"{argument} must be a number or a 0-dim tensor, got {list(value.shape)}",
-        )
-    if value.is_complex():
-        errors.fail(TypeError, name, f"{argument} must be real, got {value.dtype}")
-    if not value.is_cpu:
-        errors.same_device(name, input=input, **{argument: value})
-    return value
+def scalar(name: str, value: Tensor | float | None, input: Tensor) -> Tensor | None:
+    """What 'mean' shall divide by, as a tensor."""
+    found = divisor(name, value, "mean", input=input)
+    if found is None or isinstance(found, Tensor):
+        return found
+    return torch.full((), found, dtype=torch.float64)

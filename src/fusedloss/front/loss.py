@@ -14,11 +14,12 @@ from ..core import errors, levels, reduce
 from ..route.memo import Asked
 from . import docs, modules, signature, strict
 from .definition import Loss, register
-from .modules import OF_BATCH
-from .settings import BY_DEFAULT, Setting
-from .signature import Memo
+from .modules import OF_BATCH, OF_CALL
+from .settings import BY_DEFAULT, DENOMINATOR, Setting, divisor
+from .signature import Memo, Parameter
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {}  # every public loss, by its name
+BY = Parameter(DENOMINATOR, Parameter.KEYWORD_ONLY, default=None, annotation=Tensor | float | None)
 
 
 class Malformed(TypeError):
@@ -39,6 +40,7 @@ class Definition:
     settings: dict[str, Setting]
     extensions: tuple[str, ...]  # settings that PyTorch lacks
     alone: bool  # PyTorch has no function of the name: the body has the whole signature
+    named: tuple[str, ...]  # the parameters but for what 'mean' divides by
 
     def tensors(self, given: dict[str, Any], kind: type[Exception]) -> dict[str, Tensor]:
         """The operands.
@@ -70,7 +72,9 @@ class Definition:
 
     def chosen(self, given: dict[str, Any], settings: dict[str, Any]) -> Any:
         """What the body makes of the settings that are meant."""
-        return self.body(**{**given, **settings}) if self.alone else self.body(**settings)
+        if not self.alone:
+            return self.body(**settings)
+        return self.body(**{**{n: given[n] for n in self.named}, **settings})
 
     def reduction(self, given: dict[str, Any], allowed: tuple[str, ...] = reduce.REDUCTIONS) -> str:
         return reduce.resolve(
@@ -81,10 +85,20 @@ class Definition:
             allowed,
         )
 
+    def divisor(self, given: dict[str, Any], reduction: str) -> Tensor | float | None:
+        """What 'mean' shall divide by, in place of a count of its own; raises as `settings.divisor` does."""
+        value = given.get(DENOMINATOR)
+        if value is None:
+            return None
+        first = self.operands[0]
+        return divisor(self.name, value, reduction, **{first: given[first]})
+
     def memo(self, has_domain: bool = False, *conditions: str) -> Memo:
         """A call is repeated by its settings and its tensors: the operands, and then those that it may have."""
         absent = [n for n in signature.LEGACY if n in self.signature.parameters]
         settled = [s.settled.format(n) for n, s in self.settings.items() if s.settled]
+        if DENOMINATOR in self.signature.parameters:
+            absent.append(DENOMINATOR)  # which is another one each time
         plain = " and ".join([*(f"{n} is None" for n in absent), *settled, *conditions]) or "True"
         more = sorted(self.optional, key=(*self.further, "weight", OF_BATCH).index)
         keys = ["reduction", *(s.key.format(n) for n, s in self.settings.items())]
@@ -97,9 +111,15 @@ class Definition:
             tensors = f"({tensors} if {none} else {others})"
         return Memo(plain, ", ".join(keys), tensors, has_domain)
 
-    def refuse_what_users_rue(self, tensors: dict[str, Tensor], **settings: Any) -> None:
+    def refuse_what_users_rue(
+        self, tensors: dict[str, Tensor], given: dict[str, Any], **settings: Any
+    ) -> None:
         """ValueError where `checks("strict")` refuses the call."""
         if levels.strict() and self.name in strict.RULES:
+            if given.get(DENOMINATOR) is not None:
+                settings["reduction"] = (
+                    "sum"  # nothing of a mean over a count of its own is at stake
+                )
             seen = {n: v for n, v in settings.items() if n in strict.Seen._fields}
             strict.check(self.name, tensors["input"], tensors["target"], **seen)
 
@@ -109,6 +129,10 @@ class Ladder(Protocol):
 
     kind: ClassVar[str]  # of kernels, as the registry names them
     computes: ClassVar[bool]  # whether the definition's function computes the loss
+
+    @property
+    def divides(self) -> bool:
+        """Whether 'mean' has one count of its own, for which another may be given."""
 
     def memo(self, loss: Definition) -> Memo | None:
         """How a call is told to be like an earlier one; None: it is never repeated unchecked."""
@@ -137,7 +161,7 @@ def loss(
     """
 
     def define(body: Callable[..., Any]) -> Callable[..., Any]:
-        found = _definition(body, module, settings, ladder.computes)
+        found = _definition(body, module, settings, ladder)
         theirs = signature.of_torch(found.name)
         names = list(found.signature.parameters)
 
@@ -169,9 +193,9 @@ def loss(
 
 
 def _definition(
-    body: Callable[..., Any], module: str | None, settings: dict[str, Setting], computes: bool
+    body: Callable[..., Any], module: str | None, settings: dict[str, Setting], ladder: Ladder
 ) -> Definition:
-    name = body.__name__
+    name, computes = body.__name__, ladder.computes
     own = inspect.signature(body, eval_str=True)
     theirs, whole = signature.of_torch(name), own
     if theirs is not None:
@@ -180,6 +204,9 @@ def _definition(
     elif "reduction" not in whole.parameters and not computes:
         remedy = "name it as PyTorch does, or write its whole signature"
         raise malformed(body, f"torch.nn.functional has no {name}", remedy)
+    named = tuple(whole.parameters)
+    if ladder.divides:
+        whole = signature.extended(whole, [BY])
     tensors = {n: p for n, p in whole.parameters.items() if signature.takes_tensor(p)}
     for n in own.parameters:
         if n not in whole.parameters:
@@ -202,15 +229,16 @@ def _definition(
         module=module,
         signature=whole,
         operands=tuple(n for n, p in tensors.items() if p.default is p.empty),
-        optional=tuple(n for n, p in tensors.items() if p.default is None),
+        optional=tuple(n for n, p in tensors.items() if p.default is None and n != DENOMINATOR),
         further=tuple(
             n
             for n in own.parameters
-            if theirs and n in tensors and tensors[n].default is None and n != OF_BATCH
+            if theirs and n in tensors and tensors[n].default is None and n not in OF_CALL
         ),
         settings={n: settings[n] for n in own.parameters if n in settings},
         extensions=tuple(n for n in whole.parameters if theirs and n not in theirs.parameters),
         alone=theirs is None,
+        named=named,
     )
 
 

@@ -43,6 +43,7 @@ class Margins:
 
     kind: ClassVar[str] = "margins"
     computes: ClassVar[bool] = False
+    divides: ClassVar[bool] = True
 
     kernel: str  # PyTorch's word for what a type is lacking
     sets: bool = False
@@ -66,10 +67,11 @@ class Margins:
             errors.fail(RuntimeError, name, words)
         dtype = result_dtype(input.dtype, input)
         self._check_types(name, input, target, weight, dtype)
-        loss.refuse_what_users_rue(operands, reduction=reduction)
+        loss.refuse_what_users_rue(operands, given, reduction=reduction)
         squared, margin = loss.body(**settings)
         call = MarginCall(name, self.sets, squared, margin, reduction, dtype)
-        return dispatch(name, call, (input, target, weight), None, asked)
+        by = loss.divisor(given, reduction)
+        return dispatch(name, call, (input, target, weight), None, asked, by)
 
     def _check_shapes(self, name: str, input: Tensor, target: Tensor) -> int:
         """The number of classes."""

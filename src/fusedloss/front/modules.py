@@ -9,11 +9,13 @@ from typing import Any, Optional  # noqa: F401
 import torch.nn
 from torch import Tensor  # noqa: F401  (in what is compiled here)
 
+from .settings import DENOMINATOR
 from .signature import LEGACY, Parameter, bare, compiled, extended
 
 MODULES: dict[str, type[torch.nn.Module]] = {}  # of the face fusedloss.nn, by their names
 FACE = "fusedloss.nn"
-OF_BATCH = "sample_weight"  # the weight that is no setting: forward takes it
+OF_BATCH = "sample_weight"  # the weight that is no setting
+OF_CALL = (OF_BATCH, DENOMINATOR)  # what forward takes
 
 
 def make(
@@ -26,15 +28,18 @@ def make(
     parameters = inspect.signature(function).parameters
     kept = [n for n in parameters if n in constructor.parameters and n not in (*LEGACY, *operands)]
     passed = ", ".join([*tensors, *(f"{n}=self.{n}" for n in kept)])
-    of_call = [n for n in extensions if n == OF_BATCH]
-    extensions = tuple(n for n in extensions if n != OF_BATCH)
+    of_call = [n for n in extensions if n in OF_CALL]
+    extensions = tuple(n for n in extensions if n not in OF_CALL)
     more = "".join([f", {n}=self.{n}" for n in extensions] + [f", {n}={n}" for n in of_call])
+    # TorchScript takes no keyword-only parameters.
     given = [*tensors, *(f"{n}: Optional[Tensor] = None" for n in of_call)]
     lines = [f"def forward(self, {', '.join(given)}):"]
-    if extensions:  # TorchScript, which has PyTorch's own function, drops the branch
-        set_ = [_is_set(parameters[n]) for n in extensions] + [f"{n} is not None" for n in of_call]
+    set_ = [_is_set(parameters[n]) for n in extensions] + [f"{n} is not None" for n in of_call]
+    if set_:  # TorchScript, which has PyTorch's own function, drops the branch
         lines += ["    if not torch.jit.is_scripting():", f"        if {' or '.join(set_)}:"]
         lines += [f"            return _function({passed}{more})"]
+        for n in of_call:
+            lines.append(f"    assert {n} is None, 'TorchScript has no {n}'")
     lines += [f"    return _function({passed})"]
     body: dict[str, Any] = {
         "forward": compiled(lines, "forward", {"_function": function}, globals(), f"{name}."),
@@ -57,7 +62,7 @@ def make_alone(
 ) -> None:
     """One that PyTorch has no namesake of, constructed with the settings; tensors among them are buffers."""
     parameters = inspect.signature(function).parameters
-    of_call = [n for n in optional if n == OF_BATCH]
+    of_call = [n for n in OF_CALL if n in parameters]
     settings = [p for n, p in parameters.items() if n not in (*operands, *of_call)]
     taken = inspect.Signature([Parameter("self", Parameter.POSITIONAL_ONLY), *settings])
     lines = [f"def __init__{bare(taken)}:", "    _super.__init__(self)"]

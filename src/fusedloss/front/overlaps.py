@@ -58,6 +58,11 @@ class Overlaps:
     indices: bool = False  # alone
     reductions: tuple[str, ...] = ("none", "mean", "sum")
 
+    @property
+    def divides(self) -> bool:
+        """Not beside rows: both means have a count of their own."""
+        return not self.indices
+
     def memo(self, loss: Definition) -> Memo:
         return loss.memo()
 
@@ -100,7 +105,7 @@ class Overlaps:
         )
         activation = settings.get("activation", "softmax")
         loss.refuse_what_users_rue(
-            operands, **{**settings, "reduction": reduction, "activation": activation}
+            operands, given, **{**settings, "reduction": reduction, "activation": activation}
         )
         call = DiceCall(
             loss=name,
@@ -121,7 +126,8 @@ class Overlaps:
             reduction=reduction,
             dtype=dtype,
         )
-        return dispatch(name, call, (input, target, weight), None, asked)
+        by = loss.divisor(given, reduction)
+        return dispatch(name, call, (input, target, weight), None, asked, by)
 
     def words(self, loss: Definition) -> docs.Words:
         unreduced = ", or the losses by image and class with 'none'"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core import errors, trace
 from ..core.plain import check as check_memory
+from ..core.reduce import exact as exact_of
 from ..core.reduce import result_dtype, sum_of, total, wide
 from ..kinds.formula import Pointwise
 from ..kinds.pointwise import PointwiseCall
@@ -116,6 +117,7 @@ class Elements:
 
     kind: ClassVar[str] = "pointwise"
     computes: ClassVar[bool] = False
+    divides: ClassVar[bool] = True
 
     types: Types
     shapes: Shapes = warn
@@ -134,7 +136,7 @@ class Elements:
         self, loss: Definition, settings: dict[str, Any], further: Tensors
     ) -> tuple[Pointwise, tuple[float, ...]]:
         """The formula and its numbers, by the settings and the further operands that there are."""
-        whole = dict.fromkeys(loss.signature.parameters) if loss.alone else {}
+        whole = dict.fromkeys(loss.named) if loss.alone else {}
         found = loss.body(**{**whole, **settings}, **{n: further.get(n) for n in loss.further})
         return (found, ()) if isinstance(found, Pointwise) else found
 
@@ -159,13 +161,14 @@ class Elements:
         dtype = self.types.check(name, operands, weight, self.shapes)
         if differ and self.shapes.late:
             self.shapes.check(name, operands)
-        loss.refuse_what_users_rue(operands, reduction=reduction, **settings)
+        loss.refuse_what_users_rue(operands, given, reduction=reduction, **settings)
+        by = loss.divisor(given, reduction)
         if differ and self.shapes.warns:
             warning = errors.broadcasts(name, first, others[0])
         if warning:
             errors.warn(warning)
         if self.types.anything and not dtype.is_floating_point:
-            return self.by_torch(loss, operands, weight, settings, reduction, dtype)
+            return self.by_torch(loss, operands, weight, settings, reduction, dtype, by)
         weights = weight, of_batch
         if of_batch is not None:
             check_memory(
@@ -181,7 +184,7 @@ class Elements:
             if not first.is_floating_point():
                 asked = None  # the type of the losses may be torch's default, which may change
         try:
-            result = dispatch(name, call, tensors, asked=asked)
+            result = dispatch(name, call, tensors, None, asked, by)
         except OutsideDomain:
             call.refuse(tensors)
         return result / first.shape[0] if by_batch and first.dim() else result
@@ -227,6 +230,7 @@ class Elements:
         settings: dict[str, Any],
         reduction: str,
         dtype: torch.dtype,
+        by: Tensor | float | None,
     ) -> Tensor:
         """The formula's value of integers or complex numbers, for which there is no kernel."""
         check_memory(loss.name, **operands)
@@ -250,7 +254,7 @@ class Elements:
             raise
         if self.types.keeps:
             losses = losses.to(dtype)
-        denominator = None
+        denominator: Tensor | float | None = None
         if weight is not None and self.weight is not None:
             kernel = self.types.kernel
             weight, _, by_weights = self.weight.prepare(
@@ -258,6 +262,8 @@ class Elements:
             )
             losses = losses * weight
             denominator = sum_of(weight) if by_weights else None
+        if by is not None:
+            denominator = by.to(exact_of(losses)) if isinstance(by, Tensor) else by
         exact = losses.is_floating_point() or losses.is_complex()
         if reduction == "mean" and denominator is None and not exact:
             first = next(iter(operands))

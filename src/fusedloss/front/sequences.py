@@ -27,6 +27,7 @@ class Sequences:
 
     kind: ClassVar[str] = "sequences"
     computes: ClassVar[bool] = False
+    divides: ClassVar[bool] = True
 
     kernel: str  # PyTorch's word for what a type is lacking
 
@@ -54,7 +55,7 @@ class Sequences:
         dtype = result_dtype(log_probs.dtype, log_probs)
         call = CtcCall(blank, reduction, zero_infinity, dtype)
         tensors = (log_probs, targets.to(log_probs.device), inputs, counts)
-        return dispatch(name, call, tensors, asked=asked)
+        return dispatch(name, call, tensors, None, asked, loss.divisor(given, reduction))
 
     def _check_input(self, name: str, log_probs: Tensor) -> None:
         if log_probs.dim() not in (2, 3):

@@ -7,7 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..core import errors
+from torch import Tensor
+
+from ..core import errors, torch_state
+
+DENOMINATOR = "denominator"  # what 'mean' divides by, in place of a count of its own
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,33 @@ def _integer_or_none(function: str, argument: str, value: Any) -> int | None:
 
 
 def _anything(function: str, argument: str, value: Any) -> Any:
+    return value
+
+
+def divisor(function: str, value: Any, reduction: str, **first: Tensor) -> Tensor | float | None:
+    """What 'mean' shall divide by: a real number, or a 0-dim tensor of one; `first` is an operand.
+
+    Raises:
+        ValueError: the reduction is another one; a tensor of other than 0 dimensions.
+        TypeError: no number, or a complex one.
+        RuntimeError: a tensor that is neither on the CPU nor beside the operand.
+    """
+    if value is None:
+        return None
+    if reduction != "mean":
+        words = f"{DENOMINATOR} is for reduction = 'mean', got {reduction!r}"
+        errors.fail(ValueError, function, words)
+    if not isinstance(value, Tensor):
+        # torch.compile makes another graph for each number that is converted.
+        traced = torch_state.is_compiling() and isinstance(value, int | float)
+        return value if traced else errors.number(function, DENOMINATOR, value)
+    if value.dim():
+        words = f"{DENOMINATOR} must be a number or a 0-dim tensor, got {list(value.shape)}"
+        errors.fail(ValueError, function, words)
+    if value.is_complex():
+        errors.fail(TypeError, function, f"{DENOMINATOR} must be real, got {value.dtype}")
+    if not value.is_cpu:
+        errors.same_device(function, **first, **{DENOMINATOR: value})
     return value
 
 

@@ -49,6 +49,7 @@ class Triplets:
 
     kind: ClassVar[str] = "triplet"
     computes: ClassVar[bool] = False
+    divides: ClassVar[bool] = True
 
     def memo(self, loss: Definition) -> Memo:
         return loss.memo()
@@ -58,7 +59,8 @@ class Triplets:
         operands = loss.tensors(given, TypeError)
         check(loss.name, **operands)
         tensors = tuple(operands.values())
-        return run(loss.name, tensors, loss.body(**settings), reduction, asked)
+        by = loss.divisor(given, reduction)
+        return run(loss.name, tensors, loss.body(**settings), reduction, asked, by)
 
     def words(self, loss: Definition) -> docs.Words:
         returns = (
@@ -74,6 +76,7 @@ class Pairs:
 
     kind: ClassVar[str] = "pair"
     computes: ClassVar[bool] = False
+    divides: ClassVar[bool] = True
 
     record: Reduction
 
@@ -95,7 +98,8 @@ class Pairs:
         dtype = torch.promote_types(first.dtype, second.dtype)
         if not (first.is_floating_point() and second.is_floating_point()):
             dtype = torch.promote_types(dtype, torch.get_default_dtype())  # of a square and eps
-        loss.refuse_what_users_rue({"input": first, "target": target}, reduction=reduction)
+        named = {"input": first, "target": target}
+        loss.refuse_what_users_rue(named, given, reduction=reduction)
         spread = rows if rows != shape[:-1] else None  # the target broadcasts them
         tensors = _laid_out(first, second, target, spread)
         if asked and (spread is not None or tensors[2] is not target):
@@ -104,7 +108,7 @@ class Pairs:
         call = ReductionCall(
             self.record.name, loss.body(**settings), reduction, result_dtype(dtype, first)
         )
-        return dispatch(name, call, tensors, why, asked)
+        return dispatch(name, call, tensors, why, asked, loss.divisor(given, reduction))
 
     def words(self, loss: Definition) -> docs.Words:
         returns = (
@@ -147,6 +151,7 @@ class MeanOfClasses:
 
     kind: ClassVar[str] = "multilabel"
     computes: ClassVar[bool] = False
+    divides: ClassVar[bool] = True
 
     record: Reduction
     weighted: Reduction
@@ -179,19 +184,21 @@ class MeanOfClasses:
             torch.promote_types,
             (t.dtype for t in every.values() if t.dim() and t.is_floating_point()),
         )
-        loss.refuse_what_users_rue(operands, reduction=reduction)
+        loss.refuse_what_users_rue(operands, given, reduction=reduction)
         _check_memory(name, every)
         kept = [t if t.is_floating_point() else t.to(input.dtype) for t in every.values()]
         tensors = (*kept, None)[:3]
         classes, dtype = input.shape[-1], result_dtype(dtype, input)
+        by = loss.divisor(given, reduction)
         call: PointwiseCall | ReductionCall
         if reduction != "none" and self._alike(input, tensors):
             of_sum = classes if reduction == "sum" else None
             call = PointwiseCall(self.of_class, (), "mean", of_sum, dtype)
+            by = by if by is None else by * classes
         else:
             record = self.weighted if more else self.record
             call = ReductionCall(record.name, (float(classes or math.nan),), reduction, dtype)
-        return dispatch(name, call, tensors, None, asked)
+        return dispatch(name, call, tensors, None, asked, by)
 
     def _alike(self, input: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
         """Whether each element of the input counts once; a weight only learns by the sums of rows."""
@@ -262,6 +269,7 @@ def run(
     norms: Norms,
     reduction: str,
     asked: Asked | None = None,
+    denominator: Tensor | float | None = None,
 ) -> Tensor:
     anchor, positive, negative = tensors
     errors.not_narrow(name, "add_stub", anchor=anchor, positive=positive, negative=negative)
@@ -292,4 +300,4 @@ def run(
     dtype = result_dtype(dtype, anchor)
     numbers = (float(norms.p), float(norms.eps), norms.margin)
     call = ReductionCall(norms.record.name, numbers, reduction, dtype)
-    return dispatch(name, call, tensors, why, asked)
+    return dispatch(name, call, tensors, why, asked, denominator)

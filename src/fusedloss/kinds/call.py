@@ -12,6 +12,7 @@ class Kind:
     __slots__ = ()
 
     reduction: str
+    denominator: float | None
     indices: ClassVar[tuple[int, ...]] = ()  # the tensors that may hold class indices, or counts
     hides: ClassVar[bool] = False  # every dispatch mode: the formula takes much memory
     separable: ClassVar[bool] = True  # what arrives at a loss scales gradients of its own
@@ -54,6 +55,12 @@ class Kind:
         """From where to where plain tensors beside DTensors count as held alike by every process."""
         first: int = self.gradients  # type: ignore[attr-defined]
         return first, len(tensors)
+
+    def over(self, count: int) -> float:
+        """What the sum of so many losses is divided by."""
+        if self.reduction != "mean":
+            return 1.0
+        return float(count) if self.denominator is None else self.denominator
 
     def check(self, tensors: Sequence[Any]) -> None:
         """Refuses what the formula would not: class indices out of range."""

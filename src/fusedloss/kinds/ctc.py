@@ -33,6 +33,7 @@ class CtcCall(Kind):
     reduction: str
     zero_infinity: bool
     dtype: torch.dtype
+    denominator: float | None = None  # what 'mean' divides by, in place of its own count
 
     family: ClassVar[str] = "ctc"
     loss: ClassVar[str] = "ctc_loss"
@@ -124,7 +125,7 @@ class CtcCall(Kind):
             losses = torch.where(losses == INF, 0, losses)
         if self.reduction == "mean":
             losses = losses / counts.clamp(min=1)
-        result = reduce.total(losses, self.reduction)
+        result = reduce.total(losses, self.reduction, self.denominator)
         return lowered(result, alone).to(self.dtype)
 
 

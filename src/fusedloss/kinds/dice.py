@@ -50,6 +50,7 @@ class DiceCall(Kind):
     gamma: float
     reduction: str
     dtype: torch.dtype
+    denominator: float | None = None  # what 'mean' divides by, in place of its own count
 
     family: ClassVar[str] = "dice"
     gradients: ClassVar[int] = 1
@@ -79,7 +80,7 @@ class DiceCall(Kind):
             weight = weight.to(x.dtype)
         losses = self._of_classes(self._sums(x, target), weight)
         losses = losses[0] if self.batch else losses
-        result = self.by_overlap * reduce.total(losses, self.reduction)
+        result = self.by_overlap * reduce.total(losses, self.reduction, self.denominator)
         if self.by_rows:
             result = result + self.by_rows * self.rows(x.dtype).by_formula(x, target, weight)
         return result.to(self.dtype)

@@ -30,6 +30,7 @@ class MarginCall(Kind):
     margin: float
     reduction: str
     dtype: torch.dtype
+    denominator: float | None = None  # what 'mean' divides by, in place of its own count
 
     family: ClassVar[str] = "margins"
     gradients: ClassVar[int] = 1
@@ -61,7 +62,8 @@ class MarginCall(Kind):
             losses = losses * weight.to(compute)[index.where(~outside, 0).squeeze(1)]
         # On the CPU labels were checked; elsewhere NaN says so, and no device-side assertion.
         losses = losses.masked_fill(outside.any(1), float("nan"))
-        return reduce.total(losses.reshape(shape), self.reduction).to(self.dtype)
+        total = reduce.total(losses.reshape(shape), self.reduction, self.denominator)
+        return total.to(self.dtype)
 
     def _of_classes(self, x: Tensor, index: Tensor, inside: Tensor) -> Tensor:
         index = index.where(inside, 0)

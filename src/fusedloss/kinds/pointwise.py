@@ -25,11 +25,12 @@ class PointwiseCall(Kind):
     formula: Pointwise
     params: tuple[float, ...]
     reduction: str
-    denominator: int | None  # of 'mean'; the number of losses where None
+    parts: int | None  # how many losses 'mean' counts; all where None
     dtype: torch.dtype  # of the result
     by_weights: bool = False  # 'mean' divides by the sum of the weights
     ignored: float | None = None  # the target of elements that 'mean' does not count
     loss: str = ""
+    denominator: float | None = None  # what 'mean' divides by, in place of its own count
 
     family: ClassVar[str] = "pointwise"
 
@@ -66,12 +67,16 @@ class PointwiseCall(Kind):
 
     @property
     def counts(self) -> bool:  # type: ignore[override]
-        return self.reduction == "mean" and (self.ignored is not None or self.by_weights)
+        return (
+            self.reduction == "mean"
+            and self.denominator is None
+            and (self.ignored is not None or self.by_weights)
+        )
 
     def divisor(self, tensors: Sequence[Any]) -> Tensor | float | None:
         """What 'mean' divides by; the number of losses where None."""
         if not self.counts:
-            return self.denominator
+            return self.parts if self.denominator is None else self.denominator
         if self.ignored is not None:
             return reduce.count_other(tensors[1], self.ignored)
         return reduce.sum_of(tensors[-1])

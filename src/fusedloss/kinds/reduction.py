@@ -172,6 +172,7 @@ class ReductionCall(Kind):
     numbers: tuple[float, ...]
     reduction: str
     dtype: torch.dtype
+    denominator: float | None = None  # what 'mean' divides by, in place of its own count
 
     family: ClassVar[str] = "reduction"
 
@@ -220,7 +221,8 @@ class ReductionCall(Kind):
         given = (*measures, *([] if label is None else [label.to(measures[0].dtype)]))
         of_projection = {n: named[n] for n in record.projection.params}
         losses = apply(record.projection, given, of_projection)
-        return lowered(reduce.total(losses, self.reduction), alone).to(self.dtype)
+        result = reduce.total(losses, self.reduction, self.denominator)
+        return lowered(result, alone).to(self.dtype)
 
     def spread(self, incoming: Tensor) -> Tensor:
         return incoming.unsqueeze(-1)

@@ -29,6 +29,7 @@ class RowsCall(Kind):
     smoothing: float
     dtype: torch.dtype
     gamma: float = 0.0  # of the focal loss; 0 is cross entropy
+    denominator: float | None = None  # what 'mean' divides by, in place of its own count
 
     family: ClassVar[str] = "rows"
     gradients: ClassVar[int] = 2
@@ -82,8 +83,10 @@ class RowsCall(Kind):
         # A class without probability does not count, not even where its log-probability is -inf.
         absent = (part == 0) & (log_p == -torch_m.inf)
         losses = -(part * log_p.masked_fill(absent, 0)).sum(1)
-        # Without classes there are no rows either: PyTorch's mean over none is NaN.
-        return reduce.total(losses, self.reduction, None if log_p.shape[1] else math.nan)
+        denominator = self.denominator
+        if denominator is None and not log_p.shape[1]:
+            denominator = math.nan  # without classes there are no rows: PyTorch's mean over none
+        return reduce.total(losses, self.reduction, denominator)
 
     def _hard(self, x: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         index = target.to(torch.int64)
@@ -108,8 +111,8 @@ class RowsCall(Kind):
             losses = (1 - self.smoothing) * losses - flat * spread.sum(1)
         # On the CPU the index was checked; elsewhere NaN says so, and no device-side assertion.
         losses = torch.where(counted, losses.masked_fill(outside, float("nan")), 0)
-        denominator = None
-        if self.reduction == "mean":
+        denominator: Tensor | float | None = self.denominator
+        if self.reduction == "mean" and denominator is None:
             denominator = reduce.sum_of(torch.where(counted, own_weight, 0))
         return reduce.total(losses, self.reduction, denominator)
 

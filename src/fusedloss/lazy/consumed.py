@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from .. import losses
 from ..core.reduce import autocasts
 from ..engines.chunks.plan import BUDGET
-from ..front.head import Head
+from ..front.head import Head, scalar
 from ..kinds.heads import LinearCall
 from ..route.heads import dispatch
 from .product import LOG_PROBS, LOGITS, P_LOG_P, PROBS, Lazy, Product
@@ -73,6 +73,7 @@ def _cross_entropy(
     label_smoothing: Any = 0.0,
     kind: str = LOGITS,
     name: str = "cross_entropy",
+    denominator: Any = None,
     **more: Any,
 ) -> Any:
     if not isinstance(lazy, Lazy) or isinstance(target, Lazy) or more:
@@ -86,6 +87,7 @@ def _cross_entropy(
         or size_average is not None
         or reduce is not None
         or reduction not in ("none", "mean", "sum")
+        or (denominator is not None and reduction != "mean")
         or not isinstance(target, Tensor)
         or not (
             weight is None
@@ -118,6 +120,7 @@ def _cross_entropy(
             head,
             target,
             weight,
+            denominator=scalar(name, denominator, product.hidden),
             probabilities=probabilities,
             reduction=reduction,
             ignore_index=ignore_index,

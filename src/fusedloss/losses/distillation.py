@@ -152,7 +152,7 @@ def linear_kl_div(
         target,
         None,
         head.check_sample_weight(sample_weight),
-        scalar(name, "denominator", denominator, input),
+        scalar(name, denominator, input),
         head.teacher(*teacher),
         probabilities=False,
         reduction=reduction,

@@ -81,7 +81,7 @@ def _reduction(loss: Definition, given: dict[str, Any]) -> Reduction:
         # What the legacy arguments give, divided by the batch size once more: as PyTorch does.
         return Reduction(loss.reduction(given), by_batch=reduction == "batchmean")
     warning = ""
-    if reduction == "mean":
+    if reduction == "mean" and given.get("denominator") is None:
         warning = (
             "reduction: 'mean' divides the total loss by both the batch size and the support size."
             "'batchmean' divides only by the batch size, and aligns with the KL div math definition."

@@ -181,7 +181,7 @@ def linear_cross_entropy(
         target,
         weight,
         head.check_sample_weight(sample_weight),
-        scalar(name, "denominator", denominator, input),
+        scalar(name, denominator, input),
         probabilities=probabilities,
         reduction=reduction,
         ignore_index=-100 if ignore_index is None else ignore_index,

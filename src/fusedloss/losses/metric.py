@@ -13,7 +13,7 @@ from ..front import vectors
 from ..front.composed import Composed
 from ..front.definition import BenchCase, Bounds, normal, options, plain, row
 from ..front.loss import loss
-from ..front.settings import number, positive
+from ..front.settings import divisor, number, positive
 from ..front.strict import target_is_sign
 from ..kinds import torch_m as m
 from ..kinds.formula import Pointwise
@@ -151,6 +151,7 @@ def triplet_margin_with_distance_loss(
     margin: Tensor | float,
     swap: bool,
     reduction: str,
+    denominator: Tensor | float | None = None,
 ) -> Tensor:
     r"""Triplet margin loss over any distance: :math:`\ell = \max(d(a, x^+) - d(a, x^-) + \text{margin}, 0)`.
 
@@ -185,14 +186,15 @@ def triplet_margin_with_distance_loss(
     errors.function(name, "distance_function", distance)
     if not margin > 0:
         errors.fail(ValueError, name, f"margin must be greater than 0, got {margin}")
+    by = divisor(name, denominator, reduction, anchor=anchor)
     vectors.check(name, anchor, positive, negative)
     norm = _norm(distance)
     if not (isinstance(margin, Tensor) or norm is None):
         settings, tensors = (*norm, margin, swap, reduction), (anchor, positive, negative)
-        if (known := repeat(name, settings, tensors)) is not None:
+        if by is None and (known := repeat(name, settings, tensors)) is not None:
             return known
         norms = vectors.Norms(TRIPLET_SWAP if swap else TRIPLET, *norm, margin)
-        return vectors.run(name, tensors, norms, reduction, Asked(settings, tensors))
+        return vectors.run(name, tensors, norms, reduction, Asked(settings, tensors), by)
     near, far = distance(anchor, positive), distance(anchor, negative)
     if swap:
         far = torch.minimum(far, distance(positive, negative))
@@ -200,24 +202,26 @@ def triplet_margin_with_distance_loss(
         # It may learn, and the hinge has numbers alone; or it makes the type of the sum.
         near, margin = near + given, 0.0
     apart = margin, reduction
-    if (known := repeat(name, apart, (near, far))) is not None:
+    if by is None and (known := repeat(name, apart, (near, far))) is not None:
         return known
     errors.broadcast(name, positive_distance=near, negative_distance=far)
     dtype = promoted(near, far)
     if not dtype.is_floating_point:
-        return _of_integers(name, near, far, reduction)
+        return _of_integers(name, near, far, reduction, by)
     dtype = result_dtype(dtype, near)
     call = PointwiseCall(HINGE, (margin,), reduction, None, dtype, loss=name)
-    return dispatch(name, call, (near, far, None), asked=Asked(apart, (near, far)))
+    return dispatch(name, call, (near, far, None), None, Asked(apart, (near, far)), by)
 
 
-def _of_integers(name: str, near: Tensor, far: Tensor, reduction: str) -> Tensor:
+def _of_integers(
+    name: str, near: Tensor, far: Tensor, reduction: str, by: Tensor | float | None
+) -> Tensor:
     """Losses of integer distances and an integer margin, which no kernel holds."""
-    if reduction == "mean":
+    if reduction == "mean" and by is None:
         words = "mean(): could not infer output dtype of integer distances: pass a float margin"
         errors.fail(RuntimeError, name, words)
     trace.note(name, None, f"the distances are of {near.dtype}")
-    return total(torch.clamp_min(near - far, 0), reduction)
+    return total(torch.clamp_min(near - far, 0), reduction, by)
 
 
 def _norm(distance: Distance) -> tuple[float, float] | None:

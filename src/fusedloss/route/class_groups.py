@@ -263,7 +263,14 @@ def _of_shard(loss: str, shard: ClassShard, facts: Sequence[_Told], found: _Fact
     return target
 
 
-def rows(call: RowsCall, shard: ClassShard, input: Tensor, target: Tensor, weight: Slot) -> Tensor:
+def rows(
+    call: RowsCall,
+    shard: ClassShard,
+    input: Tensor,
+    target: Tensor,
+    weight: Slot,
+    denominator: Tensor | float | None,
+) -> Tensor:
     """Cross entropy of a shard's logits."""
     compute = reduce.wide(input, target) if call.probabilities else reduce.wide(input)
     if compute is not reduce.wide(input):
@@ -287,7 +294,9 @@ def rows(call: RowsCall, shard: ClassShard, input: Tensor, target: Tensor, weigh
     )
     of_rows = _as_rows(target) if call.probabilities else target.reshape(-1)
     number = x.new_empty(x.shape[1], 1, 0)
-    tensors = (x, number, None, of_rows.unsqueeze(-1), weight, None, None)
+    if not (denominator is None or isinstance(denominator, Tensor)):
+        denominator = torch.full((), denominator, dtype=torch.float64)
+    tensors = (x, number, None, of_rows.unsqueeze(-1), weight, None, denominator)
     (result,) = heads.results(own, tensors, target)
     return result.reshape(call.shape(input, target)) if call.reduction == "none" else result
 

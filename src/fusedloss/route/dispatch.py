@@ -5,6 +5,7 @@ The formula is torch code: whatever traces, maps or differentiates it sees opera
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..autograd import functions as autograd
 from ..autograd import operators
-from ..core import errors, plain, sharded, torch_state, trace
+from ..core import errors, plain, reduce, sharded, torch_state, trace
 from ..core.plain import PLAIN
 from ..engines import abi, cpu, gpu
 from ..engines.cpu.load import FLOATS
@@ -91,11 +92,15 @@ def dispatch(
     tensors: tuple[Any, ...],
     why: str | None = None,
     asked: Asked | None = None,
+    denominator: Tensor | float | None = None,
 ) -> Tensor:
     """Runs the call by its kernel, or by the formula: for the reason `why`, or one found here.
 
     What was `asked`, if that is given, `repeat` may do again: the checks saw nothing else but types and shapes.
+    'mean' divides by the `denominator`, if one is given; such a call is not repeated.
     """
+    if denominator is not None:
+        return _divided(loss, call, tensors, why, denominator)
     if torch_state.is_compiling():
         if why is None and operator_serves(call, tensors):
             return operators.run(call, tensors)[0]
@@ -116,6 +121,35 @@ def dispatch(
     tensors = _made_dense(loss, call.arguments[0], tensors)
     call.check(tensors)
     return autograd.spanned(loss, lambda: by_formula(call, tensors))
+
+
+def _divided(
+    loss: str,
+    call: Call,
+    tensors: tuple[Any, ...],
+    why: str | None,
+    denominator: Tensor | float,
+) -> Tensor:
+    """A mean over another number than the call's count: by the call, where that can be read for nothing."""
+    if number := _read(denominator):
+        return dispatch(loss, replace(call, denominator=number), tensors, why)
+    exact = reduce.exact(tensors[0])
+    total = dispatch(loss, replace(call, denominator=1.0, dtype=exact), tensors, why)
+    if isinstance(denominator, Tensor):
+        denominator = sharded.beside(loss, "denominator", denominator.to(exact), total)
+    return (total / denominator).to(call.dtype)
+
+
+def _read(denominator: Tensor | float) -> float:
+    """The number; 0 where it is that, is differentiated by, or is of a graph or of another device."""
+    if torch_state.is_compiling() or torch_state.transforms_active():
+        return 0.0
+    if isinstance(denominator, Tensor):
+        learns = denominator.requires_grad or torch_state.forward_mode() or torch_state.is_tracing()
+        if learns or not (denominator.is_cpu and plain.is_plain(denominator)):
+            return 0.0
+        denominator = denominator.item()
+    return float(denominator)
 
 
 def by_formula(call: Any, tensors: tuple[Any, ...]) -> Any:

@@ -31,6 +31,7 @@ class CtcEngine(CpuEngine[CtcPlan]):
             blank=call.blank,
             zero_infinity=call.zero_infinity,
             mean=call.reduction == "mean",
+            denominator=call.over(n),
             lengths=plan.lengths.data_ptr(),
             target=_array("targets", plan.targets),
             label_stride=plan.label_stride,

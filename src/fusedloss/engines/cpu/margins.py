@@ -20,7 +20,7 @@ class MarginEngine(CpuEngine[MarginPlan]):
     def pack(self, plan: MarginPlan) -> tuple[str, str, bytes, int]:
         call, loss, x, weight = plan.call, plan.call.loss, plan.x, plan.weight
         (rows, classes), labels = x.shape, plan.target.shape[1]
-        denominator = float(rows) if call.reduction == "mean" else 1.0
+        denominator = call.over(rows)
 
         arguments = PACK(
             rows=rows,

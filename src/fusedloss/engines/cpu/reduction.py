@@ -20,7 +20,7 @@ class ReductionEngine(CpuEngine[ReductionPlan]):
 
     def pack(self, plan: ReductionPlan) -> tuple[str, str, bytes, int]:
         call, rows, features = plan.call, plan.rows, plan.features
-        loss, denominator = call.loss, float(rows) if call.reduction == "mean" else 1.0
+        loss, denominator = call.loss, call.over(rows)
 
         given = zip(call.arguments, plan.flat, strict=False)
         inputs = [n for name, t in given for n in matrix(loss, name, t, rows, features)]

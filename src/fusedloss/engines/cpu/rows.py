@@ -31,6 +31,7 @@ class RowsEngine(CpuEngine[RowsPlan]):
             d=d,
             probabilities=call.probabilities,
             mean=call.reduction == "mean",
+            denominator=call.denominator or 0.0,
             ignore_index=call.ignore_index,
             smoothing=call.smoothing,
             gamma=call.gamma,

@@ -37,7 +37,8 @@ def run(grid: Grid, kernel: Any, held: int) -> Slot:
     each = tile(grid.c, beside, held, compute.itemsize, x.element_size())
     across = ceil_div(grid.d, each.rows)
     programs = grid.n * across
-    mean, weighted = call.reduction == "mean", not call.probabilities
+    mean = call.reduction == "mean"
+    weighted = not call.probabilities and call.denominator is None
     divisor = grid.rest[0] if grid.rest else None
     if mean and weighted and divisor is None and programs > 1:
         divisor = divisor_of(grid)
@@ -46,7 +47,7 @@ def run(grid: Grid, kernel: Any, held: int) -> Slot:
         partial = scratch(programs, device)
     losses = None if grid.losses is None else flat(grid.losses, 1)
     grad, grad_target = (None if g is None else flat(g, 2) for g in grid.grads)
-    denominator = float(grid.positions) if mean else 1.0
+    denominator = call.over(grid.positions)
     launch(
         kernel,
         programs,

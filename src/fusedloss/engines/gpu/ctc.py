@@ -44,6 +44,7 @@ class CtcEngine(GpuEngine[CtcPlan]):
     def launch(self, plan: CtcPlan) -> None:
         call, x, (grad,) = plan.call, plan.x, plan.grads
         frames, n, classes = x.shape
+        by = call.over(n)
         block, device = power_of_two(plan.most + 1), x.device
         rows = 2 if grad is None else frames + 2
         kept = scratch(n * rows * ARRAYS * block, device)
@@ -91,11 +92,12 @@ class CtcEngine(GpuEngine[CtcPlan]):
                 frames=frames,
                 classes=classes,
                 blank=call.blank,
+                by=by,
                 MEAN=call.reduction == "mean",
                 CLASSES=min(power_of_two(classes), CLASSES),
             )
         if plan.total is not None:
-            finish(partial, plan.total, float(n) if call.reduction == "mean" else 1.0)
+            finish(partial, plan.total, by)
 
 
 @triton.jit
@@ -356,7 +358,7 @@ def _align(
 @triton.jit(do_not_specialize=["blank"])
 def _gather(
     targets, lengths, kept, incoming, grad,
-    label_stride, incoming_stride, strides, n, frames, classes, rows, blank,
+    label_stride, incoming_stride, strides, n, frames, classes, rows, blank, by: tl.float64,
     MEAN: tl.constexpr, STORED: tl.constexpr, BLOCK: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """A row of the gradient from the shares of the states, in the order of the labels."""
@@ -376,7 +378,7 @@ def _gather(
     if incoming is not None:
         scale = -tl.load(incoming + sequence * incoming_stride).to(tl.float64)
     if MEAN:
-        scale = scale / (tl.maximum(last, 1).to(tl.float64) * n)
+        scale = scale / (tl.maximum(last, 1).to(tl.float64) * by)
     grad += t * strides[0] + sequence * strides[1]
     for start in range(0, classes, CLASSES):
         c = start + tl.arange(0, CLASSES)

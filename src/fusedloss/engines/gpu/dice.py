@@ -174,7 +174,7 @@ class DiceEngine(GpuEngine[DicePlan]):
             "beta": call.beta,
             "smooth_nr": call.smooth_nr,
             "smooth_dr": call.smooth_dr,
-            "scale": call.by_overlap / (entries if call.reduction == "mean" else 1),
+            "scale": call.by_overlap / call.over(entries),
             "by_rows": call.by_rows,
             "gamma": call.gamma,
             **reporting(x.device, record),

@@ -44,7 +44,7 @@ class MarginEngine(GpuEngine[MarginPlan]):
         per_program = max(1, 2048 // block)
         programs = ceil_div(rows, per_program)
         partial = scratch(programs, x.device) if total is not None and programs > 1 else None
-        denominator = float(rows) if call.reduction == "mean" else 1.0
+        denominator = call.over(rows)
         grad = None if plan.grads[0] is None else plan.grads[0].reshape(rows, classes)
         given = plan.tensors[1]
         assert given is not None

@@ -31,7 +31,8 @@ def divisor_of(grid: Grid) -> Tensor:
 
 def run(grid: Grid) -> None:
     programs, device = ceil_div(grid.positions, POSITIONS), grid.x.device
-    mean, losses, total = grid.call.reduction == "mean", grid.losses, grid.total
+    mean = grid.call.reduction == "mean" and grid.call.denominator is None
+    losses, total = grid.losses, grid.total
     arguments: dict[str, Any] = {"record": grid.record(), "x": grid.x}
     if grid.incoming is not None:
         divisor = divisor_of(grid) if mean and programs > 1 else None
@@ -46,7 +47,7 @@ def run(grid: Grid) -> None:
         divisors = scratch(programs, device) if mean else None
         _read(grid, programs, **arguments, partial=partial, divisors=divisors)
         assert total is not None
-        finish(partial, total, 1.0 if divisors is None else divisors)
+        finish(partial, total, grid.call.over(grid.positions) if divisors is None else divisors)
 
 
 def _read(
@@ -86,8 +87,10 @@ def _read(
         loss_strides=grid.values(loss),
         grad_strides=grid.classes(grad),
         ignore_index=grid.call.ignore_index,
+        denominator=grid.call.denominator or 1.0,
         **reporting(device, record),
         MEAN=grid.call.reduction == "mean",
+        GIVEN=grid.call.denominator is not None,
         COMPUTE=TRITON[grid.compute()],
         BLOCK=POSITIONS,
         num_warps=4,
@@ -115,10 +118,12 @@ def _one_value(
     loss_strides,
     grad_strides,
     ignore_index,
+    denominator: tl.float64,
     claim,
     words,
     record,
     MEAN: tl.constexpr,
+    GIVEN: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -140,6 +145,8 @@ def _one_value(
         tl.store(divisors + tl.program_id(0), by)
     if divisor is not None:
         by = tl.load(divisor)
+    if GIVEN:
+        by = tl.full((), denominator, tl.float64)
     if grad is not None:
         g = -own * tl.load(
             incoming + n * incoming_strides[0] + d * incoming_strides[1], mask=counted, other=0.0

@@ -73,7 +73,7 @@ class ReductionEngine(GpuEngine[ReductionPlan]):
         programs = ceil_div(rows, per_program)
         device = plan.flat[0].device
         partial = scratch(programs, device) if total is not None and programs > 1 else None
-        denominator = float(rows) if plan.call.reduction == "mean" else 1.0
+        denominator = plan.call.over(rows)
         names = ("first", "second", "third", "grad0", "grad1", "grad2")
         launch(
             _reduce_rows,
