@@ -19,6 +19,11 @@ template <class T>
 struct LinearSums : RowSums<T> {
     double top = -std::numeric_limits<double>::infinity();
     double products = 0;  // sum of exp(x - max) (x - max), raised
+
+    // Relative to another maximum, which the old one is `gap` above.
+    double products_to(double gap) const {
+        return std::exp(gap) > 0 ? brought(products + gap * this->raised_sum(), gap) : 0;
+    }
 };
 static_assert(sizeof(LinearSums<float>) == linear_sums * sizeof(double));
 
@@ -221,7 +226,7 @@ private:
             if (top > max && s.raised_sum() > 0) {
                 // What was gathered relative to the old maximum is brought to the new one.
                 const double gap = double(max) - double(top);
-                s.products = std::exp(gap) > 0 ? brought(s.products + gap * s.raised_sum(), gap) : 0;
+                s.products = s.products_to(gap);
                 s.others = brought(s.others, gap);
                 s.own = brought(s.own, gap);
             }
@@ -359,7 +364,7 @@ Sums merged(const Sums* parts, int64_t ranks, int64_t stride, bool labelled) {
         all.others += brought(s.others, gap) + (is_own ? 0.0 : own);
         all.own += is_own ? own : 0.0;
         owned = owned || is_own;
-        all.products += std::exp(gap) > 0 ? brought(s.products + gap * s.raised_sum(), gap) : 0;
+        all.products += s.products_to(gap);
     }
     return all;
 }

@@ -24,6 +24,9 @@ LOSSES = tuple(
     for subject in ("against_torch", "kernels", "means", "derivatives", "specials", "bits")
 )
 
+# A fork server would import the package of the environment.
+START = {"FUSEDLOSS_TEST_START": "fork"}
+
 UNITS = sorted(set(re.findall(r"csrc/\w+\.cpp", CMAKE)))
 
 # An editable install finds the package before sys.path does.
@@ -108,7 +111,7 @@ def pytest_there(
     return subprocess.run(
         [sys.executable, "-c", BOOT, str(root), *arguments],
         cwd=root,
-        env={**os.environ, **(environment or {})},
+        env={**os.environ, **START, **(environment or {})},
         capture_output=True,
         text=True,
     )

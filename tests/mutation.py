@@ -74,6 +74,8 @@ LINEAR: dict[str, Any] = {
     "files": tuple(f"tests/heads/test_{n}.py" for n in ("formula", "log_prob", "divergence"))
 }
 HEADS = "loop_is_the_formula or log_prob or divergence"
+SHARDS: dict[str, Any] = {"files": ("tests/distributed/test_class_groups.py",)}
+SHARDED, OF_SHARDS = "matrix and kernels and float64", "src/fusedloss/engines/chunks/shards.py"
 ERRORS: dict[str, Any] = {"files": ("tests/front/test_errors.py",)}
 REPEAT: dict[str, Any] = {"files": ("tests/route/test_repeat.py",)}
 SHORT: dict[str, Any] = {"files": ("tests/route/test_short_way.py",)}
@@ -178,15 +180,21 @@ MUTANTS = [
     kernel("linear.h", "loss += a.z_loss * lse * lse;", "loss += a.z_loss * lse;", HEADS, **LINEAR),
     kernel("linear.h", "g[i] *= (T(1) - t) * (T(1) + t);", "g[i] *= T(1) - t;", HEADS, **LINEAR),
     kernel("linear.h", "s.own = brought(s.own, gap);", "", HEADS, **LINEAR),
-    kernel("linear.h", "brought(s.products + gap * s.raised_sum(), gap)", "brought(s.products, gap)", HEADS, **LINEAR),
+    kernel("linear.h", "brought(products + gap * this->raised_sum(), gap)", "brought(products, gap)", HEADS, **LINEAR),
     kernel("linear.h", "- slope * mean_x +", "+", HEADS, **LINEAR),
-    kernel("linear.h", "if (kept && a.first) s = *kept;", "", HEADS, **LINEAR),
+    kernel("linear.h", "if (kept && !a.begin) s = *kept;", "", HEADS, **LINEAR),
     kernel("head_rows.h", "rows.scale()[k] /= divisor;", ";", HEADS, **LINEAR),
     kernel("head_rows.h", "rows.loss()[k] * rows.share()[k]", "rows.loss()[k]", HEADS, **LINEAR),
     kernel("distill.h", "raised_sum() > 0 ? brought(raised_sum(), gap) : 0;", "raised_sum();", HEADS, **LINEAR),
     kernel("distill.h", "(a.of_teacher && a.of_student ? 1 - a.beta : 1.0)", "1.0", HEADS, **LINEAR),
     kernel("distill.h", "T(mean + double(own_gap)), out", "own_gap, out", HEADS, **LINEAR),
     kernel("distill.h", "s[y - c] = T(-hard_scale * (hard.others / hard.raised_sum()));", "", HEADS, **LINEAR),
+    # shards of the classes
+    kernel("linear.h", "all.others += brought(s.others, gap)", "all.others += s.others", SHARDED, **SHARDS),
+    kernel("linear.h", "s.dot + (s.mass != 0 ? s.mass * gap : 0.0)", "s.dot", SHARDED, **SHARDS),
+    kernel("linear.h", "a.label ? a.label[n] - a.first : -1;\n        const bool", "a.label ? a.label[n] : -1;\n        const bool", SHARDED, **SHARDS),
+    Mutant(OF_SHARDS, "stretch = kernel.Stretch(shard.first + first,", "stretch = kernel.Stretch(first,", SHARDED, **SHARDS),
+    Mutant(OF_SHARDS, "self.shard.all_reduce(self.grads[0])", "pass", SHARDED, **SHARDS),
     # repeated calls
     Mutant(AGAIN, "if summed else None", "if False else None", "broadcast", **REPEAT),
     Mutant(AGAIN, "zip(self.pointers.grads, plan.grads", "zip(self.pointers.grads[::-1], plan.grads", "packs_no", **REPEAT),

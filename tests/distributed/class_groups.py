@@ -14,6 +14,9 @@ from problems import SETTINGS, Distillation, Problem, without_kernels
 from torch import Generator, Tensor
 
 import fusedloss
+from fusedloss.cli.bench import distributed as bench
+from fusedloss.cli.processes import growth, small_pages
+from fusedloss.engines.chunks import products
 
 N, D, C = 11, 6, 9
 SIZES = {
@@ -74,7 +77,7 @@ class Case:
 
 def same_on_all(tensor: Tensor) -> None:
     every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, tensor.numpy().tobytes())
+    dist.all_gather_object(every, tensor.double().numpy().tobytes())
     assert len(set(every)) == 1, "the bits differ between processes"
 
 
@@ -323,3 +326,57 @@ def compiled(rank: int) -> None:
         results.append([value, *torch.autograd.grad(value, [leaves[k] for k in HEAD])])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def halves(rank: int, multiplies: bool) -> None:
+    """In half types, of logits in which the roundings count in some rows, on one process or on both."""
+    draw = Generator().manual_seed(5)
+    sizes = SIZES[dist.get_world_size()][0]
+    with mock.patch.object(products, "multiplies_bfloat16", lambda: multiplies):
+        for dtype in (torch.bfloat16, torch.float16):
+            problem = drawn(dtype)
+            factors = torch.tensor([1.0, 30.0, 8.0]).repeat(N)[:N].unsqueeze(1)
+            problem.tensors["input"] = (problem.tensors["input"] * factors).to(dtype)
+            problem.tensors["target"].clamp_(min=0)
+            for settings in ({}, {"reduction": "none"}, {"exact_logits": True}):
+                given = (fusedloss.linear_cross_entropy, problem.tensors, OF_HEADS, HEAD)
+                case = Case(f"{dtype} {settings}", *given, **settings)
+                case.check(rank, sizes, dist.group.WORLD, rtol=2e-2, atol=2e-2)
+            x = 20 * torch.randn(N, C, generator=draw).to(dtype)
+            tensors = {"input": x, "target": torch.arange(N) % C}
+            given = (fusedloss.functional.cross_entropy, tensors, {"input": 1}, ("input",))
+            for reduction in ("none", "mean"):
+                case = Case(f"logits {dtype} {reduction}", *given, reduction=reduction)
+                case.check(rank, sizes, dist.group.WORLD, rtol=1e-2, atol=1e-3)
+
+
+def bits(rank: int) -> None:
+    """For any number of threads, time after time."""
+    sizes = SIZES[dist.get_world_size()][1]
+    draw = Generator().manual_seed(6)
+    tensors = {
+        "input": torch.randn(300, 40, generator=draw),
+        "linear_weight": torch.randn(900, 40, generator=draw),
+        "target": torch.randint(900, (300,), generator=draw),
+    }
+    sizes = tuple(100 * size for size in sizes)
+    settings = {"label_smoothing": 0.1, "memory_budget": 300_000}
+    given = (fusedloss.linear_cross_entropy, tensors, OF_HEADS, HEAD[:2])
+    case, found = Case("bits", *given, **settings), []
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        found.append(case.run(of_shard(rank, sizes), class_group=dist.group.WORLD))
+    for again in found[1:]:
+        for a, b in zip(found[0], again, strict=True):
+            assert a.numpy().tobytes() == b.numpy().tobytes()
+
+
+def memory(rank: int) -> tuple[int, int]:
+    """What ours and PyTorch's take, gradients included."""
+    small_pages()
+    found = []
+    for variant in (bench.OURS, bench.THEIRS):
+        step = bench.step_of(variant, (1024, 512, 16384))
+        step()
+        found.append(growth(step))
+    return found[0], found[1]

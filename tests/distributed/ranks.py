@@ -42,7 +42,7 @@ def run(
     Raises:
         Failed: a process raised, died, or was not done in time; with all tracebacks.
     """
-    server = multiprocessing.get_context("forkserver")
+    server = multiprocessing.get_context(os.environ.get("FUSEDLOSS_TEST_START", "forkserver"))
     server.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         processes, ends = [], []

@@ -75,3 +75,18 @@ def test_derivatives_of_derivatives() -> None:
 
 def test_compiled() -> None:
     run(2, class_groups.compiled)
+
+
+@pytest.mark.parametrize("multiplies", [False, True], ids=["widened", "native"])
+def test_half_types(multiplies: bool) -> None:
+    """With the logits of a process taken exactly where their roundings count."""
+    run(2, class_groups.halves, multiplies)
+
+
+def test_bits() -> None:
+    run(2, class_groups.bits)
+
+
+def test_memory() -> None:
+    for ours, theirs in run(2, class_groups.memory):
+        assert ours <= theirs / 4

@@ -13,6 +13,7 @@ from .. import gpu
 from .products import HALVES, TILE_BYTES, multiplies
 
 BUDGET = 64 << 20
+BUDGET_OF_SHARD = 16 << 20  # beside the gradients of a shard these are as little as before
 LEAST_ON_GPU, MOST_ON_GPU = 256 << 20, 1 << 30  # smaller products leave a GPU idle
 FORWARD_BUDGET = 10 << 20  # with what a matrix product takes itself, 16 MiB
 FORWARD_ROWS = 512
@@ -42,7 +43,8 @@ def plan(call: LinearCall, input: Tensor, classes: int, differentiate: bool) -> 
     per_row = size * call.logits * classes + 2 * computed * features + 128
     fixed = TILE_BYTES if half and not input.is_cuda else 0
     half_a_gradient = computed * classes * features // 2
-    default = min(max(half_a_gradient, LEAST_ON_GPU), MOST_ON_GPU) if input.is_cuda else BUDGET
+    on_cpu = BUDGET if call.shard is None else BUDGET_OF_SHARD
+    default = min(max(half_a_gradient, LEAST_ON_GPU), MOST_ON_GPU) if input.is_cuda else on_cpu
     budget = call.memory_budget or default
     if budget < per_row + fixed:
         errors.fail(
