@@ -20,7 +20,7 @@ class BCELoss(torch.nn.BCELoss):
         exact_grad: bool = False,
     ) -> None: ...
     def forward(
-        self, input: Tensor, target: Tensor, denominator: Tensor | None = None
+        self, input: Tensor, target: Tensor, denominator: Tensor | float | None = None
     ) -> Tensor: ...
 
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
@@ -42,7 +42,7 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
         input: Tensor,
         target: Tensor,
         sample_weight: Tensor | None = None,
-        denominator: Tensor | None = None,
+        denominator: Tensor | float | None = None,
     ) -> Tensor: ...
 
 class CTCLoss(torch.nn.CTCLoss):
@@ -52,12 +52,16 @@ class CTCLoss(torch.nn.CTCLoss):
         targets: Tensor,
         input_lengths: Tensor,
         target_lengths: Tensor,
-        denominator: Tensor | None = None,
+        denominator: Tensor | float | None = None,
     ) -> Tensor: ...
 
 class CosineEmbeddingLoss(torch.nn.CosineEmbeddingLoss):
     def forward(
-        self, input1: Tensor, input2: Tensor, target: Tensor, denominator: Tensor | None = None
+        self,
+        input1: Tensor,
+        input2: Tensor,
+        target: Tensor,
+        denominator: Tensor | float | None = None,
     ) -> Tensor: ...
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -74,7 +78,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         class_group: Any = None,
     ) -> None: ...
     def forward(
-        self, input: Tensor, target: Tensor, denominator: Tensor | None = None
+        self, input: Tensor, target: Tensor, denominator: Tensor | float | None = None
     ) -> Tensor: ...
 
 class DiceCrossEntropyLoss(torch.nn.Module):
@@ -186,27 +190,31 @@ class DiceLoss(torch.nn.Module):
 
 class GaussianNLLLoss(torch.nn.GaussianNLLLoss):
     def forward(
-        self, input: Tensor, target: Tensor, var: Tensor | float, denominator: Tensor | None = None
+        self,
+        input: Tensor,
+        target: Tensor,
+        var: Tensor | float,
+        denominator: Tensor | float | None = None,
     ) -> Tensor: ...
 
 class HingeEmbeddingLoss(torch.nn.HingeEmbeddingLoss):
     def forward(
-        self, input: Tensor, target: Tensor, denominator: Tensor | None = None
+        self, input: Tensor, target: Tensor, denominator: Tensor | float | None = None
     ) -> Tensor: ...
 
 class HuberLoss(torch.nn.HuberLoss):
     def forward(
-        self, input: Tensor, target: Tensor, denominator: Tensor | None = None
+        self, input: Tensor, target: Tensor, denominator: Tensor | float | None = None
     ) -> Tensor: ...
 
 class KLDivLoss(torch.nn.KLDivLoss):
     def forward(
-        self, input: Tensor, target: Tensor, denominator: Tensor | None = None
+        self, input: Tensor, target: Tensor, denominator: Tensor | float | None = None
     ) -> Tensor: ...
 
 class L1Loss(torch.nn.L1Loss):
     def forward(
-        self, input: Tensor, target: Tensor, denominator: Tensor | None = None
+        self, input: Tensor, target: Tensor, denominator: Tensor | float | None = None
     ) -> Tensor: ...
 
 class LinearCrossEntropyLoss(torch.nn.LinearCrossEntropyLoss):
@@ -240,37 +248,41 @@ class LinearCrossEntropyLoss(torch.nn.LinearCrossEntropyLoss):
 
 class MSELoss(torch.nn.MSELoss):
     def forward(
-        self, input: Tensor, target: Tensor, denominator: Tensor | None = None
+        self, input: Tensor, target: Tensor, denominator: Tensor | float | None = None
     ) -> Tensor: ...
 
 class MarginRankingLoss(torch.nn.MarginRankingLoss):
     def forward(
-        self, input1: Tensor, input2: Tensor, target: Tensor, denominator: Tensor | None = None
+        self,
+        input1: Tensor,
+        input2: Tensor,
+        target: Tensor,
+        denominator: Tensor | float | None = None,
     ) -> Tensor: ...
 
 class MultiLabelMarginLoss(torch.nn.MultiLabelMarginLoss):
     def forward(
-        self, input: Tensor, target: Tensor, denominator: Tensor | None = None
+        self, input: Tensor, target: Tensor, denominator: Tensor | float | None = None
     ) -> Tensor: ...
 
 class MultiLabelSoftMarginLoss(torch.nn.MultiLabelSoftMarginLoss):
     def forward(
-        self, input: Tensor, target: Tensor, denominator: Tensor | None = None
+        self, input: Tensor, target: Tensor, denominator: Tensor | float | None = None
     ) -> Tensor: ...
 
 class MultiMarginLoss(torch.nn.MultiMarginLoss):
     def forward(
-        self, input: Tensor, target: Tensor, denominator: Tensor | None = None
+        self, input: Tensor, target: Tensor, denominator: Tensor | float | None = None
     ) -> Tensor: ...
 
 class NLLLoss(torch.nn.NLLLoss):
     def forward(
-        self, input: Tensor, target: Tensor, denominator: Tensor | None = None
+        self, input: Tensor, target: Tensor, denominator: Tensor | float | None = None
     ) -> Tensor: ...
 
 class PoissonNLLLoss(torch.nn.PoissonNLLLoss):
     def forward(
-        self, log_input: Tensor, target: Tensor, denominator: Tensor | None = None
+        self, log_input: Tensor, target: Tensor, denominator: Tensor | float | None = None
     ) -> Tensor: ...
 
 class SigmoidFocalLoss(torch.nn.Module):
@@ -298,12 +310,12 @@ class SigmoidFocalLoss(torch.nn.Module):
 
 class SmoothL1Loss(torch.nn.SmoothL1Loss):
     def forward(
-        self, input: Tensor, target: Tensor, denominator: Tensor | None = None
+        self, input: Tensor, target: Tensor, denominator: Tensor | float | None = None
     ) -> Tensor: ...
 
 class SoftMarginLoss(torch.nn.SoftMarginLoss):
     def forward(
-        self, input: Tensor, target: Tensor, denominator: Tensor | None = None
+        self, input: Tensor, target: Tensor, denominator: Tensor | float | None = None
     ) -> Tensor: ...
 
 class SoftmaxFocalLoss(torch.nn.Module):
@@ -327,10 +339,18 @@ class SoftmaxFocalLoss(torch.nn.Module):
 
 class TripletMarginLoss(torch.nn.TripletMarginLoss):
     def forward(
-        self, anchor: Tensor, positive: Tensor, negative: Tensor, denominator: Tensor | None = None
+        self,
+        anchor: Tensor,
+        positive: Tensor,
+        negative: Tensor,
+        denominator: Tensor | float | None = None,
     ) -> Tensor: ...
 
 class TripletMarginWithDistanceLoss(torch.nn.TripletMarginWithDistanceLoss):
     def forward(
-        self, anchor: Tensor, positive: Tensor, negative: Tensor, denominator: Tensor | None = None
+        self,
+        anchor: Tensor,
+        positive: Tensor,
+        negative: Tensor,
+        denominator: Tensor | float | None = None,
     ) -> Tensor: ...

@@ -361,10 +361,12 @@ def _check_odd(name: str, odd: list[str], given: dict[str, Tensor]) -> None:
         errors.fail(
             RuntimeError,
             name,
-            f"{spread[0]} is a DTensor, {local[0]} is not: got mixed torch.Tensor and DTensor. The weight of a "
-            "head that fully_shard divided is whole after head.unshard(), or inside of its forward: "
-            "full_tensor() alone gives a gradient that is not reduced over the processes. Other tensors "
-            "become DTensors by distribute_tensor()",
+            f"{spread[0]} is a DTensor, {local[0]} is not: got mixed torch.Tensor and DTensor. If FSDP divided "
+            f"{spread[0]}, take the loss inside of the module's forward, or after its unshard(): full_tensor() "
+            "alone gives a gradient that is not reduced over the processes. If tensor parallelism did, pass "
+            f"DTensor.from_local({local[0]}, {spread[0]}.device_mesh, [Replicate()]), or "
+            f"{spread[0]}.to_local() beside class_group={spread[0]}.device_mesh. distribute_tensor() makes a "
+            "DTensor of what every process has in full",
         )
 
 

@@ -15,7 +15,9 @@ from .signature import LEGACY, Parameter, bare, compiled, extended
 MODULES: dict[str, type[torch.nn.Module]] = {}  # of the face fusedloss.nn, by their names
 FACE = "fusedloss.nn"
 OF_BATCH = "sample_weight"  # the weight that is no setting
-OF_CALL = (OF_BATCH, DENOMINATOR)  # what forward takes
+# What forward takes, as TorchScript says it.
+KINDS_OF_CALL = {OF_BATCH: "Optional[Tensor]", DENOMINATOR: "Optional[Tensor | float]"}
+OF_CALL = tuple(KINDS_OF_CALL)
 
 
 def make(
@@ -32,7 +34,7 @@ def make(
     extensions = tuple(n for n in extensions if n not in OF_CALL)
     more = "".join([f", {n}=self.{n}" for n in extensions] + [f", {n}={n}" for n in of_call])
     # TorchScript takes no keyword-only parameters.
-    given = [*tensors, *(f"{n}: Optional[Tensor] = None" for n in of_call)]
+    given = [*tensors, *(f"{n}: {KINDS_OF_CALL[n]} = None" for n in of_call)]
     lines = [f"def forward(self, {', '.join(given)}):"]
     set_ = [_is_set(parameters[n]) for n in extensions] + [f"{n} is not None" for n in of_call]
     if set_:  # TorchScript, which has PyTorch's own function, drops the branch

@@ -34,8 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", type=loss_name, nargs="+", metavar="LOSS", help="run these losses' tasks alone"
     )
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--lm", action="store_true", help="a language model, its head and loss four ways"
+    )
+    instead.add_argument(
+        "--distributed", action="store_true", help="that model on two processes, beside one"
     )
     parser.add_argument("--quick", action="store_true", help=f"train 1/{QUICK} of the epochs")
     parser.add_argument("--no-plot", action="store_true", help="do not draw fusedloss-demo.png")
@@ -43,4 +47,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def needs(args: argparse.Namespace) -> tuple[str, ...]:
     drawn = () if args.no_plot else ("matplotlib",)
-    return ("rich", "tokenizers" if args.lm else "sklearn", *drawn)
+    return ("rich", "tokenizers" if args.lm or args.distributed else "sklearn", *drawn)

@@ -95,6 +95,10 @@ def run(args: argparse.Namespace) -> int:
         from . import lm
 
         return lm.run(args)
+    if args.distributed:
+        from . import distributed
+
+        return distributed.run(args)
     console = Console(highlight=False)
     tasks = [task for task in TASKS if not args.only or task.loss in args.only]
     results: list[Result] = []
