@@ -24,7 +24,7 @@ class Browser:
     """One page of one browser. Events that the protocol reports are kept in `events`."""
 
     def __init__(self, program: str) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="fusedloss-docs-")
+        self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         theirs_in, self._to = os.pipe()
         self._from, theirs_out = os.pipe()
         command = [program, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
