@@ -21,6 +21,11 @@ from fusedloss.front.loss import FUNCTIONS
 
 ROOT = Path(__file__).parents[2]
 TORCH = "https://docs.pytorch.org/docs/stable/generated/torch.nn"
+# What the signature does not say, since torch need not have it.
+UNTYPED = {
+    "options": "LinearCrossEntropyOptions | None",
+    "class_group": "ProcessGroup | DeviceMesh | None",
+}
 SHAPE = re.compile(r"\((?:|(?:[A-Z]|\.\.\.)(?:, (?:[A-Z]|d1|1|\.\.\.))*)\)")
 
 
@@ -88,11 +93,11 @@ def _modules() -> dict[str, Any]:
 def _kind(parameter: inspect.Parameter) -> str:
     annotation = parameter.annotation
     if annotation is parameter.empty:
-        return type(parameter.default).__name__
+        return UNTYPED.get(parameter.name, type(parameter.default).__name__)
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     text = text.replace("torch.", "").replace("typing.", "").replace("collections.abc.", "")
     text = re.sub(r"Optional\[(.*)\]", r"\1 | None", text)
-    return "options" if text == "Any" else text
+    return UNTYPED.get(parameter.name, text)
 
 
 def _shape(text: str, kind: str) -> str:
