@@ -54,6 +54,7 @@ FACE = (
     "lazy_heads",
     "lazy_head",
     "synchronize",
+    "distributed.count",
 )
 
 

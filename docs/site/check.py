@@ -189,6 +189,7 @@ def main() -> None:
         print("docs: there is no Chromium, so that pages were read and not looked at")
     for fault in faults:
         print(f"docs: {fault}")
+    print(f"docs: {len(list(root.rglob('*.html')))} pages, {len(faults)} faults")
     sys.exit(1 if faults else 0)
 
 
