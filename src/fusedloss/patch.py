@@ -19,7 +19,7 @@ import torch.nn.functional
 from torch import Tensor
 
 from . import losses
-from .core import caches, errors, torch_state
+from .core import caches, errors, sharded, torch_state
 from .core.plain import PLAIN
 from .core.torch_state import FakeTensor, FunctionalTensor
 from .lazy.heads import of_patch
@@ -39,8 +39,8 @@ _lock = threading.RLock()
 def patch(*, heads: bool = False) -> None:
     """Makes the losses of `torch.nn` and `torch.nn.functional` run ours, for unedited code.
 
-    Only plain tensors take our path; tensor subclasses, proxies and TorchScript get PyTorch's own
-    functions as before. To patch again changes nothing. A name that another library has given to
+    Plain tensors and DTensors take our path; other tensor subclasses, proxies and TorchScript get PyTorch's
+    own functions as before. To patch again changes nothing. A name that another library has given to
     something of its own stays so, and a warning says whose that is.
 
     With `heads`, a plain :class:`torch.nn.Linear` of at least seven times as many outputs as inputs is taken
@@ -168,6 +168,13 @@ def _is_redirect(code: CodeType) -> bool:
     return NAME in code.co_names
 
 
+def _spread(*tensors: Any) -> bool:
+    """Whether there are DTensors, and nothing else but plain tensors."""
+    return sharded.among(tensors) and all(
+        t is None or type(t) in PLAIN or sharded.is_sharded(t) for t in tensors
+    )
+
+
 def _copy(function: FunctionType) -> FunctionType:
     """PyTorch's function as an object of its own, whose code stays."""
     copy = FunctionType(
@@ -181,7 +188,7 @@ def _copy(function: FunctionType) -> FunctionType:
 
 @functools.cache
 def _redirect(name: str) -> CodeType:
-    """Code with the function's signature: calls ours for plain tensors, else PyTorch's."""
+    """Code with the function's signature: calls ours for plain tensors and DTensors, else PyTorch's."""
     signature = inspect.signature(ORIGINALS[name])
     empty = inspect.Signature.empty
     parameters = signature.parameters.values()
@@ -200,6 +207,7 @@ def _redirect(name: str) -> CodeType:
             if p.annotation in (Tensor, Tensor | None)
         )
 
+    tensors = ", ".join(p.name for p in parameters if p.annotation in (Tensor, Tensor | None))
     source = (
         f"def {name}{bare}:\n"
         f"    try:\n"
@@ -207,7 +215,7 @@ def _redirect(name: str) -> CodeType:
         f"    except NameError:\n"  # another thread has unpatched since this call began
         f"        from {__name__} import ORIGINALS\n"
         f"        return ORIGINALS[{name!r}]({passed})\n"
-        f"    if {all_in('plain')} or found.compiling() and {all_in('traced')}:\n"
+        f"    if {all_in('plain')} or found.compiling() and {all_in('traced')} or found.spread({tensors}):\n"
         f"        return found.ours[{name!r}]({passed})\n"
         f"    return found.theirs[{name!r}]({passed})\n"
     )
@@ -253,6 +261,7 @@ _names = SimpleNamespace(
     traced=(*PLAIN, FakeTensor, FunctionalTensor),
     # An exporter, too, whose first graph keeps the call, traces it for the second.
     compiling=torch_state.is_compiling,
+    spread=_spread,
     unpatch=unpatch,
 )
 if _earlier:

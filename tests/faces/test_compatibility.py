@@ -8,6 +8,7 @@ from pathlib import Path
 
 import deviations_of_rows  # noqa: F401
 import deviations_of_sequences  # noqa: F401
+import deviations_of_shards  # noqa: F401
 import deviations_of_use  # noqa: F401
 import pytest
 import torch

@@ -362,7 +362,9 @@ def test_plain_tensors_take_the_kernel(
 
 
 class Subclass(Tensor):
-    pass
+    @classmethod
+    def __torch_dispatch__(cls, *seen):  # without one it takes the kernel
+        return super().__torch_dispatch__(*seen)
 
 
 def mapped(function: Callable[..., Tensor], tensors: tuple[Tensor, ...], options: Any) -> None:
@@ -434,17 +436,15 @@ def test_other_tensors_take_the_formula(
 ) -> None:
     tensors, options = case.example((5, 4), torch.float32, generator)
     found = fusedloss.explain(situation, case.loss.function, tensors, options)
-    assert found.kernel is None
-    assert SITUATIONS[situation] in str(found)
+    assert found.kernel is None and SITUATIONS[situation] in str(found)
 
 
 def test_explain_needs_a_loss() -> None:
     with pytest.raises(ValueError, match="relu called no loss"):
-        fusedloss.explain(torch.relu, torch.zeros(1))
+        fusedloss.explain(torch.relu, torch.ones(1))
 
 
 def test_calls_are_counted() -> None:
-    x = torch.zeros(2)
     before = trace.calls()["mse_loss", "kernel"]
-    functional.mse_loss(x, x)
+    functional.mse_loss(torch.zeros(2), torch.zeros(2))
     assert trace.calls()["mse_loss", "kernel"] == before + 1

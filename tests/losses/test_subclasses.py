@@ -9,6 +9,7 @@ import torch
 import torch._dynamo.compiled_autograd
 from bound import SHAPE, bound
 from conftest import (
+    EVERY_CASE,
     Case,
     parameters,
     parameters_reduced,
@@ -136,3 +137,55 @@ def test_dispatch_mode_sees_aten(generator: Generator) -> None:
     with Names() as mode:
         fusedloss.mse_loss(x, y)
     assert mode.namespaces == {"aten"}
+
+
+class Named(torch.nn.Parameter):
+    """As libraries have them, to tell parameters apart."""
+
+
+def of_subclass(kind: str, tensor: Tensor) -> Any:
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    return {
+        "collective": lambda: AsyncCollectiveTensor(tensor),
+        "parameter": lambda: Named(tensor, requires_grad=False),
+        "buffer": lambda: torch.nn.Buffer(tensor),
+        "wrapper": lambda: TwoTensor(tensor.clone(), tensor.clone()),
+    }[kind]()
+
+
+@pytest.mark.one_in(2)
+@pytest.mark.parametrize("kind", ["collective", "parameter", "buffer", "wrapper"])
+@pytest.mark.parametrize("case", EVERY_CASE, ids=str)
+def test_one_argument_of_a_subclass(case: Case, kind: str, generator: Generator) -> None:
+    """Right, or of a wrapper that meets plain tensors refused; no kernel reads what a wrapper lacks."""
+    shape = (2, 3, 4) if case.kind == "dice" else SHAPE
+    tensors, options = case.example(shape, torch.float64, generator)
+    expected = case.function(*tensors, **options)
+    names = [k for k, v in options.items() if isinstance(v, Tensor)]
+    for key in (*range(len(tensors)), *names):
+        given, settings = list(tensors), dict(options)
+        where: Any = settings if key in names else given
+        where[key] = of_subclass(kind, where[key])
+        try:
+            value = case.function(*given, **settings)
+        except (RuntimeError, TypeError, NotImplementedError, AssertionError):
+            assert kind == "wrapper", key
+            continue
+        value = value.a if kind == "wrapper" and hasattr(value, "a") else value
+        assert_close(value, expected)
+        if kind != "wrapper" and case.kind != "triplet":
+            assert trace.explain(case.function, *given, **settings).kernel, key
+
+
+@pytest.mark.parametrize("kind", ["collective", "parameter"])
+def test_subclasses_learn(kind: str, generator: Generator) -> None:
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    x, y = torch.randn(4, 5, generator=generator), torch.tensor([0, 1, 2, 3])
+    leaf = x.clone().requires_grad_()
+    F.cross_entropy(leaf, y).backward()
+    own: Any = Named(x) if kind == "parameter" else AsyncCollectiveTensor(x).requires_grad_()
+    fusedloss.cross_entropy(own, y).backward()
+    assert_close(torch.Tensor(own.grad), leaf.grad)

@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from . import errors, plain, sharded, torch_state
+from . import errors, plain, torch_state
 
 
 def readable(tensor: Tensor) -> Tensor | None:
@@ -33,8 +33,6 @@ def refuse_first(
 ) -> None:
     """Refuses the first position whose index is outside, where it can be read without a sync."""
     seen = torch_state.dispatch_modes()
-    if target.is_cpu and not seen:
-        target = sharded.whole(target)
     if not target.is_cpu or plain.gap(target) or torch_state.is_tracing():
         return
     # Who watches operations sees those of the loss alone, and not what is asked for the message.

@@ -6,6 +6,7 @@ Asked of every argument, of gradients that arrive in backward, and of what was s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,20 @@ def gap(tensor: Tensor) -> str | None:
     if torch_state.is_functional(tensor):
         return "a functional tensor has no memory"
     return "a zero tensor has no memory" if tensor._is_zerotensor() else FREED
+
+
+def taken(value: Any) -> Any:
+    """What a loss takes for an argument: a plain tensor where a subclass adds nothing to its memory but a name,
+
+    or is one of a collective, which is waited for; all else as it is.
+    """
+    kind: Any = type(value)
+    if kind in PLAIN or not isinstance(value, Tensor) or torch_state.is_compiling():
+        return value
+    if hasattr(kind, "trigger_wait"):
+        return value.clone() if value.requires_grad else kind.trigger_wait(value)
+    own = kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    return value.as_subclass(Tensor) if own else value
 
 
 def first_gap(tensors: Sequence[Tensor | None], everywhere: bool = False) -> str | None:

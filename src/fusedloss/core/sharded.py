@@ -1,21 +1,27 @@
-"""What the formulas need to know of DTensors; nothing here imports torch.distributed, which takes seconds."""
+"""DTensors: how they are told, and made. Nothing here imports torch.distributed unasked: it takes seconds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import torch_state
 from .errors import fail
+from .plain import PLAIN
 
-T = TypeVar("T")
+
+def is_sharded(tensor: Any) -> bool:
+    return (
+        type(tensor) not in PLAIN
+        and isinstance(tensor, Tensor)  # proxies have every attribute
+        and hasattr(tensor, "device_mesh")
+    )
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "device_mesh")
+def among(tensors: Iterable[Any]) -> bool:
+    return any(t is not None and is_sharded(t) for t in tensors)
 
 
 def whole(tensor: Any) -> Any:
@@ -23,12 +29,34 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def replicated(tensor: Tensor, like: Any) -> Tensor:
-    """A plain tensor that every process holds alike, on the mesh of the DTensor `like`."""
-    from torch.distributed.tensor import DTensor, Replicate
+def placed(
+    local: Tensor, mesh: Any, placements: Sequence[Any], shape: torch.Size | None = None
+) -> Tensor:
+    """The DTensor of which this process has `local`; shards may be uneven, and do not tell its shape."""
+    from torch.distributed.tensor import DTensor
 
-    placements = [Replicate()] * like.device_mesh.ndim
-    return DTensor.from_local(tensor, like.device_mesh, placements, run_check=False)
+    if shape is None:
+        return DTensor.from_local(local, mesh, placements, run_check=False)
+    stride = tuple(max(1, shape[k + 1 :].numel()) for k in range(len(shape)))
+    return DTensor.from_local(
+        local.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride
+    )
+
+
+def everywhere(mesh: Any) -> list[Any]:
+    """The placements of what every process of a mesh holds alike."""
+    from torch.distributed.tensor import Replicate
+
+    return [Replicate()] * mesh.ndim
+
+
+def replicated(tensor: Tensor, like: Any) -> Tensor:
+    """Held alike by every process of the mesh of `like`, as a plain tensor already is."""
+    mesh = like.device_mesh
+    if is_sharded(tensor):
+        found: Tensor = tensor.redistribute(mesh, everywhere(mesh))  # type: ignore[attr-defined]
+        return found
+    return placed(tensor, mesh, everywhere(mesh))
 
 
 def beside(function: str, argument: str, scalar: Tensor, like: Tensor) -> Any:
@@ -52,31 +80,26 @@ def beside(function: str, argument: str, scalar: Tensor, like: Tensor) -> Any:
     return spread.to_local()
 
 
-def run(formula: Callable[..., T], tensors: tuple[Any, ...], first: int, last: int) -> T:
-    """The formula of the tensors. Beside DTensors, plain ones from `first` to `last` are replicated."""
-    like = next((t for t in tensors if t is not None and is_sharded(t)), None)
-    if like is None:
-        return formula(*tensors)
-    tensors = tuple(
-        t if t is None or is_sharded(t) or not first <= k < last else replicated(t, like)
-        for k, t in enumerate(tensors)
+def alike(*tensors: Tensor) -> list[Tensor]:
+    """All of them DTensors, the plain ones as replicated."""
+    like = next(t for t in tensors if is_sharded(t))
+    return [t if is_sharded(t) else replicated(t, like) for t in tensors]
+
+
+def note(given: Mapping[str, Any]) -> str:
+    """What to say of plain tensors beside DTensors where their shapes do not fit."""
+    tensors = {name: t for name, t in given.items() if isinstance(t, Tensor)}
+    placed = [name for name, t in tensors.items() if is_sharded(t)]
+    plain = [name for name in tensors if name not in placed]
+    if not (placed and plain):
+        return ""
+    first, like = plain[0], placed[0]
+    return (
+        f" ({first} is a plain tensor beside the DTensor {like}, and counts as held in full by every process: "
+        f"a shard becomes a DTensor by DTensor.from_local({first}, {like}.device_mesh, placements))"
     )
-    if torch_state.is_compiling() or not (torch.is_inference_mode_enabled() or like.is_inference()):
-        return formula(*tensors)
-    # DTensors take aten.__and__ for an operation in place, by its name: a & b is a in inference mode.
-    with torch.inference_mode(False), torch.no_grad():
-        return formula(*(t if t is None else t.clone() for t in tensors))
 
 
-def log_softmax(x: Tensor, axis: int) -> Tensor:
-    """As torch's, whose derivative under `loss_parallel()` is that of cross entropy alone."""
-    if not x.shape[axis]:
-        return x
-    x = x - x.amax(axis, keepdim=True).detach()
-    return x - x.exp().sum(axis, keepdim=True).log()
-
-
-def chosen(x: Tensor, index: Tensor) -> Tensor:
-    """`x.gather(1, index)`, which takes no sharded classes: its mask does not survive the next operation."""
-    classes = torch.arange(x.shape[1], device=x.device).reshape(1, -1, *(1,) * (x.dim() - 2))
-    return torch.where(replicated(classes, x) == index, x, 0).sum(1, keepdim=True)
+def settled(result: Any) -> Any:
+    """A result of torch's operations, of which each process may hold a part, as a whole; others as they are."""
+    return replicated(result, result) if is_sharded(result) else result

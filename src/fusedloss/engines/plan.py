@@ -223,7 +223,7 @@ class CtcPlan(Plan):
         if across:
             begins = [n * across[0] for n in range(len(counts))]
         self.lengths = torch.tensor([inputs, counts, begins, starts], device="cpu")
-        self.most = max(counts)
+        self.most = max(counts, default=0)
 
     @staticmethod
     def batch(tensor: Tensor) -> Tensor:

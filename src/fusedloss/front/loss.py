@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from ..core import errors, levels, reduce
+from ..core import errors, levels, plain, reduce, sharded, torch_state
 from ..route.memo import Asked
 from . import docs, modules, signature, strict
 from .definition import Loss, register
@@ -166,8 +166,14 @@ def loss(
         names = list(found.signature.parameters)
 
         def finish(asked: tuple[Any, Any] | None, *arguments: Any) -> Any:
-            given = dict(zip(names, arguments, strict=True))
-            return ladder.run(found, Asked(*asked) if asked else None, given)
+            given = dict(zip(names, map(plain.taken, arguments), strict=True))
+            if torch_state.is_compiling() or not sharded.among(given.values()):
+                return ladder.run(found, Asked(*asked) if asked else None, given)
+            try:
+                return ladder.run(found, None, given)
+            except (IndexError, RuntimeError, ValueError) as error:
+                error.args = (f"{error}{sharded.note(given)}",)
+                raise
 
         made = signature.function(
             found.name, body.__globals__, found.signature, theirs, finish, ladder.memo(found)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import errors, trace
+from ..core import errors, sharded, trace
 from ..core.plain import check as check_memory
 from ..core.reduce import exact as exact_of
 from ..core.reduce import result_dtype, sum_of, total, wide
@@ -168,7 +168,9 @@ class Elements:
         if warning:
             errors.warn(warning)
         if self.types.anything and not dtype.is_floating_point:
-            return self.by_torch(loss, operands, weight, settings, reduction, dtype, by)
+            return sharded.settled(
+                self.by_torch(loss, operands, weight, settings, reduction, dtype, by)
+            )
         weights = weight, of_batch
         if of_batch is not None:
             check_memory(
@@ -304,6 +306,8 @@ def spread_over(name: str, input: Tensor, of_batch: Tensor) -> Tensor:
 
 
 def product(weight: Tensor, of_batch: Tensor) -> Tensor:
+    if sharded.among((weight, of_batch)):
+        weight, of_batch = sharded.alike(weight, of_batch)
     return of_batch.to(wide(weight, of_batch)) * weight
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core import errors, reduce
 from ..core.indices import readable
 from .alone import lowered
-from .call import Kind
+from .call import CLASSES, WHOLE, Axes, Kind
 
 INF = float("inf")
 
@@ -52,6 +52,13 @@ class CtcCall(Kind):
         """Of the unreduced losses."""
         return log_probs.shape[1:-1]
 
+    def axes(self, tensors: Sequence[Any]) -> list[Axes]:
+        log_probs, targets, *lengths = tensors
+        if targets.dim() < 2 or log_probs.dim() < 3:
+            # Where labels begin depends on those before.
+            return Kind.axes(self, tensors)
+        return [(WHOLE, 0, CLASSES), (0, WHOLE), *((0,) * t.dim() for t in lengths)]
+
     def empty_gradient(self, tensor: Tensor) -> Tensor:
         """Laid out as the kernels lay out the gradient by this tensor."""
         return torch.empty_like(tensor, requires_grad=False)
@@ -87,9 +94,9 @@ class CtcCall(Kind):
             ("input_lengths", inputs, log_probs.shape[0]),
             ("target_lengths", counts, targets.shape[1] if targets.dim() == 2 else None),
         ):
-            if min(found) < 0:
+            if min(found, default=0) < 0:
                 _refuse_length(name, found, found.index(min(found)), "at least 0")
-            if most is not None and max(found) > most:
+            if most is not None and max(found, default=0) > most:
                 at = found.index(max(found))
                 _refuse_length(name, found, at, f"at most {most}", targets.shape)
         if targets.dim() == 2:

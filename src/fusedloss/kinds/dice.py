@@ -13,7 +13,7 @@ from ..core import reduce
 from ..core.indices import check_range
 from ..core.layout import empty_of_rows
 from . import torch_m
-from .call import Kind
+from .call import CLASSES, WHOLE, Axes, Kind
 from .rows import RowsCall
 
 ACTIVATIONS = ("softmax", "sigmoid", "none")
@@ -69,6 +69,18 @@ class DiceCall(Kind):
             [] if self.weighting != "none" else [input.shape[1] - (0 if self.background else 1)]
         )
         return torch.Size(of_images + classes)
+
+    def axes(self, tensors: Sequence[Any]) -> list[Axes]:
+        """Sums are of whole images; and the means of two parts have two divisors."""
+        input = tensors[0]
+        if self.batch or (self.by_rows and self.reduction == "mean"):
+            return Kind.axes(self, tensors)
+        places = (WHOLE,) * (input.dim() - 2)
+        return [
+            (0, CLASSES, *places),
+            (0, *((CLASSES,) if self.masks else ()), *places),
+            (CLASSES,),
+        ]
 
     def empty_gradient(self, tensor: Tensor) -> Tensor:
         """Laid out as the kernels lay out the gradient by this tensor."""
@@ -166,6 +178,9 @@ class DiceCall(Kind):
         w = 1 / (size * size if square else size)
         most = torch.where(absent, 0, w).amax(1, keepdim=True)
         return torch.where(absent, most, w)
+
+    def refuses(self, tensors: Sequence[Any]) -> bool:
+        return not self.masks
 
     def check(self, tensors: Sequence[Any]) -> None:
         if not self.masks:

@@ -7,14 +7,15 @@ linear_weight (C, 1, E) and linear_bias (C, 1), or else logits (N, C). There is 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..core import reduce, sharded
-from . import torch_m as formula
+from ..core import reduce
+from .call import CLASSES, WHOLE, Axes
 from .heads import LinearCall, Rows, Slot, capped
 
 KINDS = ("forward", "reverse", "js")
@@ -43,6 +44,15 @@ class DistillCall(LinearCall):
         "teacher_logits",
     )
 
+    def axes(self, tensors: Sequence[Slot]) -> list[Axes]:
+        of_teacher: list[Axes] = [
+            (0, WHOLE),
+            (CLASSES, WHOLE, WHOLE),
+            (CLASSES, WHOLE),
+            (0, CLASSES),
+        ]
+        return [*LinearCall.axes(self, tensors), *of_teacher]
+
     def by_formula(self, *tensors: Slot) -> tuple[Tensor, ...]:
         input, linear_weight, linear_bias, target, *rest = self.masked(tensors)
         assert input is not None and linear_weight is not None
@@ -67,14 +77,12 @@ class DistillCall(LinearCall):
         losses = self.soft_weight * self.soft(x, t)
         if target is not None:
             index = target.to(torch.int64).clamp(0, x.shape[1] - 1).unsqueeze(1)
-            own = formula.gather(formula.log_probabilities(x, 1), index).squeeze(1)
+            own = x.log_softmax(1).gather(1, index).squeeze(1)
             losses = losses - self.hard_weight * own
         return losses if counted is None else torch.where(counted, losses, 0)
 
     def soft(self, x: Tensor, t: Tensor) -> Tensor:
         """The divergence of each row from the logits of both."""
-        if sharded.is_sharded(x) or sharded.is_sharded(t):
-            return self.of_shards(x, t)
         ours, theirs = _softmax(x, self.temperature), _softmax(t, self.temperature)
         s, t, d = ours.p, theirs.p, _log_ratios(ours, theirs)
         if self.divergence == "forward":
@@ -87,24 +95,6 @@ class DistillCall(LinearCall):
         losses = losses + share * _weighted(ours, to_student, shifted)
         exact = self.beta * _divergence(t, m, to_teacher) + share * _divergence(s, m, to_student)
         return _valued(losses, exact)
-
-    def of_shards(self, x: Tensor, t: Tensor) -> Tensor:
-        """The same where the classes may lie on several devices, which share log-probabilities."""
-        s, t = (formula.log_probabilities(each / self.temperature, 1) for each in (x, t))
-        if self.divergence == "forward":
-            return _relative_entropy(t, s)
-        if self.divergence == "reverse":
-            return _relative_entropy(s, t)
-        m = torch.logaddexp(t + math.log(self.beta), s + math.log(1 - self.beta))
-        losses = self.beta * _relative_entropy(t, m)
-        return losses + (1 - self.beta) * _relative_entropy(s, m)
-
-
-def _relative_entropy(p: Tensor, q: Tensor) -> Tensor:
-    """Of rows of log-probabilities; a class without probability in p does not count."""
-    absent = p == -math.inf
-    gap = p.masked_fill(absent, 0) - q.masked_fill(absent, 0)
-    return _valued((p.exp() * gap).sum(1), _divergence(p.exp(), q.exp(), gap))
 
 
 @torch.no_grad()

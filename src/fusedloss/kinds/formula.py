@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from ..core import sharded, torch_state
+from ..core import torch_state
 from .names import NUMBERS, OPERANDS
 from .torch_m import NAMESPACES, OutsideDomain
 
@@ -214,8 +214,6 @@ def check_domain(formula: ByTorch, operands: tuple[Tensor, ...], params: dict[st
     if domain is None or operands[0].device.type == "cuda":
         return  # a failed assertion on the GPU would take the CUDA context with it
     inside = domain(*operands, **params)
-    if sharded.is_sharded(inside):
-        inside = sharded.whole(inside.all())
     transformed = torch_state.transforms_active()
     if torch_state.is_compiling():
         if transformed:

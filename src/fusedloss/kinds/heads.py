@@ -8,8 +8,9 @@ has a shard, linear_weight, linear_bias and probabilities hold this process's cl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -20,8 +21,7 @@ from torch.nn import functional as F  # noqa: N812
 from ..core import reduce, torch_state
 from ..core.indices import check_range
 from ..core.shards import ClassShard
-from . import torch_m as formula
-from .call import Kind
+from .call import CLASSES, WHOLE, Axes, Kind
 from .names import HEAD_SUMS
 from .rows import RowsCall
 
@@ -61,6 +61,7 @@ class LinearCall(Kind):
     family: ClassVar[str] = "linear"
     indices: ClassVar[tuple[int, ...]] = (3,)
     hides: ClassVar[bool] = True
+    mixes: ClassVar[bool] = False  # a plain tensor beside a sharded weight may be a shard
     everywhere: ClassVar[bool] = True
     logits: ClassVar[int] = 1  # of each row and class, in a chunk
     gradients: ClassVar[int] = 4  # by the first four tensors, unless the target is of indices
@@ -101,9 +102,33 @@ class LinearCall(Kind):
         shape = (input.shape[0], linear_weight.shape[1], HEAD_SUMS)
         return input.new_zeros(shape, dtype=reduce.exact(input))
 
+    def axes(self, tensors: Sequence[Slot]) -> list[Axes]:
+        of_target: Axes = (0, CLASSES, WHOLE) if self.probabilities else (0, WHOLE)
+        of_head: Axes = (CLASSES, WHOLE, WHOLE)
+        return [(0, WHOLE), of_head, of_head[:2], of_target, (CLASSES,), (0, WHOLE), ()]
+
+    def losses(self, tensors: Sequence[Slot]) -> float | None:
+        return float(math.prod(self.shape(*tensors))) if tensors[6] is None else None  # type: ignore[arg-type]
+
+    def counter(self, tensors: Sequence[Slot]) -> int | None:
+        return None if self.probabilities or tensors[3] is None or tensors[6] is not None else 3
+
+    def count(self, tensors: Sequence[Slot]) -> Tensor:
+        return self.divisor(tuple(tensors))
+
+    def part(self, tensors: Slots, denominator: float | None) -> tuple[LinearCall, Slots]:
+        call = replace(self, dtype=torch.float64)
+        if denominator is None:
+            return call, tensors
+        divisor = torch.full((), denominator, dtype=torch.float64)
+        return call, (*tensors[:6], divisor, *tensors[7:])
+
     def replicated(self, tensors: Sequence[Slot]) -> tuple[int, int]:
         """Class indices and weights, but no teacher's tensors."""
         return 3, 7
+
+    def refuses(self, tensors: Sequence[Slot]) -> bool:
+        return not (self.probabilities or tensors[3] is None)
 
     def check(self, tensors: Sequence[Slot], given: Slot = None) -> None:
         """IndexError for a class index out of range; `given` is the target as the caller shaped it."""
@@ -160,7 +185,7 @@ class LinearCall(Kind):
             return Rows(losses)
         entropy = lse - (x.softmax(1) * x).sum(1)
         index = target.to(torch.int64).clamp(0, x.shape[1] - 1).unsqueeze(1)
-        correct = (formula.gather(x, index).squeeze(1) == x.amax(1)).to(x.dtype)
+        correct = (x.gather(1, index).squeeze(1) == x.amax(1)).to(x.dtype)
         return Rows(losses, *(_where(counted, t) for t in (lse, entropy, correct)))
 
     def counted(self, target: Slot) -> Slot:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core import errors, reduce
 from ..core.indices import refuse_first
 from .alone import lifted
-from .call import Kind
+from .call import CLASSES, Axes, Kind
 from .torch_m import inf
 
 
@@ -49,6 +49,15 @@ class MarginCall(Kind):
     def shape(self, input: Tensor, target: Tensor, weight: Tensor | None = None) -> torch.Size:
         """Of the unreduced losses."""
         return input.shape[:-1] if self.sets else target.shape
+
+    def axes(self, tensors: Sequence[Any]) -> list[Axes]:
+        input, target, _ = tensors
+        rows: Axes = (0,) if input.dim() > 1 else ()
+        of_input = (*rows, CLASSES)[: input.dim()]
+        of_target = of_input if self.sets else rows
+        if len(of_target) != target.dim():  # one row
+            of_target = (None,) * target.dim()
+        return [of_input, of_target, (CLASSES,)]
 
     def by_formula(self, input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         compute = reduce.exact(input) if self.sets else reduce.wide(input)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..core import errors, reduce, sharded, torch_state
 from .alone import lifted, lowered
-from .call import Kind
+from .call import Axes, Kind, aligned
 from .formula import Pointwise, apply
 
 LEAST = 1 << 19  # elements: of fewer Inductor's own loops take less time than an operator
@@ -33,6 +34,7 @@ class PointwiseCall(Kind):
     denominator: float | None = None  # what 'mean' divides by, in place of its own count
 
     family: ClassVar[str] = "pointwise"
+    of_nothing: ClassVar[float] = math.nan
 
     def compiles(self, tensors: Sequence[Any]) -> bool:
         """Reduced losses of many elements: others Inductor fuses with what they are made of, at less cost."""
@@ -81,6 +83,29 @@ class PointwiseCall(Kind):
             return reduce.count_other(tensors[1], self.ignored)
         return reduce.sum_of(tensors[-1])
 
+    def shape(self, *tensors: Tensor | None) -> torch.Size:
+        """Of the unreduced losses."""
+        return torch.broadcast_shapes(*(t.shape for t in tensors if t is not None))
+
+    def axes(self, tensors: Sequence[Any]) -> list[Axes]:
+        whole = self.shape(*tensors)
+        return [() if t is None else aligned(t.shape, whole) for t in tensors]
+
+    def losses(self, tensors: Sequence[Any]) -> float | None:
+        if self.denominator is not None or self.parts is None:
+            return Kind.losses(self, tensors)
+        return float(self.parts)
+
+    def counter(self, tensors: Sequence[Any]) -> int | None:
+        if not self.counts:
+            return None
+        return len(tensors) - 1 if self.ignored is None else 1
+
+    def count(self, tensors: Sequence[Any]) -> Tensor:
+        found = self.divisor(tensors)
+        assert isinstance(found, Tensor)
+        return found
+
     def replicated(self, tensors: Sequence[Any]) -> tuple[int, int]:
         return 2, len(tensors)  # such as the weights that a criterion holds
 
@@ -115,6 +140,9 @@ class PointwiseCall(Kind):
             self.formula.by_torch[compute].grad(*wide, **names), given, needed, strict=False
         )
         return [(s * scale).to(t.dtype) if need else None for s, t, need in slopes]
+
+    def refuses(self, tensors: Sequence[Any]) -> bool:
+        return self.formula.domain is not None
 
     def spread(self, incoming: Tensor) -> Tensor:
         return incoming

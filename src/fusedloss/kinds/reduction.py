@@ -18,7 +18,7 @@ from torch import Tensor
 from ..core import reduce
 from . import torch_m
 from .alone import lifted, lowered
-from .call import Kind
+from .call import WHOLE, Axes, Kind, aligned
 from .formula import Functions, Pointwise, apply, rebound
 from .torch_m import NAMESPACES
 
@@ -202,6 +202,19 @@ class ReductionCall(Kind):
         """Of the unreduced losses."""
         given = [t for t in self.split(tensors)[0] if t is not None]
         return torch.broadcast_shapes(*(t.shape for t in given))[:-1]
+
+    def axes(self, tensors: Sequence[Any]) -> list[Axes]:
+        operands, label = self.split(tensors)
+        rows = self.shape(*tensors)
+        found = [
+            () if t is None else (*aligned(t.shape[:-1], rows), *([WHOLE] if t.dim() else []))
+            for t in operands
+        ]
+        return [*found, *([] if label is None else [aligned(label.shape, rows)]), ()][:OPERANDS]
+
+    def replicated(self, tensors: Sequence[Any]) -> tuple[int, int]:
+        """Labels and weights; but vectors are rows of the whole."""
+        return (2 if isinstance(self.record.measure, Sums) else OPERANDS), OPERANDS
 
     def split(self, tensors: Sequence[Any]) -> tuple[Sequence[Any], Any]:
         """The operands, and the label or None."""

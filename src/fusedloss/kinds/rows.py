@@ -15,7 +15,12 @@ from ..core.indices import check_range
 from ..core.layout import empty_of_rows
 from . import torch_m
 from .alone import lifted, lowered
-from .call import Kind
+from .call import CLASSES, Axes, Kind
+
+
+def axes_of_rows(input: Tensor) -> Axes:
+    """Of (N, C, d1, ...), or of the classes of one row."""
+    return (0, CLASSES, *range(1, input.dim() - 1)) if input.dim() > 1 else (CLASSES,)
 
 
 @dataclass(slots=True)
@@ -97,7 +102,7 @@ class RowsCall(Kind):
         log_p = torch.where(counted.unsqueeze(1), x, 0)
         if self.softmax:
             log_p = self._focused(torch_m.log_softmax(log_p, 1))
-        own = torch_m.gather(log_p, index).squeeze(1)
+        own = log_p.gather(1, index).squeeze(1)
         own_weight = torch.ones_like(own) if weight is None else weight[index.squeeze(1)]
         slope = own_weight
         if not self.softmax:  # its derivative is 0, and has a graph as PyTorch's has
@@ -125,6 +130,9 @@ class RowsCall(Kind):
         power = torch.where(inside, rest.pow(self.gamma), (log_p < 0).to(log_p.dtype))
         return torch.where(log_p == 0, 0.0, power * log_p)
 
+    def refuses(self, tensors: Sequence[Any]) -> bool:
+        return not self.probabilities
+
     def check(self, tensors: Sequence[Any]) -> None:
         if not self.probabilities:
             input, target, _ = tensors
@@ -133,6 +141,30 @@ class RowsCall(Kind):
 
     def replicated(self, tensors: Sequence[Any]) -> tuple[int, int]:
         return 2 if self.probabilities else 1, len(tensors)
+
+    def axes(self, tensors: Sequence[Any]) -> list[Axes]:
+        input, target, _ = tensors
+        of_input = axes_of_rows(input)
+        of_rows = tuple(a for a in of_input if a != CLASSES)
+        of_target = of_input if self.probabilities else of_rows
+        return [of_input, of_target or (None,) * target.dim(), (CLASSES,)]
+
+    def losses(self, tensors: Sequence[Any]) -> float | None:
+        input, found = tensors[0], Kind.losses(self, tensors)
+        # Without classes there are no rows either: PyTorch's mean over none is NaN.
+        return found if found is None or input.shape[min(input.dim() - 1, 1)] else math.nan
+
+    def counter(self, tensors: Sequence[Any]) -> int | None:
+        return None if self.probabilities or self.denominator is not None else 1
+
+    def count(self, tensors: Sequence[Any]) -> Tensor:
+        _, target, weight = tensors
+        index = target.to(torch.int64)
+        counted = index != self.ignore_index
+        if weight is None:
+            return counted.sum().to(reduce.exact(target))
+        own = weight[index.clamp(0, max(weight.shape[0] - 1, 0))]
+        return reduce.sum_of(torch.where(counted, own, 0))
 
     def spread(self, incoming: Tensor) -> Tensor:
         return incoming.unsqueeze(min(incoming.dim(), 1))

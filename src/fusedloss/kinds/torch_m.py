@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from ..core import sharded
 from .names import CONSTANTS, FUNCTIONS
 
 
@@ -67,15 +66,6 @@ NAMESPACES = {
 }
 
 
-def log_probabilities(x: Tensor, axis: int) -> Tensor:
-    return sharded.log_softmax(x, axis) if sharded.is_sharded(x) else x.log_softmax(axis)
-
-
-def gather(x: Tensor, index: Tensor) -> Tensor:
-    """Of each row, the classes of `index`; both have the classes in dimension 1."""
-    return sharded.chosen(x, index) if sharded.is_sharded(x) else x.gather(1, index)
-
-
 def others_of(log_p: Tensor) -> Tensor:
     """1 - p with its digits; ONNX has no expm1."""
     t = torch.tanh(0.5 * log_p)
@@ -84,7 +74,7 @@ def others_of(log_p: Tensor) -> Tensor:
 
 def log_softmax(x: Tensor, axis: int) -> Tensor:
     """As torch's, but of a class near certainty from the others' share: torch gives 0 there."""
-    log_p = log_probabilities(x, axis)
+    log_p = x.log_softmax(axis)
     if x.is_nested:  # nested tensors broadcast nothing
         return log_p
     certain = log_p > -0.5  # one class of a row at most

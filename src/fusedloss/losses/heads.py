@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import errors
+from ..core import errors, sharded
 from ..front.definition import Bounds, normal, row, uniform
 from ..front.definition import plain as no_options
 from ..front.head import RAISES, Head, check_tensors, finite, index, reduction_of, scalar, setting
@@ -295,7 +295,7 @@ def linear_log_prob(
         if not statistics:
             return -losses
         lse, entropy, correct = rest
-        valid = (target.to(torch.int64) != ignored).sum()
+        valid = sharded.settled((target.to(torch.int64) != ignored).sum())
         return LogProb(-losses, lse, entropy, correct.bool(), valid)
 
     return head.run(

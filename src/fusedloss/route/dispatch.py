@@ -18,7 +18,7 @@ from ..core.plain import PLAIN
 from ..engines import abi, cpu, gpu
 from ..engines.cpu.load import FLOATS
 from ..kinds import Call
-from . import modes
+from . import modes, shards
 from .memo import Asked, remember
 
 
@@ -55,10 +55,7 @@ def operator_serves(call: Any, tensors: tuple[Tensor | None, ...]) -> bool:
     return (
         not torch_state.is_exporting()
         and not torch_state.transforms_active()
-        and all(
-            t is None or (t.device.type in ("cpu", "cuda") and not sharded.is_sharded(t))
-            for t in tensors
-        )
+        and all(t is None or t.device.type in ("cpu", "cuda") for t in tensors)
         and (call.everywhere or not (tensors[0].is_cuda and gpu.problem(call.family)))  # type: ignore[union-attr]
         and _kernel_gap(call, tensors) is None
         and call.compiles(tensors)
@@ -101,6 +98,14 @@ def dispatch(
     """
     if denominator is not None:
         return _divided(loss, call, tensors, why, denominator)
+    if sharded.among(tensors):
+        return shards.run(
+            loss,
+            call,
+            tensors,
+            lambda own, local: (dispatch(loss, own, local, why),),
+            lambda: check_whole(call, tensors),
+        )[0]
     if torch_state.is_compiling():
         if why is None and operator_serves(call, tensors):
             return operators.run(call, tensors)[0]
@@ -152,9 +157,13 @@ def _read(denominator: Tensor | float) -> float:
     return float(denominator)
 
 
+def check_whole(call: Any, tensors: tuple[Any, ...]) -> None:
+    """Refuses class indices out of range in DTensors, by their positions in the whole; collective."""
+    call.check(tuple(sharded.whole(t) if k in call.indices else t for k, t in enumerate(tensors)))
+
+
 def by_formula(call: Any, tensors: tuple[Any, ...]) -> Any:
-    """Plain class indices and weights, such as a criterion's buffers, count as replicated beside DTensors."""
-    return sharded.run(call.by_formula, tensors, *call.replicated(tensors))
+    return call.by_formula(*tensors)
 
 
 def _made_dense(loss: str, first: str, tensors: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -9,11 +9,12 @@ from torch import Tensor
 from ..autograd import heads_again, operators
 from ..autograd.functions import learns, named, spanned
 from ..autograd.heads import Chunked
-from ..core import torch_state, trace
+from ..core import sharded, torch_state, trace
 from ..core.reduce import autocasts
 from ..engines import gpu
 from ..engines.chunks.loop import run as run_chunks
 from ..kinds.heads import LinearCall, Ready, Slot, Slots
+from . import shards
 from .dispatch import by_formula, formula_reason, operator_serves
 from .memo import Asked, remember
 
@@ -27,6 +28,14 @@ def results(
     call: LinearCall, tensors: Slots, given: Slot, asked: Asked | None = None
 ) -> tuple[Tensor, ...]:
     """The results of the call; `given` is the target as the caller shaped it."""
+    if sharded.among(tensors):
+        return shards.run(
+            call.loss,
+            call,
+            tensors,
+            lambda own, local: results(own, local, None),
+            lambda: call.check(tensors, sharded.whole(given)),
+        )
     why = "a setting requires a gradient" if call.learns else None
     if call.shard is not None and call.family == "distill":
         why = "no kernel merges the divergences of shards of classes"

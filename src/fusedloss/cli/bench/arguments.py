@@ -19,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "steps; takes --quick, --threads, --only, --sizes",
         "--distributed": "a head whose classes are divided among two processes, beside one and PyTorch's "
         "loss_parallel; takes --quick",
+        "--shards": "row losses of DTensors on two processes, beside the kernel on one shard; takes --quick, "
+        "--only",
         "--no-sweep": "the cases alone",
         "--targets": "print which targets are met",
     }

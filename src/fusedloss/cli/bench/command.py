@@ -20,7 +20,7 @@ from ..arguments import (
     chosen_threads,
 )
 from ..processes import NO_COMPILER, available
-from . import compiled, cuda, distributed, heads, overhead, report, tables
+from . import compiled, cuda, distributed, heads, overhead, report, shards, tables
 from .cases import TIMED, Case
 from .cpu import Job, needed, stream
 from .harness import Result
@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
             "calls": overhead.run,
             "compiled": compiled.run,
             "distributed": distributed.run,
+            "shards": shards.run,
         }
         for name, bench in own.items():
             if getattr(args, name):
