@@ -74,6 +74,7 @@ LINEAR: dict[str, Any] = {
     "files": tuple(f"tests/heads/test_{n}.py" for n in ("formula", "log_prob", "divergence"))
 }
 HEADS = "loop_is_the_formula or log_prob or divergence"
+DIVIDED: dict[str, Any] = {"files": ("tests/losses/test_denominator.py",)}
 SHARDS: dict[str, Any] = {"files": ("tests/distributed/test_class_groups.py",)}
 SHARDED, OF_SHARDS = "matrix and kernels and float64", "src/fusedloss/engines/chunks/shards.py"
 ERRORS: dict[str, Any] = {"files": ("tests/front/test_errors.py",)}
@@ -145,6 +146,11 @@ MUTANTS = [
     kernel("transpose.h", "side + j - half : j", "side + j : j", KERNELS + f" and {CE}"),
     kernel("cross_entropy_tiles.h", "++c) to(c)[i] = T(0);", "++c) to(c)[i] *= T(0);", "an_ignored_row"),
     kernel("labels.h", "(y < 0 || y >= classes)", "(y < 0 || y > classes)", "index and function", **ERRORS),
+    kernel("labels.h", "a.denominator != 0 ? a.denominator : count", "count", "divides_by_it and cross_entropy", **DIVIDED),
+    kernel("ctc.h", "arrives / (parts * a.denominator)", "arrives / (parts * double(a.n))", "divides_by_it and ctc", **DIVIDED),
+    Mutant("src/fusedloss/route/dispatch.py", "return (total / denominator).to(call.dtype)", "return total.to(call.dtype)", "divides_by_it and learned", **DIVIDED),
+    Mutant("src/fusedloss/distributed.py", "if averaged else total", "if not averaged else total", "processes", files=("tests/distributed/test_count.py",)),
+    Mutant("src/fusedloss/distributed.py", "all_reduce(found, group=group)", "broadcast(found, 0, group=group)", "processes", files=("tests/distributed/test_count.py",)),
     kernel("labels.h", "return a.mean ? g / denominator : g;", "return g;", KERNELS + f" and {CE}"),
     kernel("cross_entropy_rows.h", "s.others = brought(s.others, double(max) - double(top));", "", KERNELS + f" and {CE}"),
     kernel("cross_entropy_rows.h", "s.dot += s.mass * (s.max - double(origin));", "s.dot -= s.mass * (s.max - double(origin));", KERNELS + f" and {CE}"),

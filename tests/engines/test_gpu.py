@@ -32,6 +32,7 @@ EVERY = {
     "overlaps": (160, 40),
     "checks": (5, 1),
     "options": (3, 1),
+    "divided": (20, 1),
 }
 
 PARTS = {
@@ -42,6 +43,7 @@ PARTS = {
     "linear": ("tests/engines/gpu_linear.py", ""),
     "overlaps": ("tests/losses/test_overlaps.py", OVERLAPS),
     "repeated": ("tests/route/test_repeat.py", "bits_of_a_call"),
+    "divided": ("tests/losses/test_denominator.py", "test_mean_divides_by_it and number"),
     "losses": (" ".join(LOSSES), f"{NOT} and not depend_on_its_batch"),
 }
 
