@@ -80,8 +80,13 @@ def _grouped(raises: list[str]) -> list[str]:
 
 
 def _section(name: str, items: list[str]) -> str:
-    wrapped = (
-        textwrap.fill(item, WIDTH, initial_indent="    ", subsequent_indent="        ")
-        for item in items
-    )
-    return "\n".join([f"{name}:", *wrapped])
+    lines = [f"{name}:"]
+    for item in items:
+        line = "   "
+        for word in item.split():  # textwrap takes many times as long, at each import
+            if len(line) + 1 + len(word) > WIDTH:
+                lines.append(line)
+                line = "       "
+            line += f" {word}"
+        lines.append(line)
+    return "\n".join(lines)
