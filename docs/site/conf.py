@@ -9,7 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from words import WORDS
+from words import THEME_ZH, WORDS
 
 import fusedloss
 
@@ -63,6 +63,18 @@ autodoc_member_order = "bysource"
 suppress_warnings = ["config.cache"]
 
 
+def translate(app: Any) -> None:
+    """The theme's own words."""
+    templates = app.builder.templates.environment
+    theirs = templates.globals["gettext"]
+
+    def gettext(text: str) -> str:
+        return THEME_ZH.get(text.strip()) or str(theirs(text))
+
+    templates.globals |= {"_": gettext, "gettext": gettext}
+
+
 def setup(app: Any) -> None:
     if LANGUAGE == "zh":
         app.config.html_search_language = "zh"
+        app.connect("builder-inited", translate)

@@ -176,11 +176,11 @@ def said(phrase: str, language: str) -> str:
 
 
 def _errors(known: Facts, language: str) -> str:
-    stop = "; " if language == "en" else ";"
+    stop, colon = ("; ", ": ") if language == "en" else ("；", "：")
     lines = []
     for kind, whats in known.raises:
         words = stop.join(said(what, language) for what in whats)
-        lines.append(f"- `{kind}`: {words}")
+        lines.append(f"- `{kind}`{colon}{words}")
     text = "\n".join(lines)
     if known.rules:
         rules = "\n".join(f"- {said(rule, language)}" for rule in known.rules)

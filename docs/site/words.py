@@ -128,6 +128,14 @@ SHAPES_ZH = {
     "as the first": "同第一个张量",
     "broadcasts": "可广播",
 }
+# What the theme says, where Sphinx has no translation of it.
+THEME_ZH = {
+    "Home": "首页",
+    "Previous": "上一页",
+    "Next": "下一页",
+    "On this page": "本页内容",
+    "Back to top": "回到顶部",
+}
 # What a parameter means wherever its page does not say it.
 COMMON_ZH = {
     "reduction": "归约方式：`'none'` 不归约，`'mean'` 取平均，`'sum'` 求和。",
