@@ -12,6 +12,7 @@ from sphinx.util import logging
 
 # After the name of a function that no bracket follows there is room.
 NAMED = re.compile(r"(<mi>(?:log|exp|cos|max|min|tanh)</mi>)(?=<m(?:i|sub|sup|subsup|row)>(?!<mo))")
+BAR = '<mo stretchy="false">&#x0007C;</mo>'  # of an absolute value: no operator between two
 logger = logging.getLogger(__name__)
 
 
@@ -20,6 +21,7 @@ def mathml(node: Any, display: str) -> str:
     made = convert(latex, display=display)
     if "\\" in made or "merror" in made:
         logger.warning("a formula that MathML does not have: %s", latex, location=node)
+    made = made.replace(BAR, BAR.replace("<mo", '<mo lspace="0" rspace="0"'))
     return NAMED.sub(r'\1<mspace width="0.167em"/>', made)
 
 

@@ -20,6 +20,9 @@ from fusedloss.cli.bench.tables import clock, figures
 
 LEGACY = ("size_average", "reduce")
 DASH = "–"
+STACKED = (
+    "```{rst-class} stacked\n```\n"  # a table whose rows are paragraphs where there is no room
+)
 
 
 def loss(name: str, language: str) -> str:
@@ -143,7 +146,7 @@ def _parameters(known: Facts, own: Source, language: str) -> str:
         )
         shape = f"`{shape}`" if "(" in shape else shape or DASH
         rows.append([f"`{argument.name}`", kind, default, shape, _cell(meaning)])
-    text = "```{rst-class} parameters\n```\n" + table(words["columns"], rows, left=5)
+    text = STACKED + table(words["columns"], rows, left=5)
     if any(a.name in LEGACY for a in known.arguments):
         text += f"\n\n{words['legacy']}"
     return text + (f"\n\n{words['returns']}{markdown(known.returns)}" if language == "en" else "")
@@ -274,5 +277,5 @@ def index(language: str) -> str:
             rows.append([f"[`{n}`]({n}.md)", f"`{module}`" if module else DASH, _cell(lead)])
         title = family(key, language)
         tree = "\n".join(["```{toctree}", ":hidden:", f":caption: {title}", "", *names, "```"])
-        parts += [f"## {title}", table(words["losses_columns"], rows, left=3), tree]
+        parts += [f"## {title}", STACKED + table(words["losses_columns"], rows, left=3), tree]
     return "\n\n".join(parts) + "\n"
