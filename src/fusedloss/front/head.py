@@ -15,7 +15,7 @@ from ..core.reduce import autocasts, resolve, result_dtype
 from ..core.shards import ClassShard
 from ..kinds.heads import LinearCall, Ready, Slots
 from .classes import check_indices, check_weight
-from .settings import divisor
+from .settings import DENOMINATOR, divisor
 
 SOFTMAX = "log_softmax_lastdim_kernel_impl"  # PyTorch's name for what a type is lacking
 
@@ -355,7 +355,7 @@ def _check_odd(name: str, odd: list[str], given: dict[str, Tensor]) -> None:
         if type(given[key]) in PLAIN:
             words = f"{key} has layout {given[key].layout}, which no linear loss takes: to_dense()"
             errors.fail(RuntimeError, name, words)
-    spread = [key for key in odd if sharded.is_sharded(given[key])]
+    spread = [key for key in odd if key != DENOMINATOR and sharded.is_sharded(given[key])]
     local = [key for key in given if key in MULTIPLIED and key not in spread]
     if spread and local:
         errors.fail(
@@ -430,6 +430,9 @@ def setting(
 def scalar(name: str, value: Tensor | float | None, input: Tensor) -> Tensor | None:
     """What 'mean' shall divide by, as a tensor."""
     found = divisor(name, value, "mean", input=input)
+    if isinstance(found, Tensor) and sharded.is_sharded(found):
+        placed: Tensor = sharded.beside(name, DENOMINATOR, found, input)
+        return placed
     if found is None or isinstance(found, Tensor):
         return found
     return torch.full((), found, dtype=torch.float64)
