@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+import fusedloss
 from fusedloss import LazyLogits, LazyLogitsWarning, lazy_head, lazy_heads
 
 from .test_rules import (
@@ -202,6 +203,16 @@ def test_gradients_accumulate(model: Model) -> None:
     torch.testing.assert_close(
         [p.grad for p in model.parameters()], expected, rtol=1e-9, atol=1e-12
     )
+
+
+def test_a_denominator(model: Model) -> None:
+    def loss(x: Tensor) -> Tensor:
+        return fusedloss.cross_entropy(x.view(-1, C), LABELS.view(-1), denominator=torch.tensor(7))
+
+    expected = gradients(model, loss)
+    with lazy_heads(model, min_bytes=0):
+        assert "kernel linear" in str(fusedloss.explain(loss, model(TOKENS)))
+        torch.testing.assert_close(gradients(model, loss), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_memory_is_that_of_a_chunk() -> None:
