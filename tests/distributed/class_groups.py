@@ -342,6 +342,11 @@ def halves(rank: int, multiplies: bool) -> None:
                 given = (fusedloss.linear_cross_entropy, problem.tensors, OF_HEADS, HEAD)
                 case = Case(f"{dtype} {settings}", *given, **settings)
                 case.check(rank, sizes, dist.group.WORLD, rtol=2e-2, atol=2e-2)
+            both = Distillation(Generator().manual_seed(2), dtype, shape=(N, D, C))
+            both.teacher["teacher_input"] *= factors.to(dtype)
+            tensors = {**both.tensors, **both.teacher}
+            case = Case(f"divergence {dtype}", fusedloss.linear_kl_div, tensors, OF_HEADS, HEAD)
+            case.check(rank, sizes, dist.group.WORLD, rtol=2e-2, atol=2e-2)
             x = 20 * torch.randn(N, C, generator=draw).to(dtype)
             tensors = {"input": x, "target": torch.arange(N) % C}
             given = (fusedloss.functional.cross_entropy, tensors, {"input": 1}, ("input",))

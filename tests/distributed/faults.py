@@ -71,7 +71,7 @@ def one_fails(rank: int) -> str:
     """Who meets another error tells it: the others do not wait."""
     from fusedloss.route import shards
 
-    def compute(call: Any, tensors: Any) -> tuple[Tensor]:
+    def compute(call: Any, tensors: Any, shard: Any) -> tuple[Tensor]:
         if rank == 1:
             raise RuntimeError("no memory")
         return (torch.zeros((), dtype=call.dtype),)

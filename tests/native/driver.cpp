@@ -272,16 +272,27 @@ void linear_call(Random& r) {
     a.grad_target = grid_of(grad_target);
     if (!label && !target) return;  // no rows
 
-    const int64_t parts = a.differentiate ? 1 : 1 + r.below(std::min<int64_t>(a.c, 3));
+    const bool shards = r.chance(30);  // of several processes
+    const int64_t parts = a.differentiate && !shards ? 1 : 1 + r.below(std::min<int64_t>(a.c, 3));
+    Tensor gathered = make(r, F64, {parts, a.n, 8}, DENSE, gap);
+    const auto part = [&](int64_t k, bool gathers, bool finishes) {
+        a.first = a.c * k / parts;
+        a.columns = a.c * (k + 1) / parts - a.first;
+        a.begin = gathers && (shards || k == 0);
+        a.finish = finishes;
+        a.given = !gathers;
+        a.sums = doubles(sums);
+        if (shards && gathers) a.sums = doubles(gathered) + k * a.n * 8;
+        a.logits = head.from(a.first);
+        require(fusedloss_run(LINEAR, &a) == fine, "linear: no memory");
+    };
     const auto run = [&] {
         head.fill();
-        for (int64_t k = 0; k < parts; ++k) {
-            a.first = a.c * k / parts;
-            a.columns = a.c * (k + 1) / parts - a.first;
-            a.finish = k + 1 == parts;
-            a.logits = head.from(a.first);
-            require(fusedloss_run(LINEAR, &a) == fine, "linear: no memory");
-        }
+        for (int64_t k = 0; k < parts; ++k) part(k, true, !shards && k + 1 == parts);
+        if (!shards) return int64_t(-1);
+        const MergeArgs merge{a.n, parts, label ? 1 : 0, doubles(gathered), doubles(sums)};
+        require(fusedloss_run(MERGE, &merge) == fine, "merge: no memory");
+        for (int64_t k = 0; k < parts; ++k) part(k, false, true);
         return int64_t(-1);
     };
     on_both("linear", false, run,

@@ -45,8 +45,8 @@ class ClassShard:
 
     def __str__(self) -> str:
         """By which an operator of torch knows it, and `parsed` makes it again."""
-        numbers = (*self.sizes, "", int(self.adds), "", *map(int, self.needed))
-        return " ".join([str(self.group.group_name), *map(str, numbers)])
+        lists = (",".join(str(int(n)) for n in each) for each in (self.sizes, self.needed))
+        return "/".join([str(self.group.group_name), str(int(self.adds)), *lists])
 
     def like_whole(self, x: Tensor, dim: int) -> Tensor:
         """Of the shape with all classes, without memory."""
@@ -87,25 +87,24 @@ class ClassShard:
         found: Tensor = _Total.apply(x, self)
         return found
 
-    def _gathered(self, x: Tensor, dim: int) -> Tensor:
+    def gathered(self, x: Tensor, dim: int) -> Tensor:
+        """As `whole`, of plain tensors."""
         lacking = max(self.sizes) - x.shape[dim]
-        moved = x.movedim(dim, 0)
         if lacking:
-            moved = torch.cat([moved, moved.new_zeros(lacking, *moved.shape[1:])])
-        parts = zip(self.all_gather(moved), self.sizes, strict=True)
-        return torch.cat([part[:size] for part, size in parts]).movedim(0, dim)
+            padding = x.new_zeros(*x.shape[:dim], lacking, *x.shape[dim + 1 :])
+            x = torch.cat([x, padding], dim)
+        parts = zip(self.all_gather(x), self.sizes, strict=True)
+        return torch.cat([part.narrow(dim, 0, size) for part, size in parts], dim)
 
 
 def parsed(text: str) -> ClassShard | None:
     """The shard of an operator's argument; "" stands for none."""
     if not text:
         return None
-    name, rest = text.split(" ", 1)
-    sizes, adds, needed = ([int(n) for n in part.split()] for part in rest.split("  "))
+    name, *rest = text.rsplit("/", 3)
+    (adds,), sizes, needed = ([int(n) for n in part.split(",") if n] for part in rest)
     group = torch_state.process_group(name)
-    return ClassShard(
-        group, group.rank(), tuple(sizes), bool(adds[0]), tuple(bool(n) for n in needed)
-    )
+    return ClassShard(group, group.rank(), tuple(sizes), bool(adds), tuple(map(bool, needed)))
 
 
 def of(group: Any) -> Any:
@@ -116,7 +115,7 @@ def of(group: Any) -> Any:
 class _Whole(Function):
     @staticmethod
     def forward(x: Tensor, shard: ClassShard, dim: int) -> Tensor:
-        return shard._gathered(x, dim)
+        return shard.gathered(x, dim)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -71,6 +71,10 @@ class Kind:
         """Of each tensor what its dimensions are to the losses."""
         return [(WHOLE,) * (0 if t is None else t.dim()) for t in tensors]
 
+    def divided(self) -> tuple[int, ...]:
+        """The tensors whose classes may stay divided among processes; the first one says whether they are."""
+        return ()
+
     def replicated(self, tensors: Sequence[Any]) -> tuple[int, int]:
         """From where to where plain tensors beside DTensors count as held alike by every process."""
         first: int = self.gradients  # type: ignore[attr-defined]

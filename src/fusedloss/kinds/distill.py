@@ -53,6 +53,9 @@ class DistillCall(LinearCall):
         ]
         return [*LinearCall.axes(self, tensors), *of_teacher]
 
+    def divided(self) -> tuple[int, ...]:
+        return 1, 2, 8, 9, 10
+
     def by_formula(self, *tensors: Slot) -> tuple[Tensor, ...]:
         input, linear_weight, linear_bias, target, *rest = self.masked(tensors)
         assert input is not None and linear_weight is not None

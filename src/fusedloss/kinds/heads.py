@@ -123,6 +123,9 @@ class LinearCall(Kind):
         divisor = torch.full((), denominator, dtype=torch.float64)
         return call, (*tensors[:6], divisor, *tensors[7:])
 
+    def divided(self) -> tuple[int, ...]:
+        return 1, 2, 3
+
     def replicated(self, tensors: Sequence[Slot]) -> tuple[int, int]:
         """Class indices and weights, but no teacher's tensors."""
         return 3, 7

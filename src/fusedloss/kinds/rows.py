@@ -139,6 +139,9 @@ class RowsCall(Kind):
             classes = input.shape[min(input.dim() - 1, 1)]
             check_range(self.loss, target, classes, self.ignore_index)
 
+    def divided(self) -> tuple[int, ...]:
+        return () if self.gamma else (0, 1)
+
     def replicated(self, tensors: Sequence[Any]) -> tuple[int, int]:
         return 2 if self.probabilities else 1, len(tensors)
 

@@ -17,14 +17,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..core import errors, plain, reduce, shards, torch_state
+from ..core import errors, plain, shards, torch_state
 from ..core.indices import check_range
 from ..core.plain import PLAIN
 from ..core.shards import ClassShard
-from ..kinds.heads import Slot
-from ..kinds.logits import LogitsCall
-from ..kinds.rows import RowsCall
-from . import heads
 
 LEARNED = ("input", "linear_weight", "linear_bias", "target")  # in the order of a head's gradients
 GROUP = "class_group"
@@ -126,6 +122,8 @@ class _Facts:
         needs = [learns and getattr(given.get(n), "requires_grad", False) for n in LEARNED]
         if given.get("reduction", "none") == "none":  # what backward exchanges
             self.words["input.requires_grad"] = str(needs[0])
+            if "divergence" in given:
+                self.words["requires_grad"] = str(any(needs))
         text = repr(sorted(self.words.items())).encode()
         own = int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
         self.numbers = [
@@ -261,49 +259,6 @@ def _of_shard(loss: str, shard: ClassShard, facts: Sequence[_Told], found: _Fact
             f"have {list(shard.sizes)}, {shard.classes} in all: pass those of the shard, or all",
         )
     return target
-
-
-def rows(
-    call: RowsCall,
-    shard: ClassShard,
-    input: Tensor,
-    target: Tensor,
-    weight: Slot,
-    denominator: Tensor | float | None,
-) -> Tensor:
-    """Cross entropy of a shard's logits."""
-    compute = reduce.wide(input, target) if call.probabilities else reduce.wide(input)
-    if compute is not reduce.wide(input):
-        input = input.to(compute)
-    x = _as_rows(input)
-    own = LogitsCall(
-        loss=call.loss,
-        probabilities=call.probabilities,
-        reduction=call.reduction,
-        ignore_index=call.ignore_index,
-        smoothing=call.smoothing,
-        z_loss=0.0,
-        softcap=0.0,
-        logit_scale=1.0,
-        statistics=False,
-        memory_budget=0,
-        chunk_rows=0,
-        exact_logits=False,
-        dtype=call.dtype,
-        shard=shard,
-    )
-    of_rows = _as_rows(target) if call.probabilities else target.reshape(-1)
-    number = x.new_empty(x.shape[1], 1, 0)
-    if not (denominator is None or isinstance(denominator, Tensor)):
-        denominator = torch.full((), denominator, dtype=torch.float64)
-    tensors = (x, number, None, of_rows.unsqueeze(-1), weight, None, denominator)
-    (result,) = heads.results(own, tensors, target)
-    return result.reshape(call.shape(input, target)) if call.reduction == "none" else result
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    """(N, C) of (C), (N, C) or (N, C, d1, ...)."""
-    return x.unsqueeze(0) if x.dim() == 1 else x.movedim(1, -1).flatten(0, -2)
 
 
 @torch_state.untraced

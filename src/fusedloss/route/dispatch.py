@@ -1,7 +1,4 @@
-"""Which path a call takes, and why: the kernel for plain tensors, the formula for the rest.
-
-The formula is torch code: whatever traces, maps or differentiates it sees operations it knows.
-"""
+"""The path that a call takes: the kernel for plain tensors, the formula for the rest, both for DTensors."""
 
 from __future__ import annotations
 
@@ -15,72 +12,12 @@ from ..autograd import functions as autograd
 from ..autograd import operators
 from ..core import errors, plain, reduce, sharded, torch_state, trace
 from ..core.plain import PLAIN
-from ..engines import abi, cpu, gpu
-from ..engines.cpu.load import FLOATS
+from ..core.shards import ClassShard
+from ..engines import gpu
 from ..kinds import Call
-from . import modes, shards
+from . import logits, shards
 from .memo import Asked, remember
-
-
-def formula_reason(call: Any, tensors: tuple[Tensor | None, ...]) -> str | None:
-    """Why this call needs the formula, or None where a kernel serves."""
-    if trace.force:
-        return trace.force
-    if torch_state.transforms_active():
-        return "a torch.func transform is active"
-    if torch_state.forward_mode():
-        return "forward-mode differentiation is active"
-    if why := _mode_gap(call, tensors):
-        return why
-    if torch_state.is_tracing():
-        return "torch.jit.trace is tracing"
-    if why := plain.first_gap(tensors, call.everywhere) or _kernel_gap(call, tensors):
-        return why
-    if call.everywhere and not (tensors[0] is not None and tensors[0].is_cpu):
-        return None
-    return gpu.problem(call.family) if gpu.serves(tensors[0]) else cpu.problem()
-
-
-def _mode_gap(call: Any, tensors: tuple[Tensor | None, ...]) -> str | None:
-    """Why an active dispatch mode, which sees every operation of torch, needs the formula."""
-    if not torch_state.dispatch_modes():
-        return None
-    if call.hides and modes.gap() is None and operator_serves(call, tensors):
-        return None
-    return "a TorchDispatchMode is active"
-
-
-def operator_serves(call: Any, tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether a traced call becomes an operator of torch; an exported one does not."""
-    return (
-        not torch_state.is_exporting()
-        and not torch_state.transforms_active()
-        and all(t is None or t.device.type in ("cpu", "cuda") for t in tensors)
-        and (call.everywhere or not (tensors[0].is_cuda and gpu.problem(call.family)))  # type: ignore[union-attr]
-        and _kernel_gap(call, tensors) is None
-        and call.compiles(tensors)
-    )
-
-
-def _kernel_gap(call: Any, tensors: tuple[Tensor | None, ...]) -> str | None:
-    """What the kernels of this call cannot do, or None."""
-    on_gpu = gpu.serves(tensors[0])
-    if why := call.gpu_gap if on_gpu else call.cpu_gap:
-        return str(why)
-    for k, tensor in enumerate(tensors):
-        if tensor is None:
-            continue
-        if k >= call.gradients and tensor.requires_grad:
-            return "a weight requires a gradient"
-        if call.everywhere and not (tensor.is_cpu and tensor.is_floating_point()):
-            continue
-        if tensor.dtype not in FLOATS and k not in call.indices:
-            return f"there are no kernels for {tensor.dtype}"
-        if tensor.dim() > abi.MAX_DIMS:
-            return f"there are no kernels for more than {abi.MAX_DIMS} dimensions"
-        if on_gpu and not (tensor.numel() or call.everywhere):
-            return "there is nothing to compute"
-    return None
+from .reasons import by_formula, formula_reason, operator_serves
 
 
 def dispatch(
@@ -99,13 +36,13 @@ def dispatch(
     if denominator is not None:
         return _divided(loss, call, tensors, why, denominator)
     if sharded.among(tensors):
-        return shards.run(
-            loss,
-            call,
-            tensors,
-            lambda own, local: (dispatch(loss, own, local, why),),
-            lambda: check_whole(call, tensors),
-        )[0]
+
+        def compute(own: Any, local: tuple[Any, ...], shard: ClassShard | None) -> tuple[Tensor]:
+            if shard is None:
+                return (dispatch(loss, own, local, why),)
+            return (logits.run(own, shard, *local),)
+
+        return shards.run(loss, call, tensors, compute, lambda: check_whole(call, tensors))[0]
     if torch_state.is_compiling():
         if why is None and operator_serves(call, tensors):
             return operators.run(call, tensors)[0]
@@ -160,10 +97,6 @@ def _read(denominator: Tensor | float) -> float:
 def check_whole(call: Any, tensors: tuple[Any, ...]) -> None:
     """Refuses class indices out of range in DTensors, by their positions in the whole; collective."""
     call.check(tuple(sharded.whole(t) if k in call.indices else t for k, t in enumerate(tensors)))
-
-
-def by_formula(call: Any, tensors: tuple[Any, ...]) -> Any:
-    return call.by_formula(*tensors)
 
 
 def _made_dense(loss: str, first: str, tensors: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -13,10 +13,11 @@ from ..core import sharded, torch_state, trace
 from ..core.reduce import autocasts
 from ..engines import gpu
 from ..engines.chunks.loop import run as run_chunks
+from ..kinds.call import changed
 from ..kinds.heads import LinearCall, Ready, Slot, Slots
 from . import shards
-from .dispatch import by_formula, formula_reason, operator_serves
 from .memo import Asked, remember
+from .reasons import by_formula, formula_reason, operator_serves
 
 
 def dispatch(ready: Ready, asked: Asked | None = None) -> Any:
@@ -33,12 +34,12 @@ def results(
             call.loss,
             call,
             tensors,
-            lambda own, local: results(own, local, None),
+            lambda own, local, shard: results(
+                own if shard is None else changed(own, shard=shard), local, None
+            ),
             lambda: call.check(tensors, sharded.whole(given)),
         )
     why = "a setting requires a gradient" if call.learns else None
-    if call.shard is not None and call.family == "distill":
-        why = "no kernel merges the divergences of shards of classes"
     if torch_state.is_compiling():
         if why is None and operator_serves(call, tensors):
             return operators.run(call, tensors)

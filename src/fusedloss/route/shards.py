@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from ..core import errors, plain, sharded, torch_state
+from ..core.shards import ClassShard
+from ..kinds.call import CLASSES
 from ..kinds.torch_m import OutsideDomain
 
 Slot = Tensor | None
-Compute = Callable[[Any, tuple[Any, ...]], Sequence[Tensor]]
+Compute = Callable[[Any, tuple[Any, ...], ClassShard | None], Sequence[Tensor]]
 
 FINE, RAISED, OUTSIDE = 0.0, 1.0, 2.0  # what became of a process
 
@@ -38,19 +40,38 @@ class Split(NamedTuple):
         return Shard(dim) if factor is None else type(self.placement)(dim, split_factor=factor)
 
 
+class Classes(NamedTuple):
+    """How a dimension of the mesh divides the classes."""
+
+    dim: int  # of the mesh
+    shard: ClassShard
+    divided: tuple[int, ...]  # the tensors of which a process has its classes alone
+
+    def places(self, k: int, axes: Sequence[int | None], whole: Any, partial: Any) -> Any:
+        """Of tensor k and of its gradient; of what logits are made of each process has a part of that."""
+        if k in self.divided and CLASSES in axes:
+            from torch.distributed.tensor import Shard
+
+            return (Shard(axes.index(CLASSES)),) * 2
+        return whole, whole if k else partial
+
+
 @dataclass
 class Layout:
     mesh: Any
     splits: list[Split | None]  # by dimension of the mesh
+    classes: Classes | None
     whole: Any  # the placement of what every process holds alike
     partial: Any  # and of what is to be added up
 
-    def local(self, tensor: Slot, axes: Sequence[int | None]) -> Slot:
-        """What this process holds of a tensor; its gradient comes back placed as the tensor is."""
+    def local(self, tensor: Slot, axes: Sequence[int | None], k: int) -> Slot:
+        """What this process holds of tensor k; its gradient comes back placed as the tensor is."""
         if tensor is None:
             return None
         wanted = self.placements(axes, self.whole)
         grads = self.placements(axes, self.partial)
+        if (by := self.classes) is not None:
+            wanted[by.dim], grads[by.dim] = by.places(k, axes, self.whole, self.partial)
         if not sharded.is_sharded(tensor):
             if wanted == self.everywhere and not (tensor.requires_grad and grads != wanted):
                 return tensor
@@ -111,6 +132,9 @@ def layout(loss: str, call: Any, tensors: Sequence[Any]) -> Layout:
     splits = [
         _split([(axes[k], tensors[k].placements[m]) for k in placed]) for m in range(mesh.ndim)
     ]
+    classes = _classes(mesh, tensors, axes, call.divided())
+    if classes is not None:
+        splits[classes.dim] = None
     first, last = call.replicated(tensors)
     for k, t in enumerate(tensors):
         if not (t is None or k in placed or first <= k < last) and (any(splits) or not call.mixes):
@@ -118,7 +142,26 @@ def layout(loss: str, call: Any, tensors: Sequence[Any]) -> Layout:
     counter = call.counter(tensors) if call.reduction == "mean" else None
     if counter is not None and any(s and s.axis not in axes[counter] for s in splits):
         splits = [None] * mesh.ndim  # what counts is not divided as the losses are
-    return Layout(mesh, splits, Replicate(), Partial())
+    return Layout(mesh, splits, classes, Replicate(), Partial())
+
+
+def _classes(
+    mesh: Any, tensors: Sequence[Any], axes: Sequence[Any], divided: tuple[int, ...]
+) -> Classes | None:
+    """The first dimension of the mesh that divides the classes of the tensor that tells."""
+    from torch.distributed.tensor import Shard
+
+    if not divided or not sharded.is_sharded(tensors[divided[0]]):
+        return None
+    tensor, axis = tensors[divided[0]], axes[divided[0]].index(CLASSES)
+    for m, placement in enumerate(tensor.placements):
+        if type(placement) is Shard and placement.dim == axis:
+            ranks, size = mesh.size(m), tensor.shape[axis]
+            most = -(-size // ranks)
+            sizes = tuple(max(0, min(most, size - k * most)) for k in range(ranks))
+            shard = ClassShard(mesh.get_group(m), mesh.get_local_rank(m), sizes, adds=False)
+            return Classes(m, shard, divided)
+    return None
 
 
 def _split(tensors: Sequence[tuple[Sequence[int | None], Any]]) -> Split | None:
@@ -187,7 +230,7 @@ class _Sum(torch.autograd.Function):
         return incoming, None
 
 
-class _Scaled(torch.autograd.Function):
+class Scaled(torch.autograd.Function):
     """A sum times a scale, which is infinite where nothing counts: then `of_nothing` scales the gradient."""
 
     @staticmethod
@@ -214,11 +257,13 @@ class Part:
     error: Exception | None = None
 
     @classmethod
-    def of(cls, compute: Compute, call: Any, shards: tuple[Any, ...]) -> Part:
+    def of(
+        cls, compute: Compute, call: Any, shards: tuple[Any, ...], shard: ClassShard | None
+    ) -> Part:
         if not _tells(shards):
-            return cls(compute(call, shards))
+            return cls(compute(call, shards, shard))
         try:
-            return cls(compute(call, shards))
+            return cls(compute(call, shards, shard))
         except Exception as error:
             return cls((), error)
 
@@ -254,13 +299,14 @@ def run(
     """
     found = layout(loss, call, tensors)
     pairs = zip(tensors, call.axes(tensors), strict=True)
-    shards = tuple(found.local(t, axes) for t, axes in pairs)
+    shards = tuple(found.local(t, axes, k) for k, (t, axes) in enumerate(pairs))
+    shard = found.classes and found.classes.shard
     if not any(found.splits):
-        results = compute(call, shards)
+        results = compute(call, shards, shard)
         return tuple(sharded.placed(t, found.mesh, found.everywhere) for t in results)
     tells = _tells(shards)
     if call.reduction == "none":
-        part = Part.of(compute, call, shards)
+        part = Part.of(compute, call, shards, shard)
         if tells and call.refuses(tensors):
             part.told(loss, found, [], check)
         elif part.error is not None:
@@ -270,11 +316,11 @@ def run(
         return tuple(sharded.placed(t, found.mesh, placements, shape) for t in part.results)
     divisor = Divisor.of(call, tensors, shards)
     own, given = call.part(shards, divisor.guess)
-    part = Part.of(compute, own, given)
+    part = Part.of(compute, own, given, shard)
     value = torch.zeros((), dtype=own.dtype) if part.error else part.results[0]
     numbers = [value.detach(), *([] if divisor.counted is None else [divisor.counted.detach()])]
     rows = part.told(loss, found, numbers, check) if tells else found.gathered(torch.stack(numbers))
     total, scale = _Sum.apply(value, rows[:, 0].sum()), divisor.scale(rows)
     if scale is not None:
-        total = _Scaled.apply(total, scale, call.of_nothing)
+        total = Scaled.apply(total, scale, call.of_nothing)
     return (sharded.placed(total.to(call.dtype), found.mesh, found.everywhere),)

@@ -216,9 +216,13 @@ class Loop:
         assert beyond is not None
         for part in beyond.nonzero().squeeze(1).split(-(-len(beyond) // AGAIN)):
             logits = g[part]
-            lost = product.lost(x[part], logits) if isinstance(product, Native) else None
+            lost = self.lost(product, x[part], logits)
             self.step(logits, head, some(rows, part), lost, exactly=True)
             g[part] = logits
+
+    def lost(self, product: Direct, x: Tensor, logits: Tensor) -> Slot:
+        """What rounding took from logits, if they are rounded."""
+        return product.lost(x, logits) if isinstance(product, Native) else None
 
     def run_step(
         self,

@@ -10,11 +10,12 @@ from torch import Tensor
 from ...core.reduce import wide
 from ...kinds.heads import LinearCall, Slot, Slots
 from .chunked import DistillLoop, Loop
-from .shards import LogitsLoop, ShardLoop
+from .shards import DivergenceLoop, LogitsLoop, ShardLoop
 from .straight import Straight, straight
 
 SUM_BLOCK = 1 << 14
 LOOPS = {"linear": Loop, "distill": DistillLoop}
+OF_SHARDS = {"linear": ShardLoop, "distill": DivergenceLoop, "logits": LogitsLoop}
 
 
 def run(
@@ -44,9 +45,7 @@ def run(
     if call.shard is None:
         loop = LOOPS[call.family](call, tensors, needed, incoming)
     else:
-        loop = (ShardLoop if call.family == "linear" else LogitsLoop)(
-            call, tensors, needed, incoming, sums
-        )
+        loop = OF_SHARDS[call.family](call, tensors, needed, incoming, sums)
     for head in range(loop.heads):
         loop.head(head)
     loop.close()

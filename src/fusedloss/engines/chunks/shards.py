@@ -19,13 +19,13 @@ from ...kinds.heads import LinearCall, Rows, Slot, Slots
 from .. import abi
 from ..cpu import linear as kernel
 from . import steps
-from .chunked import Index, Loop, some
+from .chunked import DistillLoop, Index, Loop, some
 from .plan import AGAIN, Plan, on_host, plan
 from .products import Direct, Native
 
 
-class ShardLoop(Loop):
-    """Of a linear head."""
+class GroupLoop(Loop):
+    """Whether anything is exchanged depends on what any process needs, and not on what this one does."""
 
     def __init__(
         self,
@@ -39,13 +39,23 @@ class ShardLoop(Loop):
         self.shard, own = call.shard, (*needed, *(False,) * 4)[:4]
         others = call.shard.needed if call.stores_gradients else ()
         self.asked, self.differentiates = own, any(own) or any(others)
-        self.adds = self.shard.adds and call.family == "linear"
+        self.adds = self.shard.adds and call.family != "logits"
         takes_part = own[0] or (self.adds and any(others[:1]))
         super().__init__(call, tensors, (takes_part, *own[1:]), incoming)
         if self.differentiates and self.incoming is None:
             self.incoming = self.incoming_rows(incoming)
         self.given: Slot = None if incoming is None else sums
         self.merged: Slot = sums if incoming is None else None
+
+    def close(self) -> None:
+        if self.grads[0] is not None and self.adds:
+            self.shard.all_reduce(self.grads[0])
+        pairs = zip(self.grads, self.asked, strict=True)
+        self.grads = [grad if asked else None for grad, asked in pairs]
+
+
+class ShardLoop(GroupLoop):
+    """Of a linear head."""
 
     def planned(self, differentiate: bool) -> Plan:
         return plan(self.call, self.input, max(self.shard.sizes), self.differentiates)
@@ -98,7 +108,7 @@ class ShardLoop(Loop):
             return
         for part in beyond.nonzero().squeeze(1).split(-(-len(beyond) // AGAIN)):
             logits = g[part]
-            lost = product.lost(x[part], logits) if isinstance(product, Native) else None
+            lost = self.lost(product, x[part], logits)
             yield part, kernel.Logits(logits, lost, self.bias)
 
     def empty_sums(self, n: int) -> Tensor:
@@ -154,12 +164,6 @@ class ShardLoop(Loop):
             grad_target[:, :, head][rows] = part
         self.keep(results, head, rows)
 
-    def close(self) -> None:
-        if self.grads[0] is not None and self.adds:
-            self.shard.all_reduce(self.grads[0])
-        pairs = zip(self.grads, self.asked, strict=True)
-        self.grads = [grad if asked else None for grad, asked in pairs]
-
 
 class Copied(Direct):
     """Logits that are there already."""
@@ -193,3 +197,35 @@ class LogitsLoop(ShardLoop):
 
     def matrix(self, n: int, columns: int) -> Tensor:
         return super().matrix(n, columns) if self.place is None else self.place
+
+
+class DivergenceLoop(GroupLoop, DistillLoop):
+    """Of two heads. Each process multiplies for its classes, and a chunk has the logits of all."""
+
+    def planned(self, differentiate: bool) -> Plan:
+        # As much again is what they are gathered from.
+        return plan(self.call, self.input, 2 * self.shard.classes, self.differentiates)
+
+    def added(self, bias: Slot, head: int = 0) -> Slot:
+        return self.of_all(super().added(bias, head), 0)
+
+    def of_all(self, own: Slot, dim: int = 1) -> Slot:
+        return None if own is None else self.shard.gathered(own, dim)
+
+    def differentiate(self, product: Direct, head: int, rows: Index, n: int, add: bool) -> None:
+        x, own = product.rows(self.input[rows]), self.matrix(n, self.classes)
+        product.logits(x, own)
+        whole = self.shard.gathered(own, 1)
+        beyond = torch.empty(n, dtype=torch.int64) if any(self.rounds) else None
+        if self.step(whole, head, rows, beyond=beyond) > 0:
+            self.step_exactly(product, x, whole, head, rows, beyond)
+        own.copy_(whole.narrow(1, self.shard.first, self.shard.count))
+        self.multiply(product, x, own, head, rows, add)
+
+    def lost(self, product: Direct, x: Tensor, logits: Tensor) -> Slot:
+        own = logits.narrow(1, self.shard.first, self.shard.count).contiguous()
+        return self.of_all(super().lost(product, x, own))
+
+    def teacher(self, rows: Index, exactly: bool) -> kernel.Logits:
+        values, lost, bias = super().teacher(rows, exactly)
+        return kernel.Logits(self.shard.gathered(values, 1), self.of_all(lost), bias)
