@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,6 @@ from ..core import sharded, torch_state, trace
 from ..core.reduce import autocasts
 from ..engines import gpu
 from ..engines.chunks.loop import run as run_chunks
-from ..kinds.call import changed
 from ..kinds.heads import LinearCall, Ready, Slot, Slots
 from . import shards
 from .memo import Asked, remember
@@ -35,7 +35,7 @@ def results(
             call,
             tensors,
             lambda own, local, shard: results(
-                own if shard is None else changed(own, shard=shard), local, None
+                own if shard is None else replace(own, shard=shard), local, None
             ),
             lambda: call.check(tensors, sharded.whole(given)),
         )

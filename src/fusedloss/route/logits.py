@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,6 @@ from ..autograd import functions as autograd
 from ..core import reduce
 from ..core.indices import check_range
 from ..core.shards import ClassShard
-from ..kinds.call import changed
 from ..kinds.heads import Slot
 from ..kinds.logits import LogitsCall
 from ..kinds.rows import RowsCall
@@ -76,7 +77,7 @@ def _likelihood(
         (label >= shard.first) & (label < shard.first + shard.count) & (label != call.ignore_index)
     )
     reduction = "none" if call.reduction == "none" else "sum"
-    own = changed(
+    own = replace(
         call, reduction=reduction, ignore_index=OUTSIDE, dtype=reduce.exact(input), denominator=None
     )
     mine = None if weight is None else weight.narrow(0, shard.first, shard.count)
