@@ -187,6 +187,8 @@ def compiled(backend: str) -> None:
         (F.mse_loss, (X, Q), (ROWS, ROWS), (0, 1)),
         (F.triplet_margin_loss, (X, P, Q), (ROWS, ROWS, ROWS), (0, 1, 2)),
         (F.linear_cross_entropy, (X, V, Y), (ROWS, ROWS, ROWS), (0, 1)),
+        (F.linear_cross_entropy, (X, V, Y), (ALL, ROWS, ALL), (0, 1)),
+        (F.nll_loss, (X, Y), (CLASSES, ALL), (0,)),
     ):
         for reduction in ("mean", "none"):
             torch.compiler.reset()

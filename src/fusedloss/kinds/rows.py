@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..core import reduce
+from ..core import reduce, torch_state
 from ..core.indices import check_range
 from ..core.layout import empty_of_rows
 from . import torch_m
@@ -140,7 +140,9 @@ class RowsCall(Kind):
             check_range(self.loss, target, classes, self.ignore_index)
 
     def divided(self) -> tuple[int, ...]:
-        return () if self.gamma else (0, 1)
+        # A graph takes the sums of a likelihood's shards for no operator of ours.
+        gathers = self.gamma or (not self.softmax and torch_state.is_compiling())
+        return () if gathers else (0, 1)
 
     def replicated(self, tensors: Sequence[Any]) -> tuple[int, int]:
         return 2 if self.probabilities else 1, len(tensors)

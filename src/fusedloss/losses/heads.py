@@ -150,9 +150,9 @@ def linear_cross_entropy(
         logit_scale: s; it may be a 0-dim tensor that requires a gradient, and is then multiplied into h and b.
         denominator: what 'mean' divides by, a number or a 0-dim tensor: the count of all devices and all
             steps of an accumulation, say. A batch without a row that counts is then 0 and not NaN.
-        memory_budget: bytes of scratch beside the gradients; None: 64 MiB, on a GPU half of what the weight's
-            gradient takes in float32, at least 256 MiB and at most 1 GiB. The float32 sum of a half-typed
-            weight's gradient comes on top.
+        memory_budget: bytes of scratch beside the gradients; None: 64 MiB, 16 of a shard of the classes, on a
+            GPU half of what the weight's gradient takes in float32, at least 256 MiB and at most 1 GiB. The
+            float32 sum of a half-typed weight's gradient comes on top.
         exact_logits: whether logits of half types keep their digits in every row. A CPU that multiplies
             bfloat16 itself rounds them to it, but for rows that have one beyond 8, and for results that come
             without gradients ('none', `no_grad`); a GPU rounds all of them, or takes its products in float32.
