@@ -89,11 +89,12 @@ def cases(quick: bool) -> list[Case]:
     found += [head("small", *shape, dtype, SMALL_AT_MOST) for dtype in AT_MOST for shape in SMALL]
     shapes = [("table", 2048, 512, 50257)]
     if quick:
-        shapes += [("classes", 512, 256, v) for v in (4096, 16384, 65536)]
-        return found + [head(*shape, "float32") for shape in shapes]
-    shapes += [("rows", n, 512, 32000) for n in (256, 1024, 4096, 16384)]
-    found += [head(*shape, dtype) for dtype in AT_MOST for shape in shapes]
-    return found + [head("classes", 4096, 512, 1000 * v, "float32") for v in (8, 32, 64, 128, 256)]
+        found += [head(*shape, "float32") for shape in shapes]
+    else:
+        shapes += [("rows", n, 512, 32000) for n in (256, 1024, 4096, 16384)]
+        found += [head(*shape, dtype) for dtype in AT_MOST for shape in shapes]
+    thousands = (8, 32, 128) if quick else (8, 32, 64, 128, 256)
+    return found + [head("classes", 4096, 512, 1000 * v, "float32") for v in thousands]
 
 
 def shortest(result: Result, other: str, _: Sequence[Result]) -> float | None:
