@@ -114,6 +114,9 @@ def of_heads(reduction: str) -> Checks:
 
     head, placements = F.linear_cross_entropy, (ALL, ROWS, ALL)
     add("sequence: head", head, (SEQUENCE, ALL, SEQUENCE))
+    add("sequence: head, whole labels", head, (SEQUENCE, ALL, ALL))
+    add("sequence: head, plain labels", head, (SEQUENCE, ALL, None))
+    add("sequence: head of classes", head, (SEQUENCE, ROWS, SEQUENCE))
     add("loss_parallel: head", head, placements, inside=parallel)
     add("plain: head", head, (ALL, ROWS, None))
     add("loss_parallel: kl_div", distilled, placements, inside=parallel)

@@ -36,8 +36,13 @@ class Split(NamedTuple):
 
         if self.placement.dim == dim:
             return self.placement
-        factor = getattr(self.placement, "split_factor", None)  # rows that were a sequence's
+        factor = self.interleaved
         return Shard(dim) if factor is None else type(self.placement)(dim, split_factor=factor)
+
+    @property
+    def interleaved(self) -> int | None:
+        """In how many pieces a process has its rows, which were a sequence's; None: in one."""
+        return getattr(self.placement, "split_factor", None)
 
 
 class Classes(NamedTuple):
@@ -173,7 +178,7 @@ def _split(tensors: Sequence[tuple[Sequence[int | None], Any]]) -> Split | None:
         if axis is not None and axis >= 0:
             found.append(Split(axis, placement))
     # Rows of sequences are interleaved: they stay where all tensors agree on it.
-    alike = all(type(s.placement) is type(found[0].placement) for s in found)
+    alike = all(s.interleaved == found[0].interleaved for s in found)
     return found[0] if found and alike else None
 
 
