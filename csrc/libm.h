@@ -1,5 +1,5 @@
-// exp and log of the C library by their first versions, which every glibc has: those of 2.29 differ from them in
-// how they tell of errors, and would bar a shared library from systems before it.
+// exp and log of the C library by their first versions, which every glibc has: those of 2.29 differ from them
+// in how they tell of errors, and would bar a shared library from systems before it.
 #pragma once
 #include <cmath>
 

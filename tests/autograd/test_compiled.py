@@ -325,17 +325,23 @@ def test_derivatives_of_the_operator(monkeypatch: pytest.MonkeyPatch, generator:
     monkeypatch.setattr(pointwise, "LEAST", 1)
     x, t = torch.rand(2, 4, 5, generator=generator)
     for formula, params in (("mse", ()), ("bce", ()), ("huber", (0.3,))):
-        for reduction, denominator in (("mean", None), ("mean", 3), ("sum", None)):
+        for reduction, parts, of in (
+            ("mean", None, None),
+            ("mean", 3, None),
+            ("mean", None, 2.5),
+            ("sum", None, None),
+        ):
             for leaf in (x.clone().requires_grad_(), x.t().contiguous().t().requires_grad_()):
                 settings = (
                     formula,
                     params,
                     reduction,
-                    denominator,
+                    parts,
                     torch.float32,
                     False,
                     None,
                     "a_loss",
+                    of,
                 )
                 needed = [True] + [False] * (FORMULAS[formula].derivatives - 1)
                 given = (leaf, t, None, None, t)

@@ -206,16 +206,17 @@ def operator_calls() -> list[Any]:
     index, weight = torch.tensor([0, 4, 2, 2]), torch.rand(5)
     probabilities = torch.rand(4, 5).requires_grad_()
     found = []
-    for reduction in ("none", "mean", "sum"):
-        rest = (reduction, 2, 0.1, torch.float32, 0.0)
-        focal = (False, reduction, 2, 0.1, torch.float32, 1.5)
+    for reduction, denominator in (("none", None), ("mean", None), ("mean", 2.5), ("sum", None)):
+        rest = (reduction, 2, 0.1, torch.float32, 0.0, denominator)
+        focal = (False, reduction, 2, 0.1, torch.float32, 1.5, denominator)
+        triplet = ((2.0, 1e-6, 1.0), reduction, torch.float32, denominator)
         soft = (x, probabilities, weight, "cross_entropy", True, reduction, -100, 0.1)
         found += [
             ("rows", x, index, weight, "cross_entropy", False, *rest),
             ("rows", x, index, None, "nll_loss", False, *rest),
-            ("rows", *soft, torch.float32, 0.0),
+            ("rows", *soft, torch.float32, 0.0, denominator),
             ("rows", x, index, weight, "softmax_focal_loss", *focal),
-            ("reduction", x, y, z, "triplet_swap", (2.0, 1e-6, 1.0), reduction, torch.float32),
+            ("reduction", x, y, z, "triplet_swap", *triplet),
         ]
     return found
 
