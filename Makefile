@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt $(wildcard csrc/*) src/fusedloss/engines/cpu/printer.py $(wildcard src/fusedloss/losses/*.py)
 
-.PHONY: demo test test-torch docs nightly bench wheel lint format sanitize mutation clean
+.PHONY: demo test test-torch docs nightly arm64 bench wheel lint format sanitize mutation clean
 
 demo: $(VENV)/installed
 	$(BIN)/fusedloss demo
@@ -17,6 +17,10 @@ test: $(VENV)/installed
 # every GPU kernel for four targets. Hours.
 nightly: $(VENV)/installed
 	$(BIN)/python -m pytest -m 'nightly or large' -n 0 $(ARGS)
+
+# The kernels that arm64 has, under qemu-user.
+arm64: $(VENV)/installed
+	$(BIN)/python tests/arm64.py
 
 # Plants errors in formulas and kernels, each of which the suite must see.
 mutation: $(VENV)/installed

@@ -57,6 +57,11 @@ def contents(wheel: Path, sdist: Path) -> None:
     sources = {n for n in sources if "__pycache__" not in n}
     missing = sources - set(names)
     assert not missing, f"{wheel.name} lacks {sorted(missing)}"
+    (about,) = (n for n in names if n.endswith(".dist-info/METADATA"))
+    with zipfile.ZipFile(wheel) as archive:
+        page = archive.read(about).decode()
+    dead = re.findall(r"\]\((?!https?:|#)[^)]*\)", page)
+    assert "fused" in page and not dead, f"{wheel.name}: its page has the links {dead}"
     foreign = [n for n in names if not n.startswith(("fusedloss/", "fusedloss-"))]
     assert not foreign, f"{wheel.name} has {foreign}"
     assert sum(n.endswith(".so") for n in names) >= 1
