@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.distributed.tensor
 from problems import SETTINGS, Distillation, Problem, without_kernels
 from torch import Generator, Tensor
 
