@@ -99,7 +99,7 @@ def checked(command: list[str], **environment: str) -> None:
     assert done.stdout == "same\n", done.stdout[-2000:] + done.stderr[-3000:]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_kernel(tmp_path: Path) -> None:
     """Of a copy that has the definition among its losses, built with it."""
     root = elsewhere.copy(tmp_path / "copy")
