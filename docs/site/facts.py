@@ -216,10 +216,12 @@ def heads() -> list[Head]:
         found = []
         for fields in document["results"]:
             case = fields["case"]
+            if not fields["samples"] or not fields["peaks"]:  # of time or memory alone
+                continue
             sizes = case["n"], case["d"], case["v"]
             n, d, v = sizes
             size = getattr(torch, case["dtype"]).itemsize
-            title = " x ".join(map(str, sizes))
+            title = f"{' x '.join(map(str, sizes))} {case['dtype']}"
             given = fields["samples"], fields["peaks"], size * (n * d + v * d)
             found.append(Head(title, *given, path.name, machine(document)))
         return found
