@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -67,6 +68,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if (one_in := item.get_closest_marker("one_in")) and not first_of(item, *one_in.args):
             item.add_marker(pytest.mark.nightly)
+
+
+def pytest_collection_finish() -> None:
+    """Tens of thousands of tests stay to the end: no collection of garbage need look at them."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # what counts its references at exit finds them given back
 
 
 def pytest_report_header() -> str:
