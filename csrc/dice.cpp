@@ -4,12 +4,12 @@
 namespace fusedloss::kernels {
 namespace {
 
-// Where no classes are weighed against each other, sums have many terms, and masks and what is ignored are
-// floats.
+// Where sums have many terms, and masks and what is ignored are floats.
 bool in_float(const DiceArgs& a) {
     const bool few = (a.batch ? a.n : 1) * a.d < 64;
     const bool wide = a.input.dtype == F64 || (a.masks && a.target.dtype == F64);
-    return a.activation != 0 && !few && !wide && std::abs(a.ignore_index) < 1 << 24;
+    const int64_t most = 1 << 24;
+    return !few && !wide && -most < a.ignore_index && a.ignore_index < most;
 }
 
 }  // namespace
@@ -20,9 +20,10 @@ int64_t dice(const DiceArgs& given) {
         for (Grid* grid : {&a.input, &a.target, &a.grad}) grid->stride[2] = grid->stride[0];
         std::swap(a.n, a.d);
     }
-    if (a.activation != 0 || a.masks)
-        return in_float(a) ? fusedloss::dice<float, Masks<float>>(a)
-                           : fusedloss::dice<double, Masks<double>>(a);
+    if (a.activation != 0)
+        return in_float(a) ? fusedloss::dice<float, Apart<float>>(a)
+                           : fusedloss::dice<double, Apart<double>>(a);
+    if (a.masks) return fusedloss::dice<double, Together>(a);
     return a.input.dtype == F64 ? fusedloss::dice<double, Indices<double>>(a)
                                 : fusedloss::dice<float, Indices<float>>(a);
 }

@@ -5,69 +5,74 @@
 
 namespace fusedloss {
 
-// Sigmoids, probabilities, and masks. In float where nothing cancels: for the softmax's slopes T is double.
+// What is read of a tile, `rows` classes at a time, and what is made of a class's probabilities and target.
 template <class T>
-class Masks {
-public:
-    Masks(const DiceArgs& args, const Rows<T>&)
-        : a(args),
-          together(a.activation == 0),
-          width(lanes(a)),
-          x(size_t((together ? a.c : 1) * width)),
-          q(x.size()),
-          t(x.size()),
-          y(size_t(width)),
-          largest(y.size()),
-          v(y.size()),
-          beyond(y.size()) {}
+class MaskTile {
+protected:
+    static constexpr int64_t group = 64;
+    const DiceArgs& a;
+    const int64_t width;
+    std::vector<T> x, q, t;  // probabilities, 1 - these, and the target
+    std::vector<int64_t> y;
+
+    MaskTile(const DiceArgs& args, int64_t rows, int64_t lanes)
+        : a(args), width(lanes), x(size_t(rows * width)), q(x.size()), t(x.size()), y(size_t(width)) {}
 
     // What the first-level cache holds of three numbers an element.
-    static int64_t lanes(const DiceArgs& a) {
-        const int64_t rows = a.activation == 0 ? std::max<int64_t>(a.c, 1) : 4;
-        return std::clamp<int64_t>(2048 / rows / group * group, group, 8 * group);
+    static int64_t lanes_of(int64_t rows) {
+        return std::clamp<int64_t>(2048 / std::max<int64_t>(rows, 1) / group * group, group, 8 * group);
     }
 
-    double sums(int64_t n, int64_t d0, int64_t count, Sums* of) {
-        read(n, d0, count);
-        for (int64_t c = 0; c < a.c; ++c) {
-            if (!together) {
-                read_class(n, d0, count, c);
-                activate(c, count);
-            }
-            of[c] += sums_of(row(x, c), row(q, c), row(t, c), ignored(), count);
-        }
-        return 0;
+    T* row(std::vector<T>& of, int64_t k) { return of.data() + k * width; }
+    // What the target is where it does not count.
+    T ignored() const { return a.masks ? T(a.ignore_index) : T(-1); }
+
+    void read_labels(int64_t n, int64_t d0, int64_t count) {
+        if (!a.masks)
+            load_indices(a.target.data, a.target.dtype, row_start(a.target, n, d0), a.target.stride[2], count,
+                         y.data());
     }
 
-    void gradient(int64_t n, int64_t d0, int64_t count, const Slopes* slopes, double) {
-        read(n, d0, count);
-        for (int64_t c = 0; together && c < a.c; ++c) weigh(slopes[c], row(t, c), ignored(), count);
-        if (together) softmax_slopes(count);
-        for (int64_t c = 0; c < a.c; ++c) {
-            if (!together) {
-                read_class(n, d0, count, c);
-                if (a.activation == 1)
-                    sigmoid_slopes(slopes[c], exps(c, count), row(t, c), ignored(), count);
-                else
-                    weigh(slopes[c], row(t, c), ignored(), count);
-            }
-            const int64_t to = row_start(a.grad, n, d0) + c * a.grad.stride[1];
-            store(memory(a.grad, to), a.grad.dtype, a.grad.stride[2], count, row(t, c));
-        }
+    // Class c, as the k-th that is here.
+    void read_class(int64_t n, int64_t d0, int64_t count, int64_t c, int64_t k) {
+        const int64_t from = row_start(a.input, n, d0) + c * a.input.stride[1];
+        load_strided(memory(a.input, from), a.input.dtype, a.input.stride[2], count, row(x, k));
+        read_target(n, d0, count, c, k);
+    }
+
+    void store_class(int64_t n, int64_t d0, int64_t count, int64_t c, int64_t k) {
+        const int64_t to = row_start(a.grad, n, d0) + c * a.grad.stride[1];
+        store(memory(a.grad, to), a.grad.dtype, a.grad.stride[2], count, row(t, k));
+    }
+
+    Sums sums_of(int64_t k, int64_t count) {
+        return sums_of(row(x, k), row(q, k), row(t, k), ignored(), count);
+    }
+
+    void weigh(const Slopes& s, int64_t k, int64_t count) { weigh(s, row(t, k), ignored(), count); }
+
+    static double slope_of(T t, double inside, double outside) {
+        const double some = double(t);
+        return some * inside + (1 - some) * outside;
     }
 
 private:
-    static constexpr int64_t group = 64;
-    const DiceArgs& a;
-    const bool together;  // the classes of a place, as the softmax needs them; else one after the other
-    const int64_t width;
-    std::vector<T> x, q, t;           // probabilities, 1 - these, and the target
-    std::vector<int64_t> y, largest;  // classes
-    std::vector<double> v, beyond;
-
-    T* row(std::vector<T>& of, int64_t c) { return of.data() + (together ? c * width : 0); }
-    // What the target is where it does not count.
-    T ignored() const { return a.masks ? T(a.ignore_index) : T(-1); }
+    void read_target(int64_t n, int64_t d0, int64_t count, int64_t c, int64_t k) {
+        T* to = row(t, k);
+        if (!a.masks) {
+            for (int64_t i = 0; i < count; ++i) {
+                const bool counts = y[size_t(i)] != a.ignore_index;
+                to[i] = counts ? T(y[size_t(i)] == c) : ignored();
+                row(x, k)[i] = counts ? row(x, k)[i] : T(0);  // which may be NaN
+            }
+            return;
+        }
+        const int64_t from = row_start(a.target, n, d0) + c * a.target.stride[1];
+        if (a.target.dtype < I64)
+            return load_strided(memory(a.target, from), a.target.dtype, a.target.stride[2], count, to);
+        load_indices(a.target.data, a.target.dtype, from, a.target.stride[2], count, y.data());
+        for (int64_t i = 0; i < count; ++i) to[i] = T(y[size_t(i)]);
+    }
 
     // Of terms of one sign: see quick_sum.
     static FUSEDLOSS_LOOP Sums sums_of(const T* __restrict p, const T* __restrict q, const T* __restrict t,
@@ -98,35 +103,66 @@ private:
     static FUSEDLOSS_LOOP void weigh(const Slopes& s, T* __restrict t, T ignored, int64_t n) {
         const double inside = s.inside, outside = s.outside;
 #pragma omp simd
+        for (int64_t i = 0; i < n; ++i) t[i] = t[i] != ignored ? T(slope_of(t[i], inside, outside)) : T(0);
+    }
+};
+
+// Sigmoids and probabilities, one class after the other.
+template <class T>
+class Apart : MaskTile<T> {
+    using Base = MaskTile<T>;
+    using Base::a, Base::x, Base::q, Base::t, Base::row;
+
+public:
+    Apart(const DiceArgs& args, const Rows<T>&) : Base(args, 1, lanes(args)) {}
+
+    static int64_t lanes(const DiceArgs&) { return 8 * Base::group; }
+
+    double sums(int64_t n, int64_t d0, int64_t count, Sums* of) {
+        this->read_labels(n, d0, count);
+        for (int64_t c = 0; c < a.c; ++c) {
+            this->read_class(n, d0, count, c, 0);
+            activate(count);
+            of[c] += this->sums_of(0, count);
+        }
+        return 0;
+    }
+
+    void gradient(int64_t n, int64_t d0, int64_t count, const Slopes* slopes, double) {
+        this->read_labels(n, d0, count);
+        for (int64_t c = 0; c < a.c; ++c) {
+            this->read_class(n, d0, count, c, 0);
+            if (a.activation == 1)
+                sigmoid_slopes(slopes[c], exps(count), row(t, 0), this->ignored(), count);
+            else
+                this->weigh(slopes[c], 0, count);
+            this->store_class(n, d0, count, c, 0);
+        }
+    }
+
+private:
+    void activate(int64_t count) {
+        if (a.activation == 1) {
+            exps(count);
+            sigmoids(row(x, 0), row(q, 0), count);
+        } else {
+            for (int64_t i = 0; i < count; ++i) row(q, 0)[i] = T(1) - row(x, 0)[i];
+        }
+    }
+
+    const T* exps(int64_t count) {
+        math::map(row(q, 0), count, [](auto logit) { return math::exp_minus_abs(logit); }, row(x, 0));
+        return row(q, 0);
+    }
+
+    // p and 1 - p, from the logits and exp(-|logits|).
+    static FUSEDLOSS_LOOP void sigmoids(T* __restrict x, T* __restrict e, int64_t n) {
+#pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
-            const double some = double(t[i]), slope = some * inside + (1 - some) * outside;
-            t[i] = t[i] != ignored ? T(slope) : T(0);
+            const T logit = x[i], less = e[i];
+            x[i] = math::sigmoid(logit, less);
+            e[i] = math::sigmoid(-logit, less);
         }
-    }
-
-    // p (v - S), with v - S of the largest class as the others' part of it, and of these from there.
-    void softmax_slopes(int64_t count) {
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t top = largest[size_t(i)];
-            v[size_t(i)] = double(row(t, top)[i]);
-            beyond[size_t(i)] = double(row(q, top)[i]) * v[size_t(i)];
-        }
-        for (int64_t c = 0; c < a.c; ++c)
-            take_others(row(x, c), row(t, c), largest.data(), c, count, beyond.data());
-        for (int64_t c = 0; c < a.c; ++c) slopes_of(row(x, c), v.data(), beyond.data(), count, row(t, c));
-    }
-
-    static FUSEDLOSS_LOOP void take_others(const T* __restrict p, const T* __restrict v,
-                                           const int64_t* __restrict largest, int64_t c, int64_t n,
-                                           double* __restrict beyond) {
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) beyond[i] -= largest[i] == c ? 0.0 : double(p[i]) * double(v[i]);
-    }
-
-    static FUSEDLOSS_LOOP void slopes_of(const T* __restrict p, const double* __restrict of_largest,
-                                         const double* __restrict beyond, int64_t n, T* __restrict v) {
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) v[i] = T(double(p[i]) * ((double(v[i]) - of_largest[i]) + beyond[i]));
     }
 
     // e / (1 + e) as e - e t, of which t is the same: its rounding then hardly counts.
@@ -141,65 +177,66 @@ private:
         const double inside = s.inside, outside = s.outside;
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
-            const double some = double(t[i]), slope = some * inside + (1 - some) * outside;
-            const double less = part(e[i]);
+            const double slope = Base::slope_of(t[i], inside, outside), less = part(e[i]);
             t[i] = t[i] != ignored ? T(slope * (less * (1 - less))) : T(0);
         }
     }
+};
 
-    const T* exps(int64_t c, int64_t count) {
-        math::map(row(q, c), count, [](auto logit) { return math::exp_minus_abs(logit); }, row(x, c));
-        return row(q, c);
+// Softmax against masks, all classes of a place together: their slopes cancel, thus in double.
+class Together : MaskTile<double> {
+public:
+    Together(const DiceArgs& args, const Rows<double>&)
+        : MaskTile(args, args.c, lanes(args)), largest(y.size()), v(y.size()), beyond(y.size()) {}
+
+    static int64_t lanes(const DiceArgs& args) { return lanes_of(args.c); }
+
+    double sums(int64_t n, int64_t d0, int64_t count, Sums* of) {
+        read(n, d0, count);
+        for (int64_t c = 0; c < a.c; ++c) of[c] += sums_of(c, count);
+        return 0;
     }
 
-    // p and 1 - p, from the logits and exp(-|logits|).
-    static FUSEDLOSS_LOOP void sigmoids(T* __restrict x, T* __restrict e, int64_t n) {
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) {
-            const T logit = x[i], less = e[i];
-            x[i] = math::sigmoid(logit, less);
-            e[i] = math::sigmoid(-logit, less);
-        }
+    void gradient(int64_t n, int64_t d0, int64_t count, const Slopes* slopes, double) {
+        read(n, d0, count);
+        for (int64_t c = 0; c < a.c; ++c) weigh(slopes[c], c, count);
+        softmax_slopes(count);
+        for (int64_t c = 0; c < a.c; ++c) store_class(n, d0, count, c, c);
     }
+
+private:
+    std::vector<int64_t> largest;  // classes
+    std::vector<double> v, beyond;
 
     void read(int64_t n, int64_t d0, int64_t count) {
-        if (!a.masks)
-            load_indices(a.target.data, a.target.dtype, row_start(a.target, n, d0), a.target.stride[2], count,
-                         y.data());
-        for (int64_t c = 0; together && c < a.c; ++c) read_class(n, d0, count, c);
-        if (together) softmax(count);
+        read_labels(n, d0, count);
+        for (int64_t c = 0; c < a.c; ++c) read_class(n, d0, count, c, c);
+        softmax(count);
     }
 
-    void read_class(int64_t n, int64_t d0, int64_t count, int64_t c) {
-        const int64_t from = row_start(a.input, n, d0) + c * a.input.stride[1];
-        load_strided(memory(a.input, from), a.input.dtype, a.input.stride[2], count, row(x, c));
-        read_target(n, d0, count, c);
-    }
-
-    void activate(int64_t c, int64_t count) {
-        if (a.activation == 1) {
-            exps(c, count);
-            sigmoids(row(x, c), row(q, c), count);
-        } else {
-            for (int64_t i = 0; i < count; ++i) row(q, c)[i] = T(1) - row(x, c)[i];
+    // p (v - S), with v - S of the largest class as the others' part of it, and of these from there.
+    void softmax_slopes(int64_t count) {
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t top = largest[size_t(i)];
+            v[size_t(i)] = row(t, top)[i];
+            beyond[size_t(i)] = row(q, top)[i] * v[size_t(i)];
         }
+        for (int64_t c = 0; c < a.c; ++c)
+            take_others(row(x, c), row(t, c), largest.data(), c, count, beyond.data());
+        for (int64_t c = 0; c < a.c; ++c) slopes_of(row(x, c), v.data(), beyond.data(), count, row(t, c));
     }
 
-    void read_target(int64_t n, int64_t d0, int64_t count, int64_t c) {
-        T* to = row(t, c);
-        if (!a.masks) {
-            for (int64_t i = 0; i < count; ++i) {
-                const bool counts = y[size_t(i)] != a.ignore_index;
-                to[i] = counts ? T(y[size_t(i)] == c) : ignored();
-                row(x, c)[i] = counts ? row(x, c)[i] : T(0);  // which may be NaN
-            }
-            return;
-        }
-        const int64_t from = row_start(a.target, n, d0) + c * a.target.stride[1];
-        if (a.target.dtype < I64)
-            return load_strided(memory(a.target, from), a.target.dtype, a.target.stride[2], count, to);
-        load_indices(a.target.data, a.target.dtype, from, a.target.stride[2], count, y.data());
-        for (int64_t i = 0; i < count; ++i) to[i] = T(y[size_t(i)]);
+    static FUSEDLOSS_LOOP void take_others(const double* __restrict p, const double* __restrict v,
+                                           const int64_t* __restrict largest, int64_t c, int64_t n,
+                                           double* __restrict beyond) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) beyond[i] -= largest[i] == c ? 0.0 : p[i] * v[i];
+    }
+
+    static FUSEDLOSS_LOOP void slopes_of(const double* __restrict p, const double* __restrict of_largest,
+                                         const double* __restrict beyond, int64_t n, double* __restrict v) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) v[i] = p[i] * ((v[i] - of_largest[i]) + beyond[i]);
     }
 
     // The largest class has its 1 - p from the others.
@@ -211,41 +248,38 @@ private:
         std::fill_n(others, count, 0.0);
         for (int64_t c = 0; c < a.c; ++c) take_largest(row(x, c), c, count, max, largest.data());
         for (int64_t c = 0; c < a.c; ++c) {
-            T* e = row(x, c);
-#pragma omp simd
-            for (int64_t i = 0; i < count; ++i) e[i] = T(double(e[i]) - max[i]);
-            math::map(e, count, [](auto d) { return math::exp(d); }, e);
-            add_others(e, largest.data(), c, count, others);
+            math::map(
+                row(x, c), count, [](auto x, auto most) { return math::exp(x - most); }, row(x, c), max);
+            add_others(row(x, c), largest.data(), c, count, others);
         }
         for (int64_t i = 0; i < count; ++i) others[i] += max[i] - max[i];  // NaN where that is infinite
         for (int64_t c = 0; c < a.c; ++c) shares(row(x, c), largest.data(), others, c, count, row(q, c));
     }
 
-    static FUSEDLOSS_LOOP void take_largest(const T* __restrict x, int64_t c, int64_t n,
+    static FUSEDLOSS_LOOP void take_largest(const double* __restrict x, int64_t c, int64_t n,
                                             double* __restrict max, int64_t* __restrict largest) {
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
-            const double value = double(x[i]);
-            largest[i] = value > max[i] ? c : largest[i];
-            max[i] = value > max[i] ? value : max[i];
+            largest[i] = x[i] > max[i] ? c : largest[i];
+            max[i] = x[i] > max[i] ? x[i] : max[i];
         }
     }
 
-    static FUSEDLOSS_LOOP void add_others(const T* __restrict e, const int64_t* __restrict largest, int64_t c,
-                                          int64_t n, double* __restrict others) {
+    static FUSEDLOSS_LOOP void add_others(const double* __restrict e, const int64_t* __restrict largest,
+                                          int64_t c, int64_t n, double* __restrict others) {
 #pragma omp simd
-        for (int64_t i = 0; i < n; ++i) others[i] += largest[i] == c ? 0.0 : double(e[i]);
+        for (int64_t i = 0; i < n; ++i) others[i] += largest[i] == c ? 0.0 : e[i];
     }
 
     // The largest has exp(0) = 1.
-    static FUSEDLOSS_LOOP void shares(T* __restrict e, const int64_t* __restrict largest,
+    static FUSEDLOSS_LOOP void shares(double* __restrict e, const int64_t* __restrict largest,
                                       const double* __restrict others, int64_t c, int64_t n,
-                                      T* __restrict rest) {
+                                      double* __restrict rest) {
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
-            const double total = others[i] + 1.0, own = double(e[i]);
-            rest[i] = T((largest[i] == c ? others[i] : total - own) / total);
-            e[i] = T(own / total);
+            const double total = others[i] + 1.0;
+            rest[i] = (largest[i] == c ? others[i] : total - e[i]) / total;
+            e[i] /= total;
         }
     }
 };
