@@ -83,10 +83,10 @@ def print_formulas(root: Path) -> None:
             subprocess.run(command, stdout=header, check=True)
 
 
-def link(root: Path, sources: Sequence[str], to: Path, *extra: str) -> None:
+def link(root: Path, sources: Sequence[str], to: Path, *extra: str, compiler: str = CXX) -> None:
     units = [*(root / s for s in sources), *(root / "formulas").glob("formulas_*.cpp")]
     folders = [f"-I{root / name}" for name in ("formulas", "csrc")]
-    command = [CXX, *extra, *folders, "-o", to, *units]
+    command = [compiler, *extra, *folders, "-o", to, *units]
     subprocess.run(command, check=True)
 
 

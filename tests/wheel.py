@@ -53,13 +53,12 @@ def contents(wheel: Path, sdist: Path) -> None:
     assert tag and min(oldest) <= OLDEST, f"{wheel.name}: not for glibc {OLDEST}"
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
+        (about,) = (n for n in names if n.endswith(".dist-info/METADATA"))
+        page = archive.read(about).decode()
     sources = {p.relative_to(ROOT / "src").as_posix() for p in (ROOT / "src").rglob("*.py*")}
     sources = {n for n in sources if "__pycache__" not in n}
     missing = sources - set(names)
     assert not missing, f"{wheel.name} lacks {sorted(missing)}"
-    (about,) = (n for n in names if n.endswith(".dist-info/METADATA"))
-    with zipfile.ZipFile(wheel) as archive:
-        page = archive.read(about).decode()
     dead = re.findall(r"\]\((?!https?:|#)[^)]*\)", page)
     assert "fused" in page and not dead, f"{wheel.name}: its page has the links {dead}"
     foreign = [n for n in names if not n.startswith(("fusedloss/", "fusedloss-"))]
