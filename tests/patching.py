@@ -40,5 +40,5 @@ def in_place() -> set[bool]:
     """Of each function, of the name that patched code looks up and of torch's caches: whether patched."""
     codes = {f.__code__ is not module.ORIGINALS[n].__code__ for n, f in module.FUNCTIONS.items()}
     doors = {"__prepare_scriptable__" in vars(f) for f in module.FUNCTIONS.values()}
-    marked = caches.MARK in torch.compiler.config.cache_key_tag
+    marked = caches.own() in torch.compiler.config.cache_key_tag
     return {*codes, *doors, hasattr(F, module.NAME), marked}

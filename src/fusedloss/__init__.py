@@ -4,6 +4,7 @@
 """
 
 import gc
+from typing import Any
 
 # An import makes nothing to collect, and to look through all of torch's objects takes as long again.
 _collects = gc.isenabled()
@@ -14,7 +15,6 @@ try:
     from .core.trace import Route, explain
     from .engines.gpu import synchronize
     from .front import modules as _modules
-    from .lazy import LazyLogits, LazyLogitsWarning, lazy_head, lazy_heads
     from .losses import *  # noqa: F403
     from .losses import __all__ as _losses
     from .patch import patch, patched, unpatch
@@ -24,22 +24,38 @@ finally:
 
 __version__ = "0.1.0"
 
+_LAZY = (
+    "LazyLogits",
+    "LazyLogitsWarning",
+    "lazy_head",
+    "lazy_heads",
+)  # whose rules few programs need
 globals().update(_modules.MODULES)
 __all__ = [
     *_losses,
     *_modules.MODULES,
-    "LazyLogits",
-    "LazyLogitsWarning",
+    *_LAZY,
     "Route",
     "checks",
     "distributed",
     "explain",
     "functional",
-    "lazy_head",
-    "lazy_heads",
     "nn",
     "patch",
     "patched",
     "synchronize",
     "unpatch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fusedloss' has no attribute {name!r}")
+    from . import lazy
+
+    globals().update({each: getattr(lazy, each) for each in _LAZY})
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -22,7 +22,6 @@ from . import losses
 from .core import caches, errors, sharded, torch_state
 from .core.plain import PLAIN
 from .core.torch_state import FakeTensor, FunctionalTensor
-from .lazy.heads import of_patch
 
 HOME = torch.nn.functional
 NAME = "_fusedloss"  # what the patched functions find us by, in the globals of HOME
@@ -115,6 +114,8 @@ def _settle_heads(wanted: bool) -> None:
             "they are"
         )
     elif wanted and LINEAR.__code__ is OWN_LINEAR:
+        from .lazy.heads import of_patch
+
         vars(LAYERS)[NAME] = of_patch
         LINEAR.__code__ = _LAZY_LINEAR
     elif not wanted and LINEAR.__code__ is _LAZY_LINEAR:

@@ -191,4 +191,4 @@ def test_operators_are_named_by_our_version() -> None:
     """A graph in a cache on disk keeps the strides of the fakes that it was compiled with."""
     for name in ("rows", "reduction", "linear", "distill"):
         for each in (name, f"{name}_backward"):
-            assert getattr(torch.ops.fusedloss, each).overloads() == [f"v{caches.VERSION}"]
+            assert getattr(torch.ops.fusedloss, each).overloads() == [f"v{caches.version()}"]

@@ -85,7 +85,7 @@ TENSORS: dict[type[Any], tuple[str, ...]] = {
 }
 WIDE = (torch.float32, torch.float64)
 LIBRARY = torch.library.Library("fusedloss", "DEF")
-OVERLOAD = f"v{caches.VERSION}"
+OVERLOAD = f"v{caches.version()}"
 Slot = Tensor | None
 T = TypeVar("T")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from pathlib import Path
@@ -13,7 +14,8 @@ CONFIG = torch.compiler.config
 KEY = "cache_key_tag"
 
 
-def _version() -> str:
+@functools.cache
+def version() -> str:
     """A digest of our sources: what a compiled graph remembers of them must not outlive them."""
     home, found = Path(__file__).parent.parent, hashlib.sha256()
     # Of strings: objects for paths take several times as long, at each import.
@@ -26,17 +28,18 @@ def _version() -> str:
     return found.hexdigest()[:12]
 
 
-VERSION = _version()
-MARK = f"+fusedloss-{VERSION}"
+def own() -> str:
+    """The mark."""
+    return f"+fusedloss-{version()}"
 
 
 def _marked(config: Any) -> str:
     """What the user has set, whenever and in whichever thread, and our mark."""
-    return _unmarked(config.__getattr__(KEY)) + MARK
+    return _unmarked(config.__getattr__(KEY)) + own()
 
 
-def _unmarked(tag: str) -> str:
-    return tag.replace(MARK, "")
+def _unmarked(found: str) -> str:
+    return found.replace(own(), "")
 
 
 def mark() -> None:
@@ -55,5 +58,5 @@ def unmark() -> None:
         delattr(type(CONFIG), KEY)
     # Whoever saves the tag and puts it back, as mocks do, has stored the mark too.
     tag = getattr(CONFIG, KEY)
-    if MARK in tag:
+    if own() in tag:
         setattr(CONFIG, KEY, _unmarked(tag))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..kinds import Call
-from . import cpu, gpu
+from . import gpu
 from .gpu import interpreted
-from .protocol import Engine
+
+if TYPE_CHECKING:
+    from .protocol import Engine
 
 __all__ = ["engine_of", "interpreted"]
 
@@ -18,4 +20,6 @@ def engine_of(call: Call, tensor: Tensor | None) -> Engine[Any]:
     """What runs the call on the device of its first tensor."""
     if gpu.serves(tensor):
         return gpu.engine_of(call.family)
+    from . import cpu  # with the first call that it runs
+
     return cpu.ENGINES[call.family]

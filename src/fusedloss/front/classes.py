@@ -11,8 +11,8 @@ from torch import Tensor
 from ..core import advice, errors
 from ..core.reduce import result_dtype
 from ..kinds.rows import RowsCall
-from ..route import class_groups, logits
-from ..route.dispatch import dispatch
+from ..route import class_groups
+from ..route.entry import dispatch
 from ..route.memo import Asked
 from . import docs
 from .loss import Definition
@@ -92,6 +92,8 @@ class Classes:
         call = RowsCall(name, probabilities, reduction, ignore_index, smoothing, dtype, gamma)
         by = loss.divisor(given, reduction)
         if shard is not None:
+            from ..route import logits
+
             return logits.run(call, shard, input, target, weight, by)
         seen = {"reduction": reduction, "ignore_index": ignore_index}
         loss.refuse_what_users_rue(operands, given, **seen)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..kinds.distill import DistillCall
 from ..route import class_groups
-from ..route.heads import dispatch
+from ..route.entry import dispatch_head as dispatch
 from ..route.memo import Asked
 from .composed import Composed
 from .loss import Definition

@@ -39,8 +39,13 @@ class Definition:
     further: tuple[str, ...]  # of these, the operands of a formula that the body chooses by them
     settings: dict[str, Setting]
     extensions: tuple[str, ...]  # settings that PyTorch lacks
-    alone: bool  # PyTorch has no function of the name: the body has the whole signature
+    theirs: inspect.Signature | None  # that of PyTorch's function
     named: tuple[str, ...]  # the parameters but for what 'mean' divides by
+
+    @property
+    def alone(self) -> bool:
+        """Whether PyTorch has no function of the name: the body has the whole signature."""
+        return self.theirs is None
 
     def tensors(self, given: dict[str, Any], kind: type[Exception]) -> dict[str, Tensor]:
         """The operands.
@@ -162,8 +167,8 @@ def loss(
 
     def define(body: Callable[..., Any]) -> Callable[..., Any]:
         found = _definition(body, module, settings, ladder)
-        theirs = signature.of_torch(found.name)
-        names = list(found.signature.parameters)
+        parameters = found.signature.parameters
+        names = list(parameters)
 
         def finish(asked: tuple[Any, Any] | None, *arguments: Any) -> Any:
             given = dict(zip(names, map(plain.taken, arguments), strict=True))
@@ -176,12 +181,12 @@ def loss(
                 raise
 
         made = signature.function(
-            found.name, body.__globals__, found.signature, theirs, finish, ladder.memo(found)
+            found.name, body.__globals__, found.signature, found.theirs, finish, ladder.memo(found)
         )
         namesake = "" if found.alone else module or ""
         words = ladder.words(found)
         made.__doc__ = docs.of_function(body, namesake, names, found.settings, words)
-        made.__annotations__ = {n: p.annotation for n, p in found.signature.parameters.items()}
+        made.__annotations__ = {n: p.annotation for n, p in parameters.items()}
         made.__annotations__["return"] = found.signature.return_annotation
         FUNCTIONS[found.name] = made
         if rules:
@@ -190,9 +195,9 @@ def loss(
             kind = row.kind or ladder.kind
             register(dataclasses.replace(row, function=made, module=namesake, kind=kind))
         if module is not None and found.alone:
-            modules.make_alone(module, made, found.operands, found.optional)
+            modules.make_alone(module, made, parameters, found.operands, found.optional)
         elif module is not None:
-            modules.make(module, made, found.operands, found.extensions)
+            modules.make(module, made, parameters, found.operands, found.extensions)
         return made
 
     return define
@@ -243,7 +248,7 @@ def _definition(
         ),
         settings={n: settings[n] for n in own.parameters if n in settings},
         extensions=tuple(n for n in whole.parameters if theirs and n not in theirs.parameters),
-        alone=theirs is None,
+        theirs=theirs,
         named=named,
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core import advice, errors
 from ..core.reduce import result_dtype
 from ..kinds.margins import MarginCall
-from ..route.dispatch import dispatch
+from ..route.entry import dispatch
 from ..route.memo import Asked
 from . import docs
 from .classes import INDICES
@@ -88,12 +88,14 @@ class Margins:
                 hint = ": each row holds the labels of one of the input, then -1"
                 errors.fail(RuntimeError, name, words + hint)
         elif len(given) > 1 or target.numel() != (shape[0] if len(shape) == 2 else 1):
+            rows = shape[0] if len(shape) == 2 else 1
             errors.fail(
                 RuntimeError,
                 name,
                 "target tensor should be 1-D with size equal to the number of input samples (batch size). "
-                f"Expected target size {[shape[0] if len(shape) == 2 else 1]}, but got {given}. "
-                f"Input has shape {shape}.",
+                f"Expected target size {[rows]}, but got {given}. Input has shape {shape}. "
+                # Before torch 2.12:
+                f"(inconsistent target size, expected {rows} but got {given})",
             )
         return shape[-1] if shape else 1
 

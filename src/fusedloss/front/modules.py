@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Optional  # noqa: F401
 
 import torch.nn
@@ -21,13 +21,16 @@ OF_CALL = tuple(KINDS_OF_CALL)
 
 
 def make(
-    name: str, function: Callable[..., Any], operands: tuple[str, ...], extensions: tuple[str, ...]
+    name: str,
+    function: Callable[..., Any],
+    parameters: Mapping[str, Parameter],
+    operands: tuple[str, ...],
+    extensions: tuple[str, ...],
 ) -> None:
     """Of its settings, forward passes those that the constructor takes; an extension is a keyword of both."""
     theirs: Any = getattr(torch.nn.modules, name)  # whatever has been put into torch.nn
     constructor = inspect.signature(theirs.__init__)
     tensors = [n for n in inspect.signature(theirs.forward).parameters if n != "self"]
-    parameters = inspect.signature(function).parameters
     kept = [n for n in parameters if n in constructor.parameters and n not in (*LEGACY, *operands)]
     passed = ", ".join([*tensors, *(f"{n}=self.{n}" for n in kept)])
     of_call = [n for n in extensions if n in OF_CALL]
@@ -60,13 +63,16 @@ def _is_set(extension: Parameter) -> str:
 
 
 def make_alone(
-    name: str, function: Callable[..., Any], operands: tuple[str, ...], optional: tuple[str, ...]
+    name: str,
+    function: Callable[..., Any],
+    parameters: Mapping[str, Parameter],
+    operands: tuple[str, ...],
+    optional: tuple[str, ...],
 ) -> None:
     """One that PyTorch has no namesake of, constructed with the settings; tensors among them are buffers."""
-    parameters = inspect.signature(function).parameters
     of_call = [n for n in OF_CALL if n in parameters]
     settings = [p for n, p in parameters.items() if n not in (*operands, *of_call)]
-    taken = inspect.Signature([Parameter("self", Parameter.POSITIONAL_ONLY), *settings])
+    taken = inspect.Signature([Parameter("self", Parameter.POSITIONAL_OR_KEYWORD), *settings])
     lines = [f"def __init__{bare(taken)}:", "    _super.__init__(self)"]
     for p in settings:
         buffer = f"    self.register_buffer({p.name!r}, {p.name})"

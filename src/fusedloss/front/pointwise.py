@@ -16,7 +16,7 @@ from ..core.reduce import result_dtype, sum_of, total, wide
 from ..kinds.formula import Pointwise
 from ..kinds.pointwise import PointwiseCall
 from ..kinds.torch_m import OutsideDomain
-from ..route.dispatch import dispatch
+from ..route.entry import dispatch
 from ..route.memo import Asked, conversion
 from . import docs
 from .loss import OF_BATCH, Definition

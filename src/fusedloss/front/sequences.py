@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core import errors
 from ..core.reduce import result_dtype
 from ..kinds.ctc import CtcCall
-from ..route.dispatch import dispatch
+from ..route.entry import dispatch
 from ..route.memo import Asked
 from . import docs
 from .classes import INDICES

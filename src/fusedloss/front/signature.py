@@ -62,9 +62,15 @@ def _is_default(p: Parameter) -> str:
 
 
 def bare(signature: inspect.Signature) -> str:
-    empty = inspect.Signature.empty
-    parameters = [p.replace(annotation=empty) for p in signature.parameters.values()]
-    return str(inspect.Signature(parameters))
+    """Its text without annotations, of parameters that may be given by name."""
+    words = [
+        p.name if p.default is p.empty else f"{p.name}={p.default!r}"
+        for p in signature.parameters.values()
+    ]
+    kinds = [p.kind for p in signature.parameters.values()]
+    if Parameter.KEYWORD_ONLY in kinds:
+        words.insert(kinds.index(Parameter.KEYWORD_ONLY), "*")
+    return f"({', '.join(words)})"
 
 
 def compiled(

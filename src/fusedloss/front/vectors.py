@@ -16,7 +16,7 @@ from ..core.reduce import result_dtype
 from ..kinds.formula import Pointwise
 from ..kinds.pointwise import PointwiseCall
 from ..kinds.reduction import Distances, Reduction, ReductionCall
-from ..route.dispatch import dispatch
+from ..route.entry import dispatch
 from ..route.memo import Asked
 from . import docs
 from .loss import Definition

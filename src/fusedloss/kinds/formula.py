@@ -16,6 +16,7 @@ from .names import NUMBERS, OPERANDS
 from .torch_m import NAMESPACES, OutsideDomain
 
 FORMULAS: dict[str, Pointwise] = {}
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 LOSSES = "fusedloss.losses."  # the modules whose formulas the build prints
 
 
@@ -97,13 +98,14 @@ def rebound(function: Any, m: Any) -> Any:
 
 def _parameters(function: Callable[..., Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The operands and the numbers."""
-    kinds = {p.name: p.kind for p in inspect.signature(function).parameters.values()}
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    for name, kind in kinds.items():
-        if kind not in named:
-            _refuse(function, f"takes {name} as {kind.description}: name each parameter")
-    operands, params = (tuple(n for n, k in kinds.items() if k is kind) for kind in named)
-    return operands, params
+    code = function.__code__  # which says it sooner than a signature
+    if code.co_posonlyargcount or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.kind not in NAMED:
+                kind = parameter.kind.description
+                _refuse(function, f"takes {name} as {kind}: name each parameter")
+    most = code.co_argcount + code.co_kwonlyargcount
+    return code.co_varnames[: code.co_argcount], code.co_varnames[code.co_argcount : most]
 
 
 def _refuse(function: Any, why: str) -> NoReturn:

@@ -19,7 +19,7 @@ from ..kinds import torch_m as m
 from ..kinds.formula import Pointwise
 from ..kinds.pointwise import PointwiseCall
 from ..kinds.reduction import Distances, Reduction, Sums
-from ..route.dispatch import dispatch
+from ..route.entry import dispatch
 from ..route.memo import Asked, repeat
 
 Distance = Callable[[Tensor, Tensor], Tensor]

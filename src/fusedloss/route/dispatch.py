@@ -52,7 +52,7 @@ def dispatch(
         device = "GPU" if gpu.serves(tensors[0]) else "CPU"
         trace.note(loss, call.name, f"the tensors are plain {device} tensors", device)
         if asked is not None:
-            remember(loss, call, asked, tensors)
+            remember(loss, call, asked, tensors, autograd.repeater, autograd.run)
         try:
             return autograd.run(loss, call, tensors)
         except gpu.Failed as failed:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..autograd import functions as autograd
 from ..core import errors, levels, plain, torch_state, trace
 from ..core.plain import PLAIN
 from ..engines import gpu
@@ -124,8 +123,8 @@ def remember(
     call: Any,
     asked: Asked,
     made: Tensors,
-    prepare: Callable[..., Callable[..., Tensor] | None] = autograd.repeater,
-    unplanned: Callable[..., Tensor] = autograd.run,
+    prepare: Callable[..., Callable[..., Tensor] | None],
+    unplanned: Callable[..., Tensor],
 ) -> None:
     """The call of the kernel may be repeated: the checks saw nothing but types and shapes."""
     settings, tensors, make, warning = asked

@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 import importlib
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..protocol import Engine
 from .available import HOST, Failed, import_problem, interpreted, problem, serves, turn_off
+
+if TYPE_CHECKING:
+    from ..protocol import Engine
 
 __all__ = [
     "HOST",
@@ -42,8 +44,7 @@ def engine_of(kind: str) -> Engine[Any]:
     from .reduction import ReductionEngine
     from .rows import RowsEngine
 
-    kinds: dict[str, type[Engine[Any]]]
-    kinds = {
+    kinds: dict[str, type[Engine[Any]]] = {
         "ctc": CtcEngine,
         "dice": DiceEngine,
         "margins": MarginEngine,
