@@ -50,6 +50,20 @@ def test_memory_stays_in_its_budget(variant: str, budget: int | None) -> None:
     assert 0 < beyond <= budget if budget else beyond > 2 * logits / MEBI
 
 
+def test_samples_of_long_calls_follow_a_call_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What eager's logits were leaves small pages behind, for which the next call of any variant would pay."""
+    called: list[str] = []
+
+    def step(self: linear.HeadWork, variant: str) -> Any:
+        return lambda: called.append(variant)
+
+    monkeypatch.setattr(linear.HeadWork, "step", step)
+    plan = Plan(("ours", "lazy", "eager"), 1, 0.0, 0.0, 4, 4, work=linear.HeadWork)
+    linear.time_case(head("table", 3, 4, 5, "float32"), plan)
+    rounds = called[-2 * 3 * 4 :]
+    assert rounds[::2] == rounds[1::2] and len(set(rounds)) == 3
+
+
 @pytest.mark.parametrize("older", [False, True])
 def test_bench(older: bool, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """An older torch has no chunks of its own: they are left out, and the rest is measured."""

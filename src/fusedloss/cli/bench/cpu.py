@@ -42,10 +42,7 @@ def time_case(case: Case, plan: Plan, report: Report = unheard) -> Result:
     if case.against_plain:
         variants.append("plain")
     steps = prepared(work, variants, result, report)
-    samplers: dict[str, Sampler] = {
-        name: partial(wall, step, clock=plan.clock, warm=plan.sample > 0)
-        for name, step in steps.items()
-    }
+    samplers: dict[str, Sampler] = {k: partial(wall, s, clock=plan.clock) for k, s in steps.items()}
     if plan.against:
         report("builds", 0.0)
         builds, result.as_built = both_builds(work, plan)

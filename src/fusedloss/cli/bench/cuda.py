@@ -120,7 +120,7 @@ def events(step: Step, calls: int) -> float:
 
 def interleaved(steps: Mapping[str, Step], device: str, rounds: int) -> dict[str, list[float]]:
     on_gpu = device == "cuda"
-    clock: Callable[[Step, int], float] = events if on_gpu else partial(wall, warm=False)
+    clock: Callable[[Step, int], float] = events if on_gpu else wall
     samplers: dict[str, Sampler] = {name: partial(clock, step) for name, step in steps.items()}
     plan = Plan((), 0, 0.0, 2e-3 if on_gpu else 0.0, rounds, rounds)
     return interleave(samplers, plan)[0]

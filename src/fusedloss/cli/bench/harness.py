@@ -256,12 +256,9 @@ def warm_up(step: Step) -> None:
             break
 
 
-def wall(
-    step: Step, calls: int, clock: Callable[[], float] = time.perf_counter, warm: bool = True
-) -> float:
-    """By the host's clock. A call before finds caches and allocator as another variant left them."""
-    if warm:
-        step()
+def wall(step: Step, calls: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    """By the host's clock. A call before it finds caches, allocator and pages as another variant left them."""
+    step()
     repeat = itertools.repeat(None, calls)
     start = clock()
     for _ in repeat:
