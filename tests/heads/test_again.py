@@ -67,6 +67,22 @@ def test_the_second_call_has_the_bits_of_the_first(
 
 
 @each_reduction
+@pytest.mark.parametrize("name", ["input", "linear_weight", "target", "sample_weight"])
+def test_what_does_not_lie_flat_is_read_where_it_lies(
+    name: str, reduction: str, generator: Generator
+) -> None:
+    """As `labels[:, 1:]` does not, each time."""
+    problem = Problem(generator, shape=(8, 6, 9))
+    given = {**problem.tensors, "sample_weight": problem.rewards()}
+    for of_rows in ("input", "target", "sample_weight"):
+        given[of_rows] = given[of_rows].unflatten(0, (2, 4))
+    first = linear_cross_entropy(**given, reduction=reduction)
+    given[name] = torch.cat([given[name][:, :1], given[name]], 1)[:, 1:]
+    for _ in range(3):
+        close([linear_cross_entropy(**given, reduction=reduction)], [first])
+
+
+@each_reduction
 def test_what_is_wanted_makes_another_call(reduction: str, generator: Generator) -> None:
     problem = Problem(generator, shape=SHAPE)
     call = bind(linear_cross_entropy, reduction=reduction)

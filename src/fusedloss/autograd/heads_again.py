@@ -127,13 +127,13 @@ def _by_all_means(ctx: Any, incoming: Tensor) -> tuple[Slot, ...]:
     return again.returned((*grads, None))
 
 
-def serves(call: LinearCall, tensors: Slots) -> bool:
-    """Whether the call may be repeated: its tensors are those of `kinds/heads.py`."""
+def serves(call: LinearCall, tensors: Slots, given: Sequence[Tensor]) -> bool:
+    """Whether the call, of the tensors of `kinds/heads.py`, may be repeated with others like those `given`."""
     enabled = learns()
     needed = _needed(tensors)
     stages = ([], needed) if any(needed) and not call.stores_gradients else (needed,)
     return all(straight(call, tensors, stage, None) for stage in stages) and not any(
-        t is not None and (not t.is_contiguous() or (enabled and t.is_inference())) for t in tensors
+        not t.is_contiguous() or (enabled and t.is_inference()) for t in given
     )
 
 

@@ -56,11 +56,16 @@ def results(
         return spanned(call.loss, lambda: by_formula(call, tensors))
     if seen:
         return operators.run(call, tensors)
-    if asked is not None and not autocasts("cpu") and heads_again.serves(call, tensors):
-        places = [k for k, t in enumerate(tensors) if t is not None]
-        how = heads_again.repeater(places), heads_again.checked
-        remember(call.loss, call, asked, asked.tensors, *how)
+    if asked is not None and not autocasts("cpu"):
+        _remember(call, tensors, asked)
     differentiable = tensors[: call.gradients]
     if learns() and any(t is not None and t.requires_grad for t in differentiable):
         return named(Chunked, call.loss)(call, *tensors)
     return spanned(call.loss, lambda: run_chunks(call, tensors)[0])
+
+
+def _remember(call: LinearCall, tensors: Slots, asked: Asked) -> None:
+    if heads_again.serves(call, tensors, asked.tensors):
+        places = [k for k, t in enumerate(tensors) if t is not None]
+        how = heads_again.repeater(places), heads_again.checked
+        remember(call.loss, call, asked, asked.tensors, *how)
