@@ -77,6 +77,8 @@ HEADS = "loop_is_the_formula or log_prob or divergence"
 DIVIDED: dict[str, Any] = {"files": ("tests/losses/test_denominator.py",)}
 SHARDS: dict[str, Any] = {"files": ("tests/distributed/test_class_groups.py",)}
 SHARDED, OF_SHARDS = "matrix and kernels and float64", "src/fusedloss/engines/chunks/shards.py"
+PLACED = "src/fusedloss/route/shards_again.py"
+PLACED_AGAIN: dict[str, Any] = {"files": ("tests/distributed/test_again.py",)}
 ERRORS: dict[str, Any] = {"files": ("tests/front/test_errors.py",)}
 REPEAT: dict[str, Any] = {"files": ("tests/route/test_repeat.py",)}
 SHORT: dict[str, Any] = {"files": ("tests/route/test_short_way.py",)}
@@ -201,12 +203,17 @@ MUTANTS = [
     kernel("linear.h", "a.label ? a.label[n] - a.first : -1;\n        const bool", "a.label ? a.label[n] : -1;\n        const bool", SHARDED, **SHARDS),
     Mutant(OF_SHARDS, "stretch = kernel.Stretch(shard.first + first,", "stretch = kernel.Stretch(first,", SHARDED, **SHARDS),
     Mutant(OF_SHARDS, "self.shard.all_reduce(self.grads[0])", "pass", SHARDED, **SHARDS),
+    # calls of DTensors like earlier ones
+    Mutant(PLACED, "if own is not place and own != place:", "if False:", "other_tensors", **PLACED_AGAIN),
+    Mutant(PLACED, "arrived.to(torch.float64) * ctx.factor", "arrived.to(torch.float64)", "derivatives", **PLACED_AGAIN),
+    Mutant(PLACED, "local._version != version", "False", "tensors_that_change", **PLACED_AGAIN),
+    Mutant(PLACED, "factor == 1.0 and arrived", "factor != 2.0 and arrived", "derivatives", **PLACED_AGAIN),
     # repeated calls
     Mutant(AGAIN, "if summed else None", "if False else None", "broadcast", **REPEAT),
     Mutant(AGAIN, "zip(self.pointers.grads, plan.grads", "zip(self.pointers.grads[::-1], plan.grads", "packs_no", **REPEAT),
     Mutant(AGAIN, "if not divisors and all(", "if all(", "no_value_is_kept", **SHORT),
     Mutant("src/fusedloss/route/memo.py", "if it.alike(*tensors):", "if True:", "strides_make", **REPEAT),
-    Mutant("src/fusedloss/autograd/functions.py", "                if scales_exactly(stored, incoming):\n", "                if True:\n", "do_not_depend", **REPEAT),
+    Mutant("src/fusedloss/autograd/functions.py", "        if scales_exactly(stored, incoming):\n", "        if True:\n", "do_not_depend", **REPEAT),
     Mutant("src/fusedloss/autograd/gradients.py", "if not plain or _keeps_graph():", "if not plain:", "given_away", **REPEAT),
     # torch.compile
     Mutant(OPERATORS, "if incoming.item() != 1.0:", "if incoming.item() == 1.0:", "default_backend and mse_loss", **COMPILED),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -86,10 +86,15 @@ def spanned(loss: str, compute: Callable[[], R]) -> R:
         return compute()
 
 
-def prepare(loss: str, call: Call, tensors: tuple[Tensor | None, ...]) -> Again | None:
-    """How a call may be repeated at less cost, or None."""
-    enabled = learns()
-    needed = [enabled and t is not None and t.requires_grad for t in tensors[: call.gradients]]
+def prepare(
+    loss: str,
+    call: Call,
+    tensors: tuple[Tensor | None, ...],
+    of: Sequence[Tensor | None] | None = None,
+) -> Again | None:
+    """How a call may be repeated at less cost, or None; `of`: what gradients are wanted by, if others."""
+    enabled, learned = learns(), (of or tensors)[: call.gradients]
+    needed = [enabled and t is not None and t.requires_grad for t in learned]
     if not all(t is None or (t.numel() and not (enabled and t.is_inference())) for t in tensors):
         return None
     stores = any(needed) and stores_gradients(call, tensors, needed)
@@ -166,17 +171,10 @@ class _Again(torch.autograd.Function):
             ):
                 return again.returned(saved[again.inputs :])
         except RuntimeError:  # what was saved has changed, or what arrives is no number
-            return _by_all_means(ctx, incoming)
-        if not _grad_enabled():
-            if not again.stores:
-                grads = again.backward(saved, incoming)
-                if grads is not None:
-                    return again.returned(grads)
-            elif is_plain(incoming):
-                stored = saved[again.inputs :]
-                if scales_exactly(stored, incoming):
-                    return again.returned(scaled(stored, incoming, True))
-        return _by_all_means(ctx, incoming)
+            return by_all_means(ctx, again, unpacked(ctx), incoming)
+        if not _grad_enabled() and (found := at_once(again, saved, incoming)) is not None:
+            return found
+        return by_all_means(ctx, again, unpacked(ctx), incoming)
 
 
 class _AgainOnGpu(_Again):
@@ -188,7 +186,7 @@ class _AgainOnGpu(_Again):
         try:
             saved = ctx.saved_tensors
         except RuntimeError:
-            return _by_all_means(ctx, incoming)
+            return by_all_means(ctx, again, unpacked(ctx), incoming)
         tensors, stored = saved[: again.inputs], saved[again.inputs :]
         if (
             not _grad_enabled()
@@ -200,26 +198,44 @@ class _AgainOnGpu(_Again):
                 return again.returned(again.backward(tensors, stored, incoming))
             except (gpu.Failed, plain.Unreadable):
                 pass  # told below
-        return _by_all_means(ctx, incoming)
+        return by_all_means(ctx, again, unpacked(ctx), incoming)
 
 
-def _by_all_means(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+def at_once(
+    again: Any, saved: Sequence[Tensor], incoming: Tensor
+) -> tuple[Tensor | None, ...] | None:
+    """What backward returns, of the saved tensors and what was stored; None where more has to be looked at."""
+    if not again.stores:
+        grads = again.backward(saved, incoming)
+        return None if grads is None else again.returned(grads)
+    if is_plain(incoming):
+        stored = saved[again.inputs :]
+        if scales_exactly(stored, incoming):
+            return again.returned(scaled(stored, incoming, True))
+    return None
+
+
+def by_all_means(
+    ctx: Any, again: Again, saved: Sequence[Any], incoming: Tensor
+) -> tuple[Tensor | None, ...]:
     """What backward returns for a call like an earlier one that is differentiated otherwise."""
-    again, saved = ctx.again, unpacked(ctx)
+    grads = gradients(found_again(ctx, again, saved), incoming)
+    lacking = (None,) * (again.inputs - len(grads))
+    return (None, *grads[: again.inputs], *lacking)
+
+
+def found_again(ctx: Any, again: Again, saved: Sequence[Any]) -> Saved:
+    """What backward finds of a call like an earlier one, and its tensors."""
     tensors, stored = again.whole(saved[: again.inputs]), saved[again.inputs :]
     needed = (*ctx.needs_input_grad[1:], *(False for _ in again.absent))
-    shapes = again.whole(again.shapes)
-    found = Saved(
+    return Saved(
         ctx,
         again.call,
         tensors,
         needed,
         again.kept(stored) if again.stores else None,
         again.shape,
-        shapes,
+        again.whole(again.shapes),
         -1 if again.device.type == "cpu" else again.device.index,
         own=True,
     )
-    grads = gradients(found, incoming)
-    lacking = (None,) * (again.inputs - len(grads))
-    return (None, *grads[: again.inputs], *lacking)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,6 +99,16 @@ def note(given: Mapping[str, Any]) -> str:
         f" ({first} is a plain tensor beside the DTensor {like}, and counts as held in full by every process: "
         f"a shard becomes a DTensor by DTensor.from_local({first}, {like}.device_mesh, placements))"
     )
+
+
+@contextlib.contextmanager
+def noted(given: Mapping[str, Any]) -> Iterator[None]:
+    """Errors inside say so, too."""
+    try:
+        yield
+    except (IndexError, RuntimeError, ValueError) as error:
+        error.args = (f"{error}{note(given)}",)
+        raise
 
 
 def settled(result: Any) -> Any:

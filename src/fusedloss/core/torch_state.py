@@ -172,6 +172,22 @@ def wrapper(
     return torch.Tensor._make_wrapper_subclass(kind, shape, stride, dtype=dtype, device=device)
 
 
+def local_of(tensor: Any) -> Tensor:
+    """What this process has of a DTensor; no operation of autograd."""
+    found: Tensor = tensor._local_tensor
+    return found
+
+
+def spec_of(tensor: Any) -> Any:
+    """Where a DTensor lies, and its whole shape, strides and type."""
+    return tensor._spec
+
+
+def all_gather(group: Any, found: Tensor, part: Tensor) -> None:
+    """As torch.distributed.all_gather_into_tensor, whose own work takes as long as that of the group."""
+    group._allgather_base(found, part).wait()
+
+
 def process_group(name: str) -> Any:
     """The process group of a name."""
     from torch.distributed import distributed_c10d

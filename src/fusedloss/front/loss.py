@@ -172,13 +172,11 @@ def loss(
 
         def finish(asked: tuple[Any, Any] | None, *arguments: Any) -> Any:
             given = dict(zip(names, map(plain.taken, arguments), strict=True))
+            told = Asked(*asked) if asked else None
             if torch_state.is_compiling() or not sharded.among(given.values()):
-                return ladder.run(found, Asked(*asked) if asked else None, given)
-            try:
-                return ladder.run(found, None, given)
-            except (IndexError, RuntimeError, ValueError) as error:
-                error.args = (f"{error}{sharded.note(given)}",)
-                raise
+                return ladder.run(found, told, given)
+            with sharded.noted(given):
+                return ladder.run(found, told, given)
 
         made = signature.function(
             found.name, body.__globals__, found.signature, found.theirs, finish, ladder.memo(found)

@@ -167,7 +167,7 @@ class RowsCall(Kind):
         index = target.to(torch.int64)
         counted = index != self.ignore_index
         if weight is None:
-            return counted.sum().to(reduce.exact(target))
+            return torch.count_nonzero(counted).to(reduce.exact(target))
         own = weight[index.clamp(0, max(weight.shape[0] - 1, 0))]
         return reduce.sum_of(torch.where(counted, own, 0))
 

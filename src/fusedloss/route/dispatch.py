@@ -15,7 +15,7 @@ from ..core.plain import PLAIN
 from ..core.shards import ClassShard
 from ..engines import gpu
 from ..kinds import Call
-from . import logits, shards
+from . import logits, shards, shards_again
 from .memo import Asked, remember
 from .reasons import by_formula, formula_reason, operator_serves
 
@@ -36,13 +36,7 @@ def dispatch(
     if denominator is not None:
         return _divided(loss, call, tensors, why, denominator)
     if sharded.among(tensors):
-
-        def compute(own: Any, local: tuple[Any, ...], shard: ClassShard | None) -> tuple[Tensor]:
-            if shard is None:
-                return (dispatch(loss, own, local, why),)
-            return (logits.run(own, shard, *local),)
-
-        return shards.run(loss, call, tensors, compute, lambda: check_whole(call, tensors))[0]
+        return _placed(loss, call, tensors, why, asked)
     if torch_state.is_compiling():
         if why is None and operator_serves(call, tensors):
             return operators.run(call, tensors)[0]
@@ -63,6 +57,31 @@ def dispatch(
     tensors = _made_dense(loss, call.arguments[0], tensors)
     call.check(tensors)
     return autograd.spanned(loss, lambda: by_formula(call, tensors))
+
+
+def _placed(
+    loss: str, call: Call, tensors: tuple[Any, ...], why: str | None, asked: Asked | None
+) -> Tensor:
+    """The loss of DTensors."""
+
+    def compute(own: Any, local: tuple[Any, ...], shard: ClassShard | None) -> tuple[Tensor]:
+        if shard is None:
+            return (dispatch(loss, own, local, why),)
+        return (logits.run(own, shard, *local),)
+
+    def run(given: tuple[Any, ...], told: shards.Rows | None = None) -> shards.Done:
+        return shards.run(loss, call, given, compute, lambda: check_whole(call, given), told)
+
+    done = run(tensors)
+    if not (asked is None or why or torch_state.is_compiling()) and _by_kernel(done):
+        whole = shards_again.Whole(call, run, check_whole)
+        shards_again.remember(loss, asked, tensors, done, whole)
+    found: Tensor = done.results[0]
+    return found
+
+
+def _by_kernel(done: shards.Done) -> bool:
+    return not trace.watched and formula_reason(done.call, done.given) is None
 
 
 def _divided(

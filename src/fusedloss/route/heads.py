@@ -38,7 +38,7 @@ def results(
                 own if shard is None else replace(own, shard=shard), local, None
             ),
             lambda: call.check(tensors, sharded.whole(given)),
-        )
+        ).results
     why = "a setting requires a gradient" if call.learns else None
     if torch_state.is_compiling():
         if why is None and operator_serves(call, tensors):

@@ -48,8 +48,8 @@ class Known:
     make: Callable[[Tensors], Tensors] | None
     warning: str
     on_gpu: bool
-    prepare: Callable[..., Callable[..., Tensor] | None]
-    unplanned: Callable[..., Tensor]  # runs the call where there is no plan, or none serves
+    prepare: Callable[..., Callable[..., Tensor] | None] | None  # None: there is a repeater
+    unplanned: Callable[..., Tensor] | None  # runs the call where there is no plan, or none serves
     repeater: Callable[..., Tensor] | None = None  # made when the call first comes back
     tried: bool = False
     run: Callable[..., Tensor] | None = None  # that, where there is nothing else to do
@@ -91,13 +91,15 @@ def _with_more(loss: str, it: Known, tensors: Tensors) -> Tensor | None:
 
     And where what is saved for backward may come back as anything.
     """
+    if it.unplanned is None and _hooks(True) is not None:
+        return None
     if it.make or not (it.tried and it.repeater):
         # Where memory was freed, torch's own operations would end the process.
         if not all(map(_storage, tensors)):
             return None
         if it.make:
             tensors = it.make(tensors)
-        if not it.tried:
+        if it.prepare and not it.tried:
             it.repeater, it.tried = it.prepare(loss, it.call, (*tensors, *it.absent)), True
             if not (it.make or it.warning or it.on_gpu):
                 it.run = it.repeater
@@ -107,9 +109,10 @@ def _with_more(loss: str, it: Known, tensors: Tensors) -> Tensor | None:
         errors.warn(it.warning)
     _by_kernel[loss] += 1
     try:
-        if it.repeater is None or _hooks(True) is not None:
-            return it.unplanned(loss, it.call, (*tensors, *it.absent))
-        return it.repeater(*tensors)
+        if it.repeater is not None and _hooks(True) is None:
+            return it.repeater(*tensors)
+        assert it.unplanned is not None
+        return it.unplanned(loss, it.call, (*tensors, *it.absent))
     except gpu.Failed as failed:
         gpu.turn_off(failed, it.call.family)
     except plain.Unreadable:
@@ -127,20 +130,26 @@ def remember(
     unplanned: Callable[..., Tensor],
 ) -> None:
     """The call of the kernel may be repeated: the checks saw nothing but types and shapes."""
-    settings, tensors, make, warning = asked
-    if (
-        not all(type(s) in CONSTANTS for s in settings)  # a tensor's value may change
-        or not all(type(t) in PLAIN for t in tensors)
-        or "elementwise_mean" in settings  # which warns each time
-    ):
+    _, tensors, make, warning = asked
+    if not all(type(t) in PLAIN for t in tensors):
         return
     present = tuple(t for t in made if t is not None)
     if make is None:
         make = conversion(tensors, present)
-    key = loss, settings, _grad_enabled(), available.host, tensors[0].shape
     absent = (None,) * (len(made) - len(present))
     alike, on_gpu = torch_state.alike(*tensors), gpu.serves(tensors[0])
-    it = Known(alike, call, absent, make, warning, on_gpu, prepare, unplanned)
+    keep(loss, asked, Known(alike, call, absent, make, warning, on_gpu, prepare, unplanned))
+
+
+def keep(loss: str, asked: Asked, it: Known) -> None:
+    """A call that was asked so is repeated, where its settings are all that they are."""
+    settings, tensors, *_ = asked
+    if (
+        not all(type(s) in CONSTANTS for s in settings)  # a tensor's value may change
+        or "elementwise_mean" in settings  # which warns each time
+    ):
+        return
+    key = loss, settings, _grad_enabled(), available.host, tensors[0].shape
     if len(known) >= MOST:
         known.clear()
     known[key] = (it, *known.get(key, ())[: ALIKE - 1])

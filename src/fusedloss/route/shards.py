@@ -6,6 +6,8 @@ by all of them, and so is an error: the processes tell each other of it before a
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
@@ -19,6 +21,7 @@ from ..kinds.call import CLASSES
 from ..kinds.torch_m import OutsideDomain
 
 Slot = Tensor | None
+Rows = list[list[float]]  # of each process its numbers, and what became of it
 Compute = Callable[[Any, tuple[Any, ...], ClassShard | None], Sequence[Tensor]]
 
 FINE, RAISED, OUTSIDE = 0.0, 1.0, 2.0  # what became of a process
@@ -73,10 +76,7 @@ class Layout:
         """What this process holds of tensor k; its gradient comes back placed as the tensor is."""
         if tensor is None:
             return None
-        wanted = self.placements(axes, self.whole)
-        grads = self.placements(axes, self.partial)
-        if (by := self.classes) is not None:
-            wanted[by.dim], grads[by.dim] = by.places(k, axes, self.whole, self.partial)
+        wanted, grads = self.places(axes, k)
         if not sharded.is_sharded(tensor):
             if wanted == self.everywhere and not (tensor.requires_grad and grads != wanted):
                 return tensor
@@ -86,6 +86,14 @@ class Layout:
             placed = placed.redistribute(self.mesh, wanted)
         found: Tensor = plain.taken(placed.to_local(grad_placements=grads))
         return found
+
+    def places(self, axes: Sequence[int | None], k: int) -> tuple[list[Any], list[Any]]:
+        """Where tensor k is wanted, and its gradient."""
+        wanted = self.placements(axes, self.whole)
+        grads = self.placements(axes, self.partial)
+        if (by := self.classes) is not None:
+            wanted[by.dim], grads[by.dim] = by.places(k, axes, self.whole, self.partial)
+        return wanted, grads
 
     def placements(self, axes: Sequence[int | None], otherwise: Any) -> list[Any]:
         """Of a tensor with these axes; `otherwise` where the losses are split along another."""
@@ -105,13 +113,21 @@ class Layout:
     def gathered(self, mine: Tensor) -> Tensor:
         """What each process that has another part says, in rows in the order of the processes."""
         rows = mine.unsqueeze(0)
-        for k, split in enumerate(self.splits):
-            if split is not None:
-                found = rows.new_empty(self.mesh.size(k) * len(rows), rows.shape[1])
-                group = self.mesh.get_group(k)
-                torch.distributed.all_gather_into_tensor(found, rows, group=group)
-                rows = found
+        for group in self.groups:
+            rows = gathered(rows, group)
         return rows
+
+    @property
+    def groups(self) -> list[Any]:
+        """Those of processes that have other losses."""
+        return [self.mesh.get_group(k) for k, split in enumerate(self.splits) if split is not None]
+
+
+def gathered(rows: Tensor, group: Any) -> Tensor:
+    """Those of all processes of a group, in their order."""
+    found = rows.new_empty(group.size() * len(rows), rows.shape[1])
+    torch.distributed.all_gather_into_tensor(found, rows, group=group)
+    return found
 
 
 def layout(loss: str, call: Any, tensors: Sequence[Any]) -> Layout:
@@ -207,16 +223,28 @@ class Divisor(NamedTuple):
         counted = None if call.counter(tensors) is None else call.count(shards)
         return cls(known if known > 0 else 1.0, known, counted)
 
-    def scale(self, rows: Tensor) -> Slot:
-        """What makes the mean of what was divided by the guess; None for 1. `rows` hold all counts."""
+    def of_numbers(self, rows: Rows) -> tuple[float, float]:
+        """The result, and its scale, as `totals` and `scale` find them; 1 for None."""
+        total, count = rows[0][0], rows[0][1]
+        for row in rows[1:]:
+            total, count = total + row[0], count + row[1]
+        if self.guess is None or (self.counted is None and self.guess == self.known):
+            return total, 1.0
+        if self.counted is None:
+            count = self.known
+        scale = self.guess / count if count else math.copysign(math.inf, count)
+        return total * scale, scale
+
+    def scale(self, sums: Tensor) -> Slot:
+        """What makes the mean of what was divided by the guess; None for 1. `sums` hold the count of all."""
         if self.guess is None or (self.counted is None and self.guess == self.known):
             return None
         if self.counted is None:
-            return rows.new_full((), self.guess) / self.known
-        count = rows[:, 1].sum()
+            return sums.new_full((), self.guess) / self.known
+        count = sums[1]
         if self.counted.requires_grad:
             count = _Sum.apply(self.counted, count)
-        return self.guess / count
+        return sums.new_full((), self.guess) / count
 
 
 class _Sum(torch.autograd.Function):
@@ -280,14 +308,22 @@ class Part:
         if isinstance(self.error, OutsideDomain):
             state = OUTSIDE
         rows = found.gathered(torch.stack([*numbers, torch.tensor(state, dtype=torch.float64)]))
-        if rows[:, -1].any():
-            if rows[:, -1].max() == OUTSIDE:
-                raise OutsideDomain
-            check()
-            if self.error is not None:
-                raise self.error
-            errors.fail(RuntimeError, loss, "another process raised an error, which says why")
+        states = rows[:, -1].tolist()
+        if any(states):
+            refuse(loss, states, check, self.error)
         return rows
+
+
+def refuse(
+    loss: str, states: list[float], check: Callable[[], None], own: Exception | None = None
+) -> NoReturn:
+    """What every process raises where one has; `states` say what became of each."""
+    if OUTSIDE in states:
+        raise OutsideDomain
+    check()
+    if own is not None:
+        raise own
+    errors.fail(RuntimeError, loss, "another process raised an error, which says why")
 
 
 def _tells(shards: Sequence[Any]) -> bool:
@@ -295,37 +331,72 @@ def _tells(shards: Sequence[Any]) -> bool:
     return shards[0].is_cpu and not torch_state.is_compiling()
 
 
+class Done(NamedTuple):
+    """How a call was run."""
+
+    layout: Layout
+    axes: Sequence[Sequence[int | None]]  # of its tensors
+    shards: tuple[Any, ...]
+    call: Any  # that of the shards
+    given: tuple[Any, ...]  # its tensors
+    divisor: Divisor | None  # of a sum over all processes; None: there is none
+    tells: bool  # whether the processes told each other of errors
+    results: tuple[Any, ...]
+
+
 def run(
-    loss: str, call: Any, tensors: tuple[Any, ...], compute: Compute, check: Callable[[], None]
-) -> tuple[Tensor, ...]:
+    loss: str,
+    call: Any,
+    tensors: tuple[Any, ...],
+    compute: Compute,
+    check: Callable[[], None],
+    told: Rows | None = None,
+) -> Done:
     """The results of a call, as DTensors; `compute` gives those of a call of plain tensors.
 
-    `check` tells of values that the loss is not defined at, and where they are in whole tensors.
+    `check` tells of values that the loss is not defined at, and where they are in whole tensors. `told` is
+    what the processes said when the call was made before: they do not say it again.
     """
-    found = layout(loss, call, tensors)
-    pairs = zip(tensors, call.axes(tensors), strict=True)
-    shards = tuple(found.local(t, axes, k) for k, (t, axes) in enumerate(pairs))
+    found, axes = layout(loss, call, tensors), call.axes(tensors)
+    pairs = zip(tensors, axes, strict=True)
+    shards = tuple(found.local(t, own, k) for k, (t, own) in enumerate(pairs))
     shard = found.classes and found.classes.shard
+    done = Done(found, axes, shards, call, shards, None, False, ())
     if not any(found.splits):
         results = compute(call, shards, shard)
-        return tuple(sharded.placed(t, found.mesh, found.everywhere) for t in results)
+        placed = (sharded.placed(t, found.mesh, found.everywhere) for t in results)
+        return done._replace(results=tuple(placed))
     tells = _tells(shards)
     if call.reduction == "none":
         part = Part.of(compute, call, shards, shard)
-        if tells and call.refuses(tensors):
+        refuses = tells and call.refuses(tensors)
+        if refuses and told is None:
             part.told(loss, found, [], check)
         elif part.error is not None:
             raise part.error
         shape = torch.Size(call.shape(*tensors))
         placements = found.placements(range(len(shape)), found.whole)
-        return tuple(sharded.placed(t, found.mesh, placements, shape) for t in part.results)
+        placed = (sharded.placed(t, found.mesh, placements, shape) for t in part.results)
+        return done._replace(tells=refuses, results=tuple(placed))
     divisor = Divisor.of(call, tensors, shards)
     own, given = call.part(shards, divisor.guess)
     part = Part.of(compute, own, given, shard)
     value = torch.zeros((), dtype=own.dtype) if part.error else part.results[0]
     numbers = [value.detach(), *([] if divisor.counted is None else [divisor.counted.detach()])]
-    rows = part.told(loss, found, numbers, check) if tells else found.gathered(torch.stack(numbers))
-    total, scale = _Sum.apply(value, rows[:, 0].sum()), divisor.scale(rows)
+    if told is not None:
+        rows = torch.tensor(told, dtype=torch.float64)
+    elif tells:
+        rows = part.told(loss, found, numbers, check)
+    else:
+        rows = found.gathered(torch.stack(numbers))
+    sums = totals(rows)
+    total, scale = _Sum.apply(value, sums[0]), divisor.scale(sums)
     if scale is not None:
         total = Scaled.apply(total, scale, call.of_nothing)
-    return (sharded.placed(total.to(call.dtype), found.mesh, found.everywhere),)
+    result = sharded.placed(total.to(call.dtype), found.mesh, found.everywhere)
+    return Done(found, axes, shards, own, given, divisor, tells, (result,))
+
+
+def totals(rows: Tensor) -> Tensor:
+    """The sums over all processes, added up in their order."""
+    return functools.reduce(torch.add, rows.unbind())
