@@ -15,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 import fusedloss
 from fusedloss import LazyLogits, LazyLogitsWarning, lazy_heads
 from fusedloss.core import trace
+from fusedloss.route import heads
 
 N, T, C, D = 3, 7, 50, 8
 Step = Callable[[Tensor], Tensor]
@@ -399,3 +400,24 @@ def test_an_adapter_is_a_part_of_the_product(model: Model) -> None:
         found, lazy_grads = gradients(model, FUSED["shifted"])
     assert times_computed() == before
     torch.testing.assert_close((found, lazy_grads), (expected, grads), rtol=1e-9, atol=1e-12)
+
+
+def test_a_loss_like_an_earlier_one_is_not_checked_again(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values are looked at each time; another type, scale or setting is another loss."""
+
+    def results(weight: Tensor) -> list[Tensor]:
+        found = []
+        for x in (model(TOKENS), model(TOKENS) / 2, model(TOKENS).float()):
+            found += [of_tokens(x), of_tokens(x, weight=weight.to(x.dtype))]
+            found += [of_tokens(x, label_smoothing=0.1), of_tokens(x, reduction="none")]
+        return found
+
+    with lazy_heads(model, min_bytes=0):
+        results(WEIGHT)
+        model.lm_head.weight.data.mul_(2)
+        monkeypatch.setattr(heads, "results", lambda *_: pytest.fail("it was checked"))
+        found = results(WEIGHT.flip(0))
+    for a, b in zip(found, results(WEIGHT.flip(0)), strict=True):
+        torch.testing.assert_close(a, b)

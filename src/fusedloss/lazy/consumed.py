@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..engines.chunks.plan import BUDGET
 from ..front.head import Head, scalar
 from ..kinds.heads import LinearCall
 from ..route.heads import dispatch
+from ..route.memo import Asked, repeat
 from .product import LOG_PROBS, LOGITS, P_LOG_P, PROBS, Lazy, Product
 from .rules import OWN, dim_of, rule
 from .tensor import BY_NAME, EITHER, EITHER_NAMES, RULES, TracedLogits, check_unchanged, traced
@@ -24,11 +25,10 @@ from .tensor import BY_NAME, EITHER, EITHER_NAMES, RULES, TracedLogits, check_un
 NOTHING = -(2**40)  # an ignore_index that no target is
 
 
-@contextmanager
-def _as_given(product: Product) -> Iterator[None]:
+def _as_given(product: Product) -> Any:
     """Autocast had its say when the head was called."""
-    with torch.autocast(product.hidden.device.type, enabled=False):
-        yield
+    device = product.hidden.device.type
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
 def head_of(lazy: Lazy, name: str, dtype: torch.dtype | None = None) -> Head:
@@ -42,7 +42,13 @@ def head_of(lazy: Lazy, name: str, dtype: torch.dtype | None = None) -> Head:
     return head
 
 
-def _run(head: Head, target: Tensor, weight: Tensor | None = None, **settings: Any) -> Any:
+def _run(
+    head: Head,
+    target: Tensor,
+    weight: Tensor | None = None,
+    asked: Asked | None = None,
+    **settings: Any,
+) -> Any:
     plain = {
         "probabilities": False,
         "reduction": "none",
@@ -50,16 +56,13 @@ def _run(head: Head, target: Tensor, weight: Tensor | None = None, **settings: A
         "smoothing": 0.0,
         "z_loss": 0.0,
     }
-    return dispatch(head.run(LinearCall, target, weight, finish=tuple, **{**plain, **settings}))
+    ready = head.run(LinearCall, target, weight, finish=tuple, **{**plain, **settings})
+    return dispatch(ready, asked)
 
 
 def _loss_dtype(lazy: Lazy) -> torch.dtype:
-    dtype = lazy.like.dtype
-    return (
-        torch.promote_types(dtype, torch.float32)
-        if autocasts(lazy.product.hidden.device.type)
-        else dtype
-    )
+    dtype, widens = lazy.like.dtype, autocasts(lazy.product.hidden.device.type)
+    return torch.promote_types(dtype, torch.float32) if widens else dtype
 
 
 def _cross_entropy(
@@ -78,8 +81,7 @@ def _cross_entropy(
 ) -> Any:
     if not isinstance(lazy, Lazy) or isinstance(target, Lazy) or more:
         return NotImplemented
-    like, product = lazy.like, lazy.product
-    shape = like.shape
+    like, product, shape = lazy.like, lazy.product, lazy.like.shape
     if (
         like.kind is not kind
         or like.factor != 1.0
@@ -105,27 +107,47 @@ def _cross_entropy(
         return NotImplemented  # what is wrong is told of the logits in full
     rows = product.rows
     probabilities = target.shape == shape and target.is_floating_point()
+    dtype = _loss_dtype(lazy)
     if probabilities:
         if ignore_index >= 0 or kind is not LOGITS:
             return NotImplemented
         target = target.movedim(like.at, -1)
     elif target.shape != rows or target.dtype is not torch.int64:
         return NotImplemented
-    dtype = _loss_dtype(lazy)
+    settings = {
+        "reduction": reduction,
+        "ignore_index": ignore_index,
+        "smoothing": float(label_smoothing),
+    }
     with _as_given(product):
-        head = head_of(lazy, name, dtype)
-        if head.check_target(target, weight, None if probabilities else ignore_index):
-            head.dtype = torch.promote_types(dtype, target.dtype)
-        (result,) = _run(
-            head,
-            target,
-            weight,
-            denominator=scalar(name, denominator, product.hidden),
-            probabilities=probabilities,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            smoothing=float(label_smoothing),
-        )
+        check_unchanged(lazy)
+        if probabilities or denominator is not None:
+            return _checked(lazy, dtype, name, target, weight, settings, denominator, probabilities)
+        tensors = tuple(t for t in (*product.tensors, target, weight) if t is not None)
+        absent = product.bias is None, weight is None
+        key = ("lazy", str(dtype), product.scale, product.cap, *absent, *settings.values())
+        if (known := repeat(name, key, tensors)) is not None:
+            return known
+        return _checked(lazy, dtype, name, target, weight, settings, asked=Asked(key, tensors))
+
+
+def _checked(
+    lazy: Lazy,
+    dtype: torch.dtype,
+    name: str,
+    target: Tensor,
+    weight: Tensor | None,
+    settings: dict[str, Any],
+    denominator: Any = None,
+    probabilities: bool = False,
+    asked: Asked | None = None,
+) -> Tensor:
+    head = head_of(lazy, name, dtype)
+    if head.check_target(target, weight, None if probabilities else settings["ignore_index"]):
+        head.dtype = torch.promote_types(dtype, target.dtype)
+    denominator = scalar(name, denominator, lazy.product.hidden)
+    settings = {**settings, "denominator": denominator, "probabilities": probabilities}
+    result: Tensor = _run(head, target, weight, asked=asked, **settings)[0]
     return result
 
 

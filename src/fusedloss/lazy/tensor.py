@@ -64,7 +64,7 @@ class LazyLogits(Lazy, Tensor):
             with torch_state.no_torch_function():
                 found = ruled(func, args, kwargs)
             if found is not NotImplemented:
-                return _announced(found, (args, kwargs))
+                return _announced(found, lazies)
         return in_full(func, args, kwargs)
 
     @classmethod
@@ -192,10 +192,10 @@ def by_rule(rule: Any, either: bool, args: Any, kwargs: Any) -> Any:
     return rule(*args, **kwargs)
 
 
-def _announced(found: Any, args: Any) -> Any:
+def _announced(found: Any, lazies: Iterable[LazyLogits]) -> Any:
     """A result whose gradient is the first that comes of the logits."""
     if type(found) is Tensor and found.requires_grad and found.is_floating_point():
-        for lazy in lazy_in(args):
+        for lazy in lazies:
             root_of(lazy).used = True
             for hook in root_of(lazy).awaited:
                 found.register_hook(hook)
