@@ -21,9 +21,12 @@ TIMEOUT = 20.0  # seconds that a process waits for the others
 LIMIT = 120.0  # seconds of a run in all
 PRELOADED = [
     "torch",
+    "torch._dynamo",  # which the first operation of a DTensor imports
     "torch.distributed.tensor.parallel",
     "torch.distributed.fsdp",
     "fusedloss",
+    "fusedloss.lazy",
+    "fusedloss.route.dispatch",
 ]
 
 

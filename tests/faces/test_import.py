@@ -30,7 +30,7 @@ from fusedloss import functional as F
 x, weight = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3)
 target = torch.tensor([0, 1, 2, 1])
 for loss, others in ((F.linear_cross_entropy, (weight, target)), (F.cross_entropy, (target,))):
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
     found, = torch.autograd.grad(compiled(x, *others), x)
     expected, = torch.autograd.grad(loss(x, *others), x)
     torch.testing.assert_close(found, expected)

@@ -254,30 +254,32 @@ def _focal_row(
     h, g = mp.mpf(call.smoothing), mp.mpf(call.gamma)
     b = [((1 - h) * qc + h / len(x)) * wc for qc, wc in zip(q, w, strict=True)]
 
-    def results(x: Results) -> Results:
-        finite = [a for a in x if a != -mp.inf]
-        top = max(finite, default=mp.mpf(0))
-        e = [mp.exp(a - top) for a in x]
+    top = max((a for a in x if a != -mp.inf), default=mp.mpf(0))
+    none = mp.mpf(0)
+
+    def results(x: Results, e: Results) -> Results:
         total = mp.fsum(e)
         p = [a / total for a in e]
         rest = [a / total for a in others(e)]
-        surprise = [top + log(total) - a for a in x]
-        # b_c (1 - p_c)^g (1 + g p_c surprise_c / (1 - p_c)), which takes the place of b_c in the gradient
-        power = [r**g if r else mp.mpf(0) for r in rest]
-        ratio = [
-            pc * s / r if pc and r else mp.mpf(0)
-            for pc, s, r in zip(p, surprise, rest, strict=True)
-        ]
-        part = [bc * f * (1 + g * k) for bc, f, k in zip(b, power, ratio, strict=True)]
-        value = mp.fsum(bc * f * s for bc, f, s in zip(b, power, surprise, strict=True) if bc and f)
+        lse = top + log(total)
+        losses, part = [none] * len(x), [none] * len(x)
+        for c in (c for c in counted if rest[c]):
+            surprise, focus = lse - x[c], rest[c] ** g
+            ratio = p[c] * surprise / rest[c] if p[c] else none
+            losses[c] = b[c] * focus * surprise
+            # b_c (1 - p_c)^g (1 + g p_c surprise_c / (1 - p_c)) takes the place of b_c in the gradient
+            part[c] = b[c] * focus * (1 + g * ratio)
         slopes = [pc * o - r * k for pc, o, r, k in zip(p, others(part), rest, part, strict=True)]
-        return [value, *slopes]
+        return [mp.fsum(losses), *slopes]
 
-    here = results(x)
-    units = [mp.mpf(0)] * len(here)
+    counted = [c for c, share in enumerate(b) if share]
+    e = [mp.exp(a - top) for a in x]
+    here = results(x, e)
+    units = [none] * len(here)
     for k, a in enumerate(x):
         if step := rounding(a, info):
-            moved = results([*x[:k], a - mp.sign(a) * step, *x[k + 1 :]])
+            to = a - mp.sign(a) * step
+            moved = results([*x[:k], to, *x[k + 1 :]], [*e[:k], mp.exp(to - top), *e[k + 1 :]])
             units = [u + abs(b - h) for u, b, h in zip(units, moved, here, strict=True)]
     return (here[0], units[0]), (here[1:], units[1:]), ([], [])
 
