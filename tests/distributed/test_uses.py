@@ -29,13 +29,17 @@ def test_dtensors(module: str, world: int) -> None:
         assert not wrong, "\n".join(f"{name}: {error}" for name, error in wrong.items())
 
 
-def compiled(rank: int, backend: str) -> None:
-    uses.compiled(backend)
+def compiled(rank: int, backend: str, every: bool) -> None:
+    uses.compiled(backend, every)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.nightly)]
+    ("backend", "every"),
+    [
+        pytest.param("aot_eager", False, id="aot_eager"),
+        pytest.param("inductor", True, id="inductor", marks=pytest.mark.nightly),
+    ],
 )
-def test_compiled(backend: str) -> None:
-    ranks.run(2, compiled, backend)
+def test_compiled(backend: str, every: bool) -> None:
+    ranks.run(2, compiled, backend, every)
