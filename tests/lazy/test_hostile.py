@@ -77,6 +77,29 @@ def inplace_function(x: Tensor) -> Tensor:
     return view.square().sum() + of_tokens(copied)
 
 
+def write_to_a_copy(x: Tensor) -> Tensor:
+    copied = x.clone()
+    view, other = copied[:, 1:], copied.clone()
+    copied[0] = 0.0
+    return view.square().sum() + of_tokens(other) + of_tokens(x)
+
+
+def write_through_a_view_of_a_copy(x: Tensor) -> Tensor:
+    view, of_rows = (copied := x.float().double())[:, 1:], copied.view(-1, C)
+    of_rows.exp()
+    del copied
+    view.mul_(2.0)
+    return of_rows.square().sum() + shifted(x)
+
+
+def write_through_a_view_of_values_of_a_copy(x: Tensor) -> Tensor:
+    copied = x.clone()
+    view = copied[:, :-1]
+    copied.exp()
+    copied[..., 0].fill_(-5.0)
+    return F.cross_entropy(view.flatten(0, 1), FOUND[:, 1:].flatten())
+
+
 def written_then_in_c(x: Tensor) -> Tensor:
     x[:, 1:].div_(2.0)
     return Square.apply(x).sum()  # type: ignore[no-any-return]
@@ -95,6 +118,9 @@ STEPS: dict[str, Step] = {
     "inference mode": in_inference,
     "hook after a view": hook_after_a_view,
     "a write to a view of the values": write_through_a_view_of_values,
+    "a write to a copy": write_to_a_copy,
+    "a write to a view of a copy": write_through_a_view_of_a_copy,
+    "a write to a view of the values of a copy": write_through_a_view_of_values_of_a_copy,
     "an inplace function": inplace_function,
     "written, in C++": written_then_in_c,
     "bias that learns, in C++": lambda x: Square.apply((x + LEARNED)[:, 1:]).sum(),
@@ -119,6 +145,28 @@ STEPS: dict[str, Step] = {
 @pytest.mark.parametrize("name", STEPS)
 def test_steps(model: Model, name: str) -> None:
     compare(model, STEPS[name])
+
+
+@pytest.mark.parametrize("index", [[-1], [T], [0, T - 1, 0]])
+def test_index_select_takes_what_it_takes_of_logits(model: Model, index: list[int]) -> None:
+    def chosen() -> Any:
+        try:
+            return model(TOKENS).index_select(1, torch.tensor(index)).square().sum().item()
+        except (RuntimeError, IndexError) as error:
+            return type(error)
+
+    with lazy_heads(model, min_bytes=0):
+        found = chosen()
+    assert found == pytest.approx(chosen()) if len(index) > 1 else found is chosen()
+
+
+def test_script_takes_the_head_that_it_was(model: Model) -> None:
+    lazy_heads(model, min_bytes=0)
+    scripted = torch.jit.script(model)
+    assert type(model.lm_head) is nn.Linear
+    torch.testing.assert_close(scripted(TOKENS), model(TOKENS))
+    with lazy_heads(model, min_bytes=0):
+        assert isinstance(model(TOKENS), LazyLogits)
 
 
 def test_targets_and_classes_out_of_range(model: Model) -> None:

@@ -82,6 +82,11 @@ class Lazily(nn.Module):
         state = {key: value for key, value in vars(self).items() if key != MARK}
         return _new, (type(self).original,), state
 
+    def __prepare_scriptable__(self) -> Any:
+        """Of torch.jit.script, which compiles no laziness: the head is what it was, in the model itself."""
+        Handle({"": self}).remove()
+        return self
+
 
 def _new(original: type[nn.Module]) -> nn.Module:
     return original.__new__(original)

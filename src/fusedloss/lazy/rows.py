@@ -98,8 +98,15 @@ def _narrow(lazy: Lazy, dim: Any, start: Any, length: Any) -> Any:
 
 @rule(*named("index_select"))
 def _index_select(lazy: Lazy, dim: Any, index: Any) -> Any:
-    whole = index.dim() == 1 and index.dtype in (torch.int64, torch.int32)
-    return _along(lazy, dim, index) if whole else NotImplemented
+    """Its indices are not negative: torch's own word on them is that on the hidden states."""
+    where, like = dim_of(lazy, dim), lazy.like
+    if where in (None, like.at) or isinstance(index, Lazy):
+        return NotImplemented
+    hidden = lazy.product.hidden.index_select(where - (where > like.at), index)
+    shape = [*like.shape[:where], index.numel(), *like.shape[where + 1 :]]
+    like = replace(like, shape=torch.Size(shape), stride=contiguous(shape))
+    made = replace(lazy.product, hidden=hidden)
+    return lazy.made(like, lambda x: x.index_select(where, index), made)
 
 
 @rule(*named("split"), torch.functional.split)

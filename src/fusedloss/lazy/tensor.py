@@ -23,13 +23,9 @@ from .product import Lazy, Like, Product, Step, described, of_kind
 NAME = "lazy_head"
 # What a torch function does with lazy logits: its result, or NotImplemented where it needs the numbers.
 RULES: dict[Any, Callable[..., Any]] = {}
-PRODUCTS = (
-    Tensor.__matmul__,
-    Tensor.matmul,
-)  # dynamo swaps the operands of `@` before an object of ours
-BY_NAME: dict[
-    Any, Any
-] = {}  # the same: dynamo finds no function of Python among the keys of a dict
+# Dynamo swaps the operands of `@` before an object of ours, and finds no function among the keys of a dict.
+PRODUCTS = (Tensor.__matmul__, Tensor.matmul)
+BY_NAME: dict[Any, Any] = {}
 ASKED: set[Any] = set()  # what is answered without the numbers
 EITHER_NAMES: set[Any] = set()
 EITHER: set[Any] = set()  # those that lazy logits may be the second argument of
@@ -44,12 +40,13 @@ class LazyLogits(Lazy, Tensor):
 
     root: LazyLogits | None  # what it was made of; None: the head's own output
     replay: Step | None  # makes it of the root's values, as the operations would have
+    made_of: tuple[LazyLogits, Step] | None  # whose memory it may share, once both are computed
     others: tuple[Any, ...]  # the tensors that learn, besides the root's, that it is made of
     value: Tensor | None  # with autograd's graph, once it is computed
     members: list[weakref.ref[LazyLogits]]  # of a root: what was made of it
     written: list[tuple[Tensor, Any]]  # its values after a write in place, and the root's tensors
     node: Any  # autograd's, as it was made
-    version: int  # of a root's values, when they were computed
+    version: int  # of its values, when they were computed
     used: bool  # of a root: whether a gradient comes without its logits
     versions: tuple[int, ...]  # of a root: of its tensors
     awaited: list[Callable[[Tensor], Any]]  # of a root: who is told when a gradient comes
@@ -86,6 +83,7 @@ class LazyLogits(Lazy, Tensor):
             product = product.detached
         replay = now if before is None else lambda logits: now(before(logits))
         made = _tensor(product, like, root, replay, (*self.others, *others))
+        made.made_of = self, now
         root.members.append(weakref.ref(made))
         return made
 
@@ -204,13 +202,13 @@ def _announced(found: Any, lazies: Iterable[LazyLogits]) -> Any:
 
 def _untouched(lazy: LazyLogits) -> bool:
     """Whether a rule may answer for it: its values are its product's, and its gradient goes to its product."""
-    root = root_of(lazy)
-    return (
-        lazy.value is None
-        and (root.value is None or root.value._version == root.version)
-        and not torch_state.transforms_active()
-        and not _moved(lazy)
-    )
+    if lazy.value is not None or torch_state.transforms_active() or _moved(lazy):
+        return False
+    while lazy.made_of is not None:
+        lazy = lazy.made_of[0]
+        if lazy.value is not None and _version(lazy.value) != lazy.version:
+            return False
+    return True
 
 
 def _moved(lazy: LazyLogits) -> bool:
@@ -311,7 +309,7 @@ def _tensor(
     written: list[Any] = []
     found: LazyLogits = _Node.apply(like, replay, of.hidden.device, written, *of.tensors, *others)
     found.product, found.like, found.root, found.replay = product, like, root, replay
-    found.value, found.others, found.written = None, others, written
+    found.value, found.others, found.written, found.made_of = None, others, written, None
     with torch_state.no_torch_function():
         found.node = found.grad_fn
     return found
@@ -326,13 +324,18 @@ def computed(tensor: LazyLogits, why: str) -> Tensor:
     if tensor.value is None:
         root = root_of(tensor)
         with torch_state.as_if_alone(root.product.hidden.device.type):
-            if root.value is None:
+            if tensor.made_of is None:
                 check_unchanged(tensor)
                 _tell(root, why)
-                root.value = F.linear(*root.product.tensors)
-                root.version = _version(root.value)
-            value = root.value if tensor.replay is None else tensor.replay(root.value)
+                value = F.linear(*root.product.tensors)
+            else:
+                before, step = tensor.made_of
+                of = computed(before, why)
+                value = step(of)
+                if value.untyped_storage().data_ptr() != of.untyped_storage().data_ptr():
+                    tensor.made_of = None  # a copy: what it was made of is nobody's
             tensor.value = _Behind.apply(tensor, value.detach()) if _moved(tensor) else value
+            tensor.version = _version(tensor.value)
     return tensor.value
 
 
