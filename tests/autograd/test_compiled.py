@@ -159,6 +159,27 @@ def test_the_stored_gradient_is_given_away(loss: Function, generator: Generator)
 
 
 @pytest.mark.slow
+@each_loss
+def test_bfloat16_is_stored_and_rounded_once(loss: Function, generator: Generator) -> None:
+    """The called loss's bits, whatever arrives; given away where it is 1."""
+    x, t = DRAWN[loss](generator)
+    x = x.detach().bfloat16().requires_grad_()
+    t = t.bfloat16() if t.is_floating_point() else t
+    fast = torch.compile(loss, fullgraph=True, dynamic=False)
+    for scale in (1.0, 0.25, 0.3, -3.0):
+        expected = gradient(lambda x, t, by=scale: by * loss(x, t), x, t)
+        for _ in range(2):
+            assert torch.equal(gradient(lambda x, t, by=scale: by * fast(x, t), x, t), expected)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda s: saved.append(s.data_ptr()) or s, lambda s: s
+    ):
+        value = fast(x, t)
+    value.backward()
+    assert x.grad is not None and x.grad.data_ptr() in saved
+
+
+@pytest.mark.slow
 def test_compiled_autograd_gives_nothing_away(generator: Generator) -> None:
     x, t = logits(generator)
     expected = gradient(fusedloss.cross_entropy, x, t)

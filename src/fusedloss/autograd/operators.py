@@ -2,7 +2,8 @@
 
 Each kind of call has two. The arguments of `fusedloss::<family>` are the tensors of the call, which gradients
 are to be stored, and the settings, field by field; it gives the results and those gradients: what is changed
-before backward does not reach them, and backward only scales them, by `fusedloss::scaled`.
+before backward does not reach them, and backward only scales them, by `fusedloss::scaled`; one of bfloat16 by
+`fusedloss::<family>_scaled`, which computes it anew where it would be rounded twice.
 `fusedloss::<family>_backward` gives those of unreduced losses. The only overload of each is named by our
 version: a cached graph keeps the strides that it was compiled for.
 """
@@ -31,7 +32,7 @@ from ..kinds.pointwise import PointwiseCall
 from ..kinds.reduction import ReductionCall
 from ..kinds.rows import RowsCall
 from ..kinds.torch_m import OutsideDomain
-from .gradients import redo
+from .gradients import redo, scales_exactly
 from .saved import Changed, unpacked
 
 KINDS = {
@@ -127,12 +128,17 @@ def run(call: Any, tensors: Sequence[Slot]) -> tuple[Tensor, ...]:
 
 
 def _stores(call: Any, tensors: Sequence[Slot], needed: Sequence[bool]) -> bool:
-    """Whether forward computes the gradients; half-typed ones would be rounded twice."""
+    """Whether forward computes the gradients; half-typed ones are rounded once."""
     if isinstance(call, LinearCall):  # they are of float32
         return call.stores_gradients
-    return call.stores_gradients and all(
-        t is not None and t.dtype in WIDE for t, need in zip(tensors, needed, strict=False) if need
-    )
+    learned = [t for t, need in zip(tensors, needed, strict=False) if need and t is not None]
+    alone = len(learned) == 1 and rescales(learned[0])
+    return call.stores_gradients and (alone or all(t.dtype in WIDE for t in learned))
+
+
+def rescales(tensor: Tensor) -> bool:
+    """Whether a gradient like this one is stored and, unless 1 or a power of 2 arrives, computed anew."""
+    return tensor.dtype is torch.bfloat16 and tensor.device.type == "cpu"
 
 
 def gradients(
@@ -147,7 +153,15 @@ def gradients(
     if stored is not None:
         arrived = incoming[0]
         assert arrived is not None
-        grads = scaled(stored, arrived)
+        if any(g is not None and rescales(g) for g in stored) and not isinstance(call, LinearCall):
+            by = operator(f"{call.family}_scaled")
+            slots, own = arguments(call, tensors), settings(call)
+            grads = [
+                g if g is None else by(g, arrived, False, list(needed), *slots, *own)
+                for g in stored
+            ]
+        else:
+            grads = scaled(stored, arrived)
     else:
         here = [g is not None for g in incoming]
         given = [g for g in incoming if g is not None]
@@ -178,7 +192,7 @@ def _scaled(gradient: Tensor, incoming: Tensor, given: bool) -> Tensor:
 
 
 def _fake_scaled(gradient: Tensor, incoming: Tensor, given: bool) -> Tensor:
-    inductor.gives_away(operator("scaled"))
+    inductor.gives_away(operator("scaled"), multiplies=True)
     return torch.empty_like(gradient)
 
 
@@ -292,6 +306,12 @@ class Operator:
             self.backward,
             self.fake_backward,
         )
+        define(
+            f"{name}_scaled(Tensor gradient, Tensor incoming, bool given, bool[] needed, {given}, {others})"
+            " -> Tensor",
+            self.scaled,
+            self.fake_scaled,
+        )
         torch.library.register_autograd(
             f"fusedloss::{name}.{OVERLOAD}",
             self.differentiate,
@@ -343,6 +363,17 @@ class Operator:
         call = self.call(given[self.count :])
         return self.empty_gradients(call, self.own(call, given), needed)
 
+    def scaled(
+        self, gradient: Tensor, incoming: Tensor, kept: bool, needed: list[bool], *given: Any
+    ) -> Tensor:
+        if scales_exactly((gradient,), incoming):
+            return _scaled(gradient, incoming, kept)
+        return self.backward([incoming], [True], needed, *given)[0]
+
+    def fake_scaled(self, gradient: Tensor, *_: Any) -> Tensor:
+        inductor.gives_away(operator(f"{self.kind.family}_scaled"))
+        return torch.empty_like(gradient)
+
     def keep(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
         tensors, ctx.stored, ctx.call = self.parts(inputs)
         # Detached: an output is unpacked by its node alone, and not where an input was changed.
@@ -354,7 +385,7 @@ class Operator:
         call, needed = ctx.call, self.own(ctx.call, ctx.needs_input_grad)
         saved = unpacked(ctx)  # a checkpoint gives them once
         create_graph, stores = torch.is_grad_enabled(), any(ctx.stored)
-        reads = create_graph or not stores
+        reads = create_graph or not stores or any(map(rescales, saved[len(needed) :]))
         count = len(needed)
         tensors = tuple(_of(each, reads) for each in saved[:count])
         arriving = incoming[: call.outputs]

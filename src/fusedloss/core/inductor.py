@@ -13,12 +13,12 @@ from .torch_state import is_large
 LEAST = 1 << 16  # elements: to multiply fewer takes less time than to call an operator of Python
 
 
-def gives_away(scale: Any) -> None:
-    """Inductor, once it is loaded, lets `scale(tensor, number, given)` give the tensor itself away.
+def gives_away(scale: Any, multiplies: bool = False) -> None:
+    """Inductor, once it is loaded, lets `scale(tensor, number, given, ...)` give the tensor itself away.
 
     Only what it may write to: what the graph made, or what was saved for this backward alone ("donated"), and
     nothing else of the graph reads. It hands that memory to no other tensor then, as it would once it was read
-    for the last time. All else it multiplies itself, and fuses.
+    for the last time. All else it multiplies itself, and fuses, if `scale` does no more.
     """
     module = sys.modules.get("torch._inductor.lowering")
     known = getattr(module, "lowerings", None)
@@ -35,7 +35,7 @@ def gives_away(scale: Any) -> None:
         return
 
     @register
-    def lower(tensor: Any, number: Any, given: bool) -> Any:
+    def lower(tensor: Any, number: Any, given: bool, *others: Any) -> Any:
         kept = getattr(V.graph, "never_reuse_buffers", None)
         inputs = getattr(V.graph, "graph_inputs_original", {})
         node: Any = V.graph.current_node
@@ -44,9 +44,9 @@ def gives_away(scale: Any) -> None:
             source.op == "placeholder" and isinstance(inputs.get(source.target), DonatedBuffer)
         )
         if kept is None or not own or not _pays(node, source):
-            return multiply(tensor, number)
+            return multiply(tensor, number) if multiplies else give(tensor, number, False, *others)
         kept.add(tensor.get_name())
-        return give(tensor, number, True)
+        return give(tensor, number, True, *others)
 
 
 def _pays(node: Any, source: Any) -> bool:
