@@ -217,6 +217,7 @@ MUTANTS = [
     Mutant("src/fusedloss/autograd/gradients.py", "if not plain or _keeps_graph():", "if not plain:", "given_away", **REPEAT),
     # torch.compile
     Mutant(OPERATORS, "if incoming.item() != 1.0:", "if incoming.item() == 1.0:", "default_backend and mse_loss", **COMPILED),
+    Mutant(OPERATORS, "if scales_exactly((gradient,), incoming):", "if True:", "rounded_once and mse_loss", **COMPILED),
     Mutant("src/fusedloss/core/inductor.py", "isinstance(inputs.get(source.target), DonatedBuffer)", "True", "given_away and mse_loss", **COMPILED),
     Mutant("src/fusedloss/kinds/pointwise.py", "self.reduction != \"none\"\n", "self.reduction == \"none\"\n", "large_tensors_take", **COMPILED),
     kernel("abi.cpp", "arguments[places[i]] = pointers[i];", "arguments[places[0]] = pointers[0];", "do_not_depend", **REPEAT),
