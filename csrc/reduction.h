@@ -28,6 +28,13 @@ struct Reduction {
 
 inline void* row_of(const Matrix& m, int64_t i) { return at(m.data, m.dtype, i * m.row_stride); }
 
+// Asks for a row of a gradient, which is written once the row is measured.
+inline void fetch_to_write(const Matrix& m, int64_t row, int64_t n) {
+    if (!m.data || m.stride != 1) return;
+    const auto* from = static_cast<const char*>(row_of(m, row));
+    for (int64_t i = 0; i < n * size_of(m.dtype); i += 64) __builtin_prefetch(from + i, 1);
+}
+
 // out = f v + g w
 template <class T>
 FUSEDLOSS_LOOP void combine(T* __restrict out, T f, const T* __restrict v, T g, const T* __restrict w,
@@ -165,6 +172,7 @@ private:
 template <class T>
 class Distances {
 public:
+    static constexpr bool slow = false;
     Distances(const Reduction& reduction, const double* numbers, int64_t n) : n_(n) {
         norms_.reserve(max_measures);
         for (int k = 0; k < reduction.measures; ++k) norms_.emplace_back(numbers[0], numbers[1], n);
@@ -179,8 +187,8 @@ public:
         for (size_t k = 0; k < norms_.size(); ++k) factors_[k] = norms_[k].factor(by[k]);
     }
 
-    // The gradient of an operand. No two pairs are alike: it stands in two of them at most.
-    void gradient(int operand, T* out) const {
+    // The gradient of an operand, where it is: in `out`. No two pairs are alike: it stands in two at most.
+    const T* gradient(int operand, T* out) const {
         const T *v[2], zero = 0;
         T f[2] = {zero, zero};
         int found = 0;
@@ -193,6 +201,7 @@ public:
             combine(out, f[0], v[0], f[1], v[1], n_);
         else
             combine(out, f[0], v[0], n_);
+        return out;
     }
 
 private:
@@ -205,6 +214,7 @@ private:
 // Sums of what a printed map gives for each place of a row, all in double.
 class Sums {
 public:
+    static constexpr bool slow = true;  // so that memory waits for it
     Sums(const Reduction& reduction, const double* numbers, int64_t n)
         : reduction_(reduction), numbers_(numbers), n_(n), slopes_(size_t(reduction.operands * n)) {}
 
@@ -219,7 +229,7 @@ public:
         reduction_.slope(x, n_, numbers_, by, out);
     }
 
-    void gradient(int operand, double* out) const { std::copy_n(slopes_.data() + operand * n_, n_, out); }
+    const double* gradient(int operand, double*) const { return slopes_.data() + operand * n_; }
 
 private:
     const Reduction& reduction_;
@@ -254,6 +264,8 @@ int64_t reduce_rows(const ReductionArgs& a, const Reduction& reduction) {
                     x[k] = load<T>(row_of(m, row), m.dtype, m.stride, f, rows[k].data());
                 }
                 double measures[max_measures], by[max_measures];
+                if constexpr (Measure::slow)
+                    for (const Matrix& grad : a.grad) fetch_to_write(grad, row, f);
                 along.measure(x, measures);
                 const Matrix& label = a.input[reduction.operands % max_operands];
                 const double own = reduction.label ? load_one(row_of(label, row), label.dtype, 0) : 0;
@@ -269,9 +281,9 @@ int64_t reduce_rows(const ReductionArgs& a, const Reduction& reduction) {
                     const Matrix& grad = a.grad[k];
                     if (!grad.data) continue;
                     const bool direct = grad.dtype == dtype_of<T> && grad.stride == 1;
-                    T* out = direct ? static_cast<T*>(row_of(grad, row)) : rows[k].data();
-                    along.gradient(k, out);
-                    if (!direct) store(row_of(grad, row), grad.dtype, grad.stride, f, out);
+                    void* to = row_of(grad, row);
+                    const T* from = along.gradient(k, direct ? static_cast<T*>(to) : rows[k].data());
+                    if (from != to) store(to, grad.dtype, grad.stride, f, from);
                 }
                 return loss;
             };
