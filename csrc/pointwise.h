@@ -18,8 +18,13 @@ public:
 
     template <class T>
     const T* load(const Array& array, int slot, int64_t start, int64_t n, T* buffer) const {
-        if (ndim_ == 1 && stride(slot, 0) == 1)
-            return fusedloss::load<T>(at(array.data, array.dtype, start), array.dtype, 1, n, buffer);
+        if (dense(slot)) {
+            const void* from = at(array.data, array.dtype, start);
+            const bool done = with_half(array.dtype, [&](auto half) {
+                convert_and_ask(static_cast<const decltype(half)*>(from), buffer, n);
+            });
+            return done ? buffer : fusedloss::load<T>(from, array.dtype, 1, n, buffer);
+        }
         runs(slot, start, n, [&](int64_t offset, int64_t done, int64_t count, int64_t inner) {
             load_strided<T>(at(array.data, array.dtype, offset), array.dtype, inner, count, buffer + done);
         });
@@ -30,13 +35,16 @@ public:
     template <class T>
     T* target(const Array& array, int slot, int64_t start, bool whole, T* buffer) const {
         if (!array.data) return nullptr;
-        const bool direct = whole && array.dtype == dtype_of<T> && ndim_ == 1 && stride(slot, 0) == 1;
+        const bool direct = whole && array.dtype == dtype_of<T> && dense(slot);
         return direct ? static_cast<T*>(array.data) + start : buffer;
     }
 
     template <class T>
     void store(const Array& array, int slot, int64_t start, int64_t n, const T* from, const T* buffer) const {
         if (!array.data || from != buffer) return;
+        void* to = at(array.data, array.dtype, start);
+        const auto convert = [&](auto half) { convert_and_ask(buffer, static_cast<decltype(half)*>(to), n); };
+        if (dense(slot) && with_half(array.dtype, convert)) return;
         runs(slot, start, n, [&](int64_t offset, int64_t done, int64_t count, int64_t inner) {
             fusedloss::store<T>(at(array.data, array.dtype, offset), array.dtype, inner, count,
                                 buffer + done);
@@ -48,6 +56,7 @@ private:
     const int64_t* layout_;
 
     int64_t size(int64_t d) const { return layout_[d]; }
+    bool dense(int slot) const { return ndim_ == 1 && stride(slot, 0) == 1; }
     int64_t stride(int slot, int64_t d) const { return layout_[ndim_ * (slot + 1) + d]; }
 
     // Cuts elements [start, start + n) into runs along the innermost dimension.
