@@ -50,6 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "'mean' divides the total loss by both",  # kl_div, as PyTorch's does
         "`torch.jit.script` is deprecated",  # torch itself, on its first forward-mode derivative
         "Guards may run slower on Python 3.13.0",  # torch.compile there
+        "Profiler clears events at the end",  # torch 2.10
     ):
         config.addinivalue_line("filterwarnings", f"ignore:.*{expected}")
 
