@@ -326,6 +326,7 @@ def nll_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
     *,
+    class_group: Any = None,
     denominator: Tensor | float | None = None,
 ) -> Tensor: ...
 def poisson_nll_loss(

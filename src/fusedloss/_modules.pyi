@@ -276,6 +276,17 @@ class MultiMarginLoss(torch.nn.MultiMarginLoss):
     ) -> Tensor: ...
 
 class NLLLoss(torch.nn.NLLLoss):
+    class_group: Any
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        *,
+        class_group: Any = None,
+    ) -> None: ...
     def forward(
         self, input: Tensor, target: Tensor, denominator: Tensor | float | None = None
     ) -> Tensor: ...

@@ -162,11 +162,31 @@ def logits(dtype: torch.dtype) -> Iterator[Case]:
             yield Case(f"ignored {shape} {reduction}", *given, **more)
 
 
+def likelihoods(dtype: torch.dtype) -> Iterator[Case]:
+    draw = Generator().manual_seed(4)
+    weight = (torch.rand(C, generator=draw, dtype=torch.float64) + 0.1).to(dtype)
+    function, alone = fusedloss.functional.nll_loss, ("input",)
+    for shape, reduction in itertools.product(((C,), (N, C), (3, C, 4)), ("mean", "sum", "none")):
+        dim = min(len(shape) - 1, 1)
+        x = torch.randn(shape, generator=draw, dtype=torch.float64).log_softmax(dim).to(dtype)
+        y = torch.randint(C, (*shape[:dim], *shape[dim + 1 :]), generator=draw)
+        given = (function, {"input": x, "target": y}, {"input": dim}, alone)
+        ignored = {"ignore_index": int(y.flatten()[0])} if len(shape) > 1 else {}
+        for more in ({}, {"weight": weight}, {"weight": weight, **ignored}):
+            yield Case(
+                f"likelihood {shape} {reduction} {len(more)}", *given, **more, reduction=reduction
+            )
+        if reduction == "mean":
+            for number in (7, torch.tensor(7)):
+                yield Case(f"likelihood over {number!r}", *given, denominator=number)
+
+
 def cases(dtype: torch.dtype) -> Iterator[Case]:
     yield from heads(dtype)
     yield from log_probs(dtype)
     yield from divergences(dtype)
     yield from logits(dtype)
+    yield from likelihoods(dtype)
 
 
 def matrix(rank: int, dtype: torch.dtype, torch_steps: bool = False) -> int:
@@ -217,6 +237,7 @@ def refused(rank: int) -> dict[str, str]:
     if rank == 1:
         bad[2] = -7
     say("label of one", head, x, w, bad)
+    say("label of likelihood", fusedloss.functional.nll_loss, torch.randn(N, 4), bad)
     say("label of logits", fusedloss.functional.cross_entropy, torch.randn(N, 4), bad)
     say("weight", head, x, w, y, weight=torch.ones(4))
     say("probabilities", head, x, w, torch.rand(N, 3))

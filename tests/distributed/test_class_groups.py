@@ -27,6 +27,7 @@ def test_matrix(world: int, dtype: torch.dtype, torch_steps: bool) -> None:
 REFUSED = {
     "label": "IndexError: linear_cross_entropy: target[3] = 8 is out of range for 8 classes",
     "label of one": "IndexError: linear_cross_entropy: target[2] = -7 is out of range for 8 classes",
+    "label of likelihood": "IndexError: nll_loss: target[2] = -7 is out of range for 8 classes",
     "label of logits": "IndexError: cross_entropy: target[2] = -7 is out of range for 8 classes",
     "weight": "RuntimeError: linear_cross_entropy: weight tensor should be defined either for all 8",
     "probabilities": "holds probabilities of [3, 3] classes on the ranks of class_group, whose shards",

@@ -186,8 +186,9 @@ def cross_entropy(ignore_index, label_smoothing, class_group=None):
         ),
     ),
     rules=(input_is_log_probability, some_row_counts),
+    class_group=class_group,
 )
-def nll_loss(ignore_index):
+def nll_loss(ignore_index, class_group=None):
     r"""Negative log likelihood: :math:`\ell = -w_y\,x_y`, for class y of log-probabilities x.
 
     As :func:`torch.nn.functional.nll_loss`
@@ -201,5 +202,7 @@ def nll_loss(ignore_index):
         ignore_index: rows with this target contribute nothing.
         reduction: 'none', 'sum' or 'mean'. 'mean' divides by the weights of the targets that are not
             ignored.
+        class_group: as in :func:`linear_cross_entropy`: the input holds the log-probabilities of this
+            process's classes. A row's loss is that of the process that has its class, and their sum goes round.
     """
     return Counted(ignore_index)

@@ -30,9 +30,9 @@ def run(
     denominator: Tensor | float | None = None,
 ) -> Tensor:
     """The loss of a shard's logits, or log-probabilities."""
-    if not call.softmax:
-        return _likelihood(call, shard, input, target, weight)
     denominator = call.denominator if denominator is None else denominator
+    if not call.softmax:
+        return _likelihood(call, shard, input, target, weight, denominator)
     compute = reduce.wide(input, target) if call.probabilities else reduce.wide(input)
     if compute is not reduce.wide(input):
         input = input.to(compute)
@@ -68,7 +68,12 @@ def _as_rows(x: Tensor) -> Tensor:
 
 
 def _likelihood(
-    call: RowsCall, shard: ClassShard, input: Tensor, target: Tensor, weight: Slot
+    call: RowsCall,
+    shard: ClassShard,
+    input: Tensor,
+    target: Tensor,
+    weight: Slot,
+    denominator: Tensor | float | None,
 ) -> Tensor:
     """Each process has the log-probabilities of some rows' labels, and the others' are no rows to it."""
     check_range(call.loss, target, shard.classes, call.ignore_index)
@@ -85,8 +90,9 @@ def _likelihood(
     why = formula_reason(own, given)
     part = by_formula(own, given) if why else autograd.run(call.loss, own, given)
     found = shard.total(part)
-    if call.reduction == "mean":
+    if denominator is not None:
+        found = found / denominator
+    elif call.reduction == "mean":
         count = call.count((input, target, weight))
-        divisor = count if call.denominator is None else count.new_full((), call.denominator)
-        found = Scaled.apply(found, 1 / divisor, call.of_nothing)
+        found = Scaled.apply(found, 1 / count, call.of_nothing)
     return found.to(call.dtype)
