@@ -209,9 +209,11 @@ MUTANTS = [
     Mutant(PLACED, "local._version != version", "False", "tensors_that_change", **PLACED_AGAIN),
     Mutant(PLACED, "factor == 1.0 and arrived", "factor != 2.0 and arrived", "derivatives", **PLACED_AGAIN),
     # repeated calls
+    Mutant("src/fusedloss/engines/cpu/again.py", "(number, 1.0 / number)[:divisors]", "(7.0, 1.0 / 7)[:divisors]", "over_denominators", **SHORT),
+    Mutant("src/fusedloss/engines/cpu/again.py", "replace(self.call, denominator=number), number=number", "self.call, number=number", "only_checks_know", **SHORT),
     Mutant(AGAIN, "if summed else None", "if False else None", "broadcast", **REPEAT),
     Mutant(AGAIN, "zip(self.pointers.grads, plan.grads", "zip(self.pointers.grads[::-1], plan.grads", "packs_no", **REPEAT),
-    Mutant(AGAIN, "if not divisors and all(", "if all(", "no_value_is_kept", **SHORT),
+    Mutant(AGAIN, "if itself and not divisors:", "if itself:", "no_value_is_kept", **SHORT),
     Mutant("src/fusedloss/route/memo.py", "if it.alike(*tensors):", "if True:", "strides_make", **REPEAT),
     Mutant("src/fusedloss/autograd/functions.py", "        if scales_exactly(stored, incoming):\n", "        if True:\n", "do_not_depend", **REPEAT),
     Mutant("src/fusedloss/autograd/gradients.py", "if not plain or _keeps_graph():", "if not plain:", "given_away", **REPEAT),

@@ -42,7 +42,8 @@ def shape_of(loss: Loss, rows: int) -> tuple[int, ...]:
 @functools.cache
 def mesh_of(layout: str) -> Any:
     world, dims = dist.get_world_size(), len(layout.split())
-    return init_device_mesh("cpu", (world,) if dims == 1 else (max(world // 2, 1), min(world, 2)))
+    two = (1, world) if world % 2 else (world // 2, 2)
+    return init_device_mesh("cpu", (world,) if dims == 1 else two)
 
 
 def placement(loss: Loss, k: int, tensor: Tensor, first: Tensor, word: str) -> Placement:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 from collections.abc import Callable, Iterator
 
@@ -117,6 +118,58 @@ def test_of_modules(
     module = made(**options, reduction=reduction)
     wanted = case.loss.differentiable
     takes_the_short_way(monkeypatch, case, lambda: run(module, tensors, of_call, wanted))
+
+
+def over_another(case: Case) -> bool:
+    """Whether a mean may be over another number; plans of sequences, overlaps, means of classes hold theirs."""
+    parameters = inspect.signature(case.loss.function).parameters
+    holds = case.kind in ("sequences", "dice") or case.loss.name == "multilabel_soft_margin_loss"
+    return "denominator" in parameters and not holds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", list(filter(over_another, EVERY)), ids=str)
+def test_over_denominators(
+    case: Case, dtype: torch.dtype, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one each time: a number, and tensors of several types."""
+    tensors, options = case.example(shape_of(case), dtype, generator)
+    numbers: list[float | Tensor] = [7, 0.5, torch.tensor(3), torch.tensor(5.0), 7.0, -2.0]
+
+    def over(number: float | Tensor) -> list[Tensor]:
+        given = {**options, "reduction": "mean", "denominator": number}
+        return run(case.loss.function, tensors, given, case.loss.differentiable)
+
+    first = []
+    for number in numbers:
+        memo.known.clear()
+        first.append(over(number))
+    memo.known.clear()
+    left = iter(numbers)
+    takes_the_short_way(monkeypatch, case, lambda: over(next(left)))
+    for number, expected in zip(numbers, first, strict=True):
+        assert_same_bits(over(number), expected)
+    for number, expected in ((math.nan, math.nan), (math.inf, 0.0)):
+        torch.testing.assert_close(over(number)[0].item(), expected, equal_nan=True)
+
+
+def test_denominators_that_only_checks_know() -> None:
+    x = torch.zeros(3, 4)
+    for _ in range(3):
+        functional.mse_loss(x, x, denominator=2)
+    for wrong in ("2", torch.ones(2), torch.tensor(1j), object()):
+        with pytest.raises((TypeError, ValueError), match="denominator"):
+            functional.mse_loss(x, x, denominator=wrong)  # type: ignore[arg-type]
+    given = (x + 1).requires_grad_()
+    for number in (2.0, 2.0, 4.0, 8.0):
+        value = functional.mse_loss(given, x, denominator=number)
+        (grad,) = torch.autograd.grad(value, given, create_graph=True)
+        assert (grad == 2 / number).all()
+    learned = torch.tensor(2.0, requires_grad=True)
+    functional.mse_loss(x + 1, x, denominator=learned).backward()
+    assert learned.grad == -3
+    with pytest.raises(ValueError, match="denominator is for"):
+        functional.mse_loss(x, x, reduction="sum", denominator=2)
 
 
 def changed_in_place(options: Options) -> None:

@@ -67,6 +67,24 @@ def repeater(
     return unrecorded
 
 
+def over(loss: str, call: Call, tensors: tuple[Tensor | None, ...]) -> Callable[..., Tensor] | None:
+    """As `repeater`, of a mean over a number that is given before the tensors."""
+    again: Any = prepare(loss, call, tensors, over=True)
+    if again is None:
+        return None
+    if again.learned:
+        apply = named(_Over, loss)
+        return lambda number, *tensors: apply((again, number), *tensors)
+
+    def unrecorded(number: float, *tensors: Tensor) -> Any:
+        made = spanned(loss, lambda: again.forward(number, *tensors))
+        if made is None:
+            raise plain.Unreadable
+        return made[-1]
+
+    return unrecorded
+
+
 def _recorded(apply: Callable[..., Any], first: Any, tensors: tuple[Any, ...]) -> Tensor:
     """What an autograd function gives; of inference tensors, which autograd does not save, with copies."""
     try:
@@ -91,6 +109,7 @@ def prepare(
     call: Call,
     tensors: tuple[Tensor | None, ...],
     of: Sequence[Tensor | None] | None = None,
+    **more: Any,
 ) -> Again | None:
     """How a call may be repeated at less cost, or None; `of`: what gradients are wanted by, if others."""
     enabled, learned = learns(), (of or tensors)[: call.gradients]
@@ -98,7 +117,7 @@ def prepare(
     if not all(t is None or (t.numel() and not (enabled and t.is_inference())) for t in tensors):
         return None
     stores = any(needed) and stores_gradients(call, tensors, needed)
-    again: Again | None = engine_of(call, tensors[0]).prepare(call, tensors, needed, stores)
+    again: Again | None = engine_of(call, tensors[0]).prepare(call, tensors, needed, stores, **more)
     if again is not None:
         kind = _AgainOnGpu if gpu.serves(tensors[0]) else _Again
         again.loss, again.apply = loss, named(kind, loss)
@@ -175,6 +194,20 @@ class _Again(torch.autograd.Function):
         if not _grad_enabled() and (found := at_once(again, saved, incoming)) is not None:
             return found
         return by_all_means(ctx, again, unpacked(ctx), incoming)
+
+
+class _Over(_Again):
+    """The same of a mean over a number of each call."""
+
+    @staticmethod
+    def forward(ctx: Any, given: tuple[Any, float], *tensors: Tensor) -> Tensor:
+        again, number = given
+        made = again.forward(number, *tensors)
+        if made is None:
+            raise plain.Unreadable  # which is told when all is checked
+        ctx.again = again.over(number)
+        ctx.save_for_backward(*tensors, *made[:-1])
+        return made[-1]
 
 
 class _AgainOnGpu(_Again):

@@ -105,3 +105,20 @@ def is_plain(incoming: Tensor) -> bool:
         return bool(_storage(incoming) or not incoming.numel())
     except RuntimeError:  # it has no storage at all
         return False
+
+
+def number_of(denominator: Any) -> float:
+    """The number that a mean shall be over; 0 where it is that, or only an operation can read it.
+
+    So it is in graphs, where it is differentiated by, on another device, and as anything but a number.
+    """
+    if torch_state.is_compiling() or torch_state.transforms_active():
+        return 0.0
+    if isinstance(denominator, Tensor):
+        learns = denominator.requires_grad or torch_state.forward_mode() or torch_state.is_tracing()
+        if learns or not (denominator.is_cpu and is_plain(denominator)):
+            return 0.0
+        if denominator.dim() or denominator.is_complex():
+            return 0.0
+        denominator = denominator.item()
+    return float(denominator) if type(denominator) in (int, float) else 0.0

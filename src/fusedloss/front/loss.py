@@ -102,8 +102,6 @@ class Definition:
         """A call is repeated by its settings and its tensors: the operands, and then those that it may have."""
         absent = [n for n in signature.LEGACY if n in self.signature.parameters]
         settled = [s.settled.format(n) for n, s in self.settings.items() if s.settled]
-        if DENOMINATOR in self.signature.parameters:
-            absent.append(DENOMINATOR)  # which is another one each time
         plain = " and ".join([*(f"{n} is None" for n in absent), *settled, *conditions]) or "True"
         more = sorted(self.optional, key=(*self.further, "weight", OF_BATCH).index)
         keys = ["reduction", *(s.key.format(n) for n, s in self.settings.items())]
@@ -114,7 +112,9 @@ class Definition:
             every = ", ".join((*self.operands, *more))
             others = f"({every})" if len(more) == 1 else f"_present({every})"
             tensors = f"({tensors} if {none} else {others})"
-        return Memo(plain, ", ".join(keys), tensors, has_domain)
+        return Memo(
+            plain, ", ".join(keys), tensors, has_domain, DENOMINATOR in self.signature.parameters
+        )
 
     def refuse_what_users_rue(
         self, tensors: dict[str, Tensor], given: dict[str, Any], **settings: Any

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..kinds.torch_m import OutsideDomain
-from ..route.memo import repeat
+from ..route.memo import repeat, repeat_over
 
 HOME = torch.nn.functional
 LEGACY = ("size_average", "reduce")
@@ -98,6 +98,7 @@ class Memo(NamedTuple):
     key: str  # the settings
     tensors: str  # those that there are, in the order in which they go to the kernel
     has_domain: bool
+    divides: bool = False  # a mean may be over another number
 
 
 def present(*tensors: Any) -> tuple[Any, ...]:
@@ -134,6 +135,10 @@ def function(
     else:
         call = ["if (_found := _repeat(_name, _settings, _tensors)) is not None:"]
         call += ["    return _found"]
+        if memo.divides:
+            over = "(_found := _over(_name, _settings, _tensors, denominator)) is not None"
+            call = ["if denominator is None:", *("    " + line for line in call)]
+            call += [f"elif {over}:", "    return _found"]
         if memo.has_domain:  # what lies outside is told below
             call = ["try:", *("    " + line for line in call), "except _OutsideDomain:", "    pass"]
         call = [f"_settings = ({memo.key},)", f"_tensors = {memo.tensors}", *call]
@@ -145,6 +150,7 @@ def function(
         "_handle": handle_torch_function,
         "_name": name,
         "_repeat": repeat,
+        "_over": repeat_over,
         "_present": present,
         "_finish": finish,
         "_OutsideDomain": OutsideDomain,

@@ -194,7 +194,8 @@ class MeanOfClasses:
         if reduction != "none" and self._alike(input, tensors):
             of_sum = classes if reduction == "sum" else None
             call = PointwiseCall(self.of_class, (), "mean", of_sum, dtype)
-            by = by if by is None else by * classes
+            if by is not None:
+                by, asked = by * classes, None  # which is not what was asked
         else:
             record = self.weighted if more else self.record
             call = ReductionCall(record.name, (float(classes or math.nan),), reduction, dtype)

@@ -20,7 +20,7 @@ from ..kinds.formula import Pointwise
 from ..kinds.pointwise import PointwiseCall
 from ..kinds.reduction import Distances, Reduction, Sums
 from ..route.entry import dispatch
-from ..route.memo import Asked, repeat
+from ..route.memo import Asked, repeat_over
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
@@ -191,7 +191,7 @@ def triplet_margin_with_distance_loss(
     norm = _norm(distance)
     if not (isinstance(margin, Tensor) or norm is None):
         settings, tensors = (*norm, margin, swap, reduction), (anchor, positive, negative)
-        if by is None and (known := repeat(name, settings, tensors)) is not None:
+        if (known := repeat_over(name, settings, tensors, by)) is not None:
             return known
         norms = vectors.Norms(TRIPLET_SWAP if swap else TRIPLET, *norm, margin)
         return vectors.run(name, tensors, norms, reduction, Asked(settings, tensors), by)
@@ -202,7 +202,7 @@ def triplet_margin_with_distance_loss(
         # It may learn, and the hinge has numbers alone; or it makes the type of the sum.
         near, margin = near + given, 0.0
     apart = margin, reduction
-    if by is None and (known := repeat(name, apart, (near, far))) is not None:
+    if (known := repeat_over(name, apart, (near, far), by)) is not None:
         return known
     errors.broadcast(name, positive_distance=near, negative_distance=far)
     dtype = promoted(near, far)

@@ -31,10 +31,10 @@ def dispatch(
     """Runs the call by its kernel, or by the formula: for the reason `why`, or one found here.
 
     What was `asked`, if that is given, `repeat` may do again: the checks saw nothing else but types and shapes.
-    'mean' divides by the `denominator`, if one is given; such a call is not repeated.
+    'mean' divides by the `denominator`, if one is given.
     """
     if denominator is not None:
-        return _divided(loss, call, tensors, why, denominator)
+        return _divided(loss, call, tensors, why, asked, denominator)
     if sharded.among(tensors):
         return _placed(loss, call, tensors, why, asked)
     if torch_state.is_compiling():
@@ -45,8 +45,10 @@ def dispatch(
     if why is None:
         device = "GPU" if gpu.serves(tensors[0]) else "CPU"
         trace.note(loss, call.name, f"the tensors are plain {device} tensors", device)
-        if asked is not None:
+        if asked is not None and not asked.over:
             remember(loss, call, asked, tensors, autograd.repeater, autograd.run)
+        elif asked is not None and device == "CPU":
+            remember(loss, call, asked, tensors, autograd.over, None)
         try:
             return autograd.run(loss, call, tensors)
         except gpu.Failed as failed:
@@ -73,7 +75,7 @@ def _placed(
         return shards.run(loss, call, given, compute, lambda: check_whole(call, given), told)
 
     done = run(tensors)
-    if not (asked is None or why or torch_state.is_compiling()) and _by_kernel(done):
+    if not (asked is None or asked.over or why or torch_state.is_compiling()) and _by_kernel(done):
         whole = shards_again.Whole(call, run, check_whole)
         shards_again.remember(loss, asked, tensors, done, whole)
     found: Tensor = done.results[0]
@@ -89,28 +91,18 @@ def _divided(
     call: Call,
     tensors: tuple[Any, ...],
     why: str | None,
+    asked: Asked | None,
     denominator: Tensor | float,
 ) -> Tensor:
     """A mean over another number than the call's count: by the call, where that can be read for nothing."""
-    if number := _read(denominator):
-        return dispatch(loss, replace(call, denominator=number), tensors, why)
+    if number := plain.number_of(denominator):
+        own = replace(call, denominator=number)
+        return dispatch(loss, own, tensors, why, asked and asked._replace(over=True))
     exact = reduce.exact(tensors[0])
     total = dispatch(loss, replace(call, denominator=1.0, dtype=exact), tensors, why)
     if isinstance(denominator, Tensor):
         denominator = sharded.beside(loss, "denominator", denominator.to(exact), total)
     return (total / denominator).to(call.dtype)
-
-
-def _read(denominator: Tensor | float) -> float:
-    """The number; 0 where it is that, is differentiated by, or is of a graph or of another device."""
-    if torch_state.is_compiling() or torch_state.transforms_active():
-        return 0.0
-    if isinstance(denominator, Tensor):
-        learns = denominator.requires_grad or torch_state.forward_mode() or torch_state.is_tracing()
-        if learns or not (denominator.is_cpu and plain.is_plain(denominator)):
-            return 0.0
-        denominator = denominator.item()
-    return float(denominator)
 
 
 def check_whole(call: Any, tensors: tuple[Any, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from ..engines.gpu import available
 from ..kinds import Call
 
 MOST, ALIKE = 1024, 8  # keys, and calls of a key
+OVER = "over"  # in the key of calls with a denominator
 CONSTANTS = (str, bool, int, float, type, type(None))
 Tensors = tuple[Any, ...]
 
@@ -36,6 +38,7 @@ class Asked(NamedTuple):
     tensors: Tensors
     make: Callable[[Tensors], Tensors] | None = None  # the tensors of the kernel, if others
     warning: str = ""  # to be said each time
+    over: bool = False  # whether a number was given that the mean is over
 
 
 @dataclass(slots=True)
@@ -86,7 +89,26 @@ def repeat(loss: str, settings: tuple[Any, ...], tensors: Tensors) -> Tensor | N
         return None
 
 
-def _with_more(loss: str, it: Known, tensors: Tensors) -> Tensor | None:
+def repeat_over(
+    loss: str, settings: tuple[Any, ...], tensors: Tensors, denominator: Any
+) -> Tensor | None:
+    """The same of a mean over a number, if there is one, which is no part of what is known."""
+    if denominator is None:
+        return repeat(loss, settings, tensors)
+    if _is_compiling() or forward_ad._current_level >= 0 or _level() or trace.watched:
+        return None
+    try:
+        found = known[loss, (OVER, *settings), _grad_enabled(), available.host, tensors[0].shape]
+    except (KeyError, TypeError, AttributeError):
+        return None
+    number = plain.number_of(denominator)
+    if not number or math.isnan(number):
+        return None
+    it = next((each for each in found if each.alike(*tensors)), None)
+    return None if it is None else _with_more(loss, it, tensors, number)
+
+
+def _with_more(loss: str, it: Known, tensors: Tensors, *over: float) -> Tensor | None:
     """The same where the call first comes back, has no plan, is on a GPU, warns, or converts its tensors.
 
     And where what is saved for backward may come back as anything.
@@ -110,9 +132,9 @@ def _with_more(loss: str, it: Known, tensors: Tensors) -> Tensor | None:
     _by_kernel[loss] += 1
     try:
         if it.repeater is not None and _hooks(True) is None:
-            return it.repeater(*tensors)
-        assert it.unplanned is not None
-        return it.unplanned(loss, it.call, (*tensors, *it.absent))
+            return it.repeater(*over, *tensors)
+        if it.unplanned is not None:
+            return it.unplanned(loss, it.call, (*tensors, *it.absent))
     except gpu.Failed as failed:
         gpu.turn_off(failed, it.call.family)
     except plain.Unreadable:
@@ -127,10 +149,10 @@ def remember(
     asked: Asked,
     made: Tensors,
     prepare: Callable[..., Callable[..., Tensor] | None],
-    unplanned: Callable[..., Tensor],
+    unplanned: Callable[..., Tensor] | None,
 ) -> None:
     """The call of the kernel may be repeated: the checks saw nothing but types and shapes."""
-    _, tensors, make, warning = asked
+    tensors, make, warning = asked.tensors, asked.make, asked.warning
     if not all(type(t) in PLAIN for t in tensors):
         return
     present = tuple(t for t in made if t is not None)
@@ -143,7 +165,9 @@ def remember(
 
 def keep(loss: str, asked: Asked, it: Known) -> None:
     """A call that was asked so is repeated, where its settings are all that they are."""
-    settings, tensors, *_ = asked
+    settings, tensors = asked.settings, asked.tensors
+    if asked.over:
+        settings = (OVER, *settings)
     if (
         not all(type(s) in CONSTANTS for s in settings)  # a tensor's value may change
         or "elementwise_mean" in settings  # which warns each time

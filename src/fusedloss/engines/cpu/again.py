@@ -6,7 +6,7 @@ To pack them anew costs more than the arithmetic of a small loss.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import starmap
 from typing import Any
 
@@ -65,11 +65,39 @@ def launch_of_values(
     return launch
 
 
+def launch_over(
+    run: Callable[[bytes, bytes], int],
+    plan: bytes,
+    pack: Callable[..., bytes],
+    made: tuple[Layout, ...],
+    divisors: int,
+    read: Callable[..., tuple[Sequence[Tensor], tuple[float, ...]]] | None,
+) -> Launch:
+    """The same where the number comes first that a mean is over; the kernel may read copies, too."""
+
+    def launch(number: float, *tensors: Tensor) -> tuple[Tensor, ...] | None:
+        if read is not None:
+            if not all(map(_storage, tensors)):
+                return None
+            tensors = tuple(read(*tensors)[0])
+        outputs = tuple(starmap(_empty, made))
+        divisor = (number, 1.0 / number)[:divisors]
+        found = run(plan, pack(*map(_data_ptr, (*tensors, *outputs)), *divisor))
+        return outputs if found == FINE else None
+
+    return launch
+
+
 @dataclass(slots=True, kw_only=True)
 class AgainOnCpu(Again):
     engine: Any
     # By what arrives: the kernel of the gradients, or None where there is none.
     backwards: list[tuple[Callable[..., bool], Launch | None]] = field(default_factory=list)
+    number: float = 0.0  # that a mean is over; 0: its own count
+
+    def over(self, number: float) -> AgainOnCpu:
+        """The same of a mean over another number."""
+        return replace(self, call=replace(self.call, denominator=number), number=number)
 
     def told(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What forward made by the engine, which says what is wrong."""
@@ -82,7 +110,8 @@ class AgainOnCpu(Again):
     def backward(self, tensors: Sequence[Tensor], incoming: Tensor) -> tuple[Tensor, ...] | None:
         """The gradients, where forward computes none; None where the kernel cannot run so."""
         launch = self.arriving(tensors, incoming)
-        return launch and launch(*tensors, incoming)
+        over = (self.number,) if self.number else ()
+        return launch and launch(*over, *tensors, incoming)
 
     def arriving(self, tensors: Sequence[Tensor], incoming: Tensor) -> Launch | None:
         """The kernel of the gradients for what arrives in such a layout; `.data` may have changed tensors."""
@@ -97,7 +126,8 @@ class AgainOnCpu(Again):
         ):
             return None
         made: Launch | None
-        made = self.engine.keep_backward(self.call, self.whole(tensors), self.needed, incoming)
+        whole, over = self.whole(tensors), bool(self.number)
+        made = self.engine.keep_backward(self.call, whole, self.needed, incoming, over)
         self.backwards.append((torch_state.alike(*tensors, incoming), made))
         return made
 

@@ -14,13 +14,15 @@ from ..abi import Pointers
 from ..again import common
 from ..plan import Slot, Slots
 from ..protocol import Engine, P
-from .again import AgainOnCpu, Launch, launch, launch_of_values, present
+from .again import AgainOnCpu, Launch, launch, launch_of_values, launch_over, present
 from .load import NUMBERS, repeater, run
 
 
 class CpuEngine(Engine[P]):
     pointers: ClassVar[Pointers | None] = None  # None: what is packed depends on values
-    divisors: ClassVar[tuple[int, ...]] = ()  # where arguments hold what `quotients` gives
+    divisors: ClassVar[
+        tuple[int, ...]
+    ] = ()  # where arguments hold what a mean is over; and 1 over it
 
     @abstractmethod
     def pack(self, plan: P) -> tuple[str, str, bytes, int]:
@@ -41,17 +43,22 @@ class CpuEngine(Engine[P]):
         return self.pointers.inputs
 
     def prepare(
-        self, call: Call, tensors: tuple[Slot, ...], needed: Sequence[bool], stores: bool
+        self,
+        call: Call,
+        tensors: tuple[Slot, ...],
+        needed: Sequence[bool],
+        stores: bool,
+        over: bool = False,
     ) -> AgainOnCpu | None:
         """How to repeat this call, if that can be: the kernel reads and writes the tensors themselves."""
-        if self.pointers is None:
+        if self.pointers is None or (over and not self.divisors):
             return None
         inputs = [t for t in tensors if t is not None]
         plan = self.plan(call, tensors, needed if stores else ())
         result, place = plan.result(), self.pointers.total
         if plan.losses is not None:
             place = self.pointers.losses
-        launch = self.keep(plan, [], [*self.gradients(plan), (place, result)])
+        launch = self.keep(plan, [], [*self.gradients(plan), (place, result)], over)
         if launch is None:
             return None
         learning = [t for t, need in zip(tensors, needed, strict=False) if need and t is not None]
@@ -64,13 +71,18 @@ class CpuEngine(Engine[P]):
         )
 
     def keep_backward(
-        self, call: Call, tensors: Slots, needed: Sequence[bool], incoming: Tensor
+        self,
+        call: Call,
+        tensors: Slots,
+        needed: Sequence[bool],
+        incoming: Tensor,
+        over: bool = False,
     ) -> Launch | None:
         """The launch that computes the gradients for what arrives, if it can be kept."""
         assert self.pointers is not None
         plan = self.plan(call, tensors, needed)
         plan.arrives(incoming)
-        return self.keep(plan, [(self.pointers.incoming, incoming)], self.gradients(plan))
+        return self.keep(plan, [(self.pointers.incoming, incoming)], self.gradients(plan), over)
 
     def gradients(self, plan: P) -> list[tuple[int, Tensor]]:
         """Where arguments hold their pointers, and they."""
@@ -79,9 +91,16 @@ class CpuEngine(Engine[P]):
         return [(place, grad) for place, grad in pairs if grad is not None]
 
     def keep(
-        self, plan: P, given: list[tuple[int, Tensor]], made: list[tuple[int, Tensor]]
+        self,
+        plan: P,
+        given: list[tuple[int, Tensor]],
+        made: list[tuple[int, Tensor]],
+        over: bool = False,
     ) -> Launch | None:
-        """The launch of a plan but for pointers: of its tensors, of what else is `given` and what is `made`."""
+        """The launch of a plan but for pointers: of its tensors, of what else is `given` and what is `made`.
+
+        And but for what a mean is `over`.
+        """
         kernel, _, arguments, elements = self.pack(plan)
         words = struct.unpack(f"={len(arguments) // 8}q", arguments)
         read = present(plan.read())
@@ -90,22 +109,25 @@ class CpuEngine(Engine[P]):
             return None  # a copy of what arrives
         written = tuple((tuple(t.shape), t.stride(), t.dtype) for _, t in made)
         places, call = [place for place, _ in pairs], plan.call
-        divisors = self.divisors if call.counts else ()
+        divisors = self.divisors if over or call.counts else ()
         head = (NUMBERS[kernel], len(words), len(pairs) + len(divisors), *places, *divisors)
         packed = struct.pack(f"={len(head)}q", *head) + arguments
         pack = struct.Struct(f"={len(pairs)}q{len(divisors)}d").pack
         run, inputs = repeater(elements), present(plan.tensors)
-        if not divisors and all(
-            a.data_ptr() == b.data_ptr() for a, b in zip(read, inputs, strict=True)
-        ):
+        itself = all(a.data_ptr() == b.data_ptr() for a, b in zip(read, inputs, strict=True))
+        if itself and not divisors:
             return launch(run, packed, pack, written)
         absent, count, whole = (None,) * (len(plan.tensors) - len(inputs)), len(inputs), plan.shape
 
         def read_anew(*tensors: Tensor) -> tuple[Sequence[Tensor], tuple[float, ...]]:
             given, rest = (*tensors[:count], *absent), tensors[count:]
             copies = present(self.plan(call, given, ()).read())
-            return (*copies, *rest), self.quotients(call, given, whole.numel()) if divisors else ()
+            counted = self.quotients(call, given, whole.numel()) if divisors and not over else ()
+            return (*copies, *rest), counted
 
+        if over:
+            anew = None if itself else read_anew
+            return launch_over(run, packed, pack, written, len(divisors), anew)
         return launch_of_values(run, packed, pack, written, read_anew)
 
     def quotients(self, call: Any, tensors: Slots, numel: int) -> tuple[float, float]:

@@ -16,6 +16,7 @@ PACK = abi.MARGINS.packer()
 class MarginEngine(CpuEngine[MarginPlan]):
     plan = MarginPlan
     pointers = abi.MARGINS.pointers(("input", "target", "weight"), ("grad",))
+    divisors = (abi.MARGINS.places["denominator"], abi.MARGINS.places["grad_scale"])
 
     def pack(self, plan: MarginPlan) -> tuple[str, str, bytes, int]:
         call, loss, x, weight = plan.call, plan.call.loss, plan.x, plan.weight

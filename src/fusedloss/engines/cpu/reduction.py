@@ -17,6 +17,7 @@ class ReductionEngine(CpuEngine[ReductionPlan]):
     pointers = abi.REDUCTION.pointers(
         ("input[0]", "input[1]", "input[2]"), ("grad[0]", "grad[1]", "grad[2]")
     )
+    divisors = (abi.REDUCTION.places["denominator"], abi.REDUCTION.places["grad_scale"])
 
     def pack(self, plan: ReductionPlan) -> tuple[str, str, bytes, int]:
         call, rows, features = plan.call, plan.rows, plan.features

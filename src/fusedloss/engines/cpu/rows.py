@@ -19,6 +19,7 @@ ABSENT = abi.GRID.absent
 class RowsEngine(CpuEngine[RowsPlan]):
     plan = RowsPlan
     pointers = abi.ROWS.pointers(("input", "target", "weight"), ("grad", "grad_target"))
+    divisors = (abi.ROWS.places["denominator"],)
 
     def pack(self, plan: RowsPlan) -> tuple[str, str, bytes, int]:
         call, target = plan.call, plan.target
