@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from fusedloss import engines
-from fusedloss.core import trace
+from fusedloss.core import torch_state, trace
 from fusedloss.core.reduce import wide
 from fusedloss.engines import cpu
 from fusedloss.engines.cpu import load
@@ -38,6 +38,9 @@ if GPU == "interpreted":
     INTERPRETED = contextlib.ExitStack()  # to the end of the process
     INTERPRETED.enter_context(engines.interpreted())
 
+tells_what_changed = pytest.mark.skipif(
+    not torch_state.unpacks_saved, reason="this torch does not tell which saved tensor was changed"
+)
 NAMES = {loss.name for loss in REGISTRY.values()} & set(dir(torch.nn.functional))
 ORIGINALS = [getattr(torch.nn.functional, name) for name in sorted(NAMES)]
 Tensors = tuple[Tensor, ...]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, Case, Options, Tensors, no_head, same_bits
+from conftest import CASES, Case, Options, Tensors, no_head, same_bits, tells_what_changed
 from torch import Generator, Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.testing import assert_close
@@ -50,11 +50,6 @@ def taken(
 def change(tensor: Tensor) -> None:
     with torch.no_grad():
         tensor.mul_(0.5) if tensor.is_floating_point() else tensor.zero_()
-
-
-tells_what_changed = pytest.mark.skipif(
-    not torch_state.unpacks_saved, reason="this torch does not tell which saved tensor was changed"
-)
 
 
 def gradients(value: Tensor, held: list[Tensor], **options: Any) -> tuple[Tensor, ...] | str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from conftest import tells_what_changed
+
 from distributed import again, ranks
 
 
@@ -19,6 +21,7 @@ def test_derivatives() -> None:
     ranks.run(2, again.derivatives)
 
 
+@tells_what_changed
 def test_tensors_that_change() -> None:
     for found in ranks.run(2, again.changed):
         for words in found:

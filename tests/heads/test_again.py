@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FLOATS, name_of, same_bits
+from conftest import FLOATS, name_of, same_bits, tells_what_changed
 from problems import Distillation, Problem, Results, close, each_reduction, leaves
 from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint
@@ -152,6 +152,7 @@ def test_every_derivative(name: str, generator: Generator) -> None:
     torch.testing.assert_close(again, first[0])
 
 
+@tells_what_changed
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_changed_before_backward(reduction: str, generator: Generator) -> None:
     problem = Problem(generator, shape=SHAPE)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import same_bits
+from conftest import same_bits, tells_what_changed
 from problems import Distillation, Problem, Results, Subclass, backward, close
 from torch import Generator, Tensor
 
@@ -26,7 +26,7 @@ def changed(problem: Problem, name: str, call: Callable[..., Any], compiled: boo
     return [*torch.autograd.grad(results, learned)]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [pytest.param(False, marks=tells_what_changed), True])
 def test_frozen_tensors_changed_before_backward(compiled: bool, generator: Generator) -> None:
     """Where forward stored the gradients they may be."""
     problem = Distillation(generator)
@@ -42,6 +42,7 @@ def test_frozen_tensors_changed_before_backward(compiled: bool, generator: Gener
             close(found, [g for k, g in pairs if k != name])
 
 
+@tells_what_changed
 def test_what_learns_changed_before_backward(generator: Generator) -> None:
     """Its gradient is there; what would be computed anew, with create_graph, is refused."""
     problem = Problem(generator)
@@ -60,6 +61,7 @@ def test_what_learns_changed_before_backward(generator: Generator) -> None:
         torch.autograd.grad(loss, learned)
 
 
+@tells_what_changed
 @pytest.mark.parametrize("name", ["input", "linear_weight", "target", "sample_weight"])
 def test_unreduced_losses_need_what_they_were_given(name: str, generator: Generator) -> None:
     problem = Problem(generator)

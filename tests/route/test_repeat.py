@@ -18,6 +18,7 @@ from conftest import (
     parameters_reduced,
     run,
     same_bits,
+    tells_what_changed,
 )
 from torch import Generator, Tensor, tensor
 from torch.autograd import forward_ad
@@ -183,7 +184,20 @@ def test_every_derivative_of_a_known_call(loss: Loss, generator: Generator) -> N
             torch.autograd.grad(value, x)
         torch.autograd.gradcheck(run, (x, *tensors[1:]))
         torch.autograd.gradgradcheck(run, (x, *tensors[1:]))
-    value = run(x, *tensors[1:])
+
+
+@tells_what_changed
+@each_loss
+def test_a_known_call_tells_what_was_changed(loss: Loss, generator: Generator) -> None:
+    tensors = loss.example((3, 5), torch.float64, generator)
+    x = tensors[0].requires_grad_()
+
+    def run() -> Tensor:
+        return loss.function(x, *tensors[1:], **options(loss), reduction="sum")
+
+    for _ in range(3):
+        torch.autograd.grad(run(), x, create_graph=True)
+    value = run()
     expected = torch.autograd.grad(value, x, retain_graph=True)[0].clone()
     with torch.no_grad():
         x.mul_(2)
