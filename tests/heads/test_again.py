@@ -221,3 +221,24 @@ def test_many_shapes_leave_little(generator: Generator) -> None:
     for n in range(1, 40):
         linear_cross_entropy(torch.zeros(n, 2), torch.zeros(3, 2), torch.zeros(n, dtype=torch.long))
     assert len(memo.known) <= memo.MOST
+
+
+def test_what_lacks_is_named_where_other_tensors_are_there(generator: Generator) -> None:
+    given = Problem(generator, shape=SHAPE).tensors
+    assert "linear_bias" in given
+    for _ in range(2):
+        linear_cross_entropy(**given)
+    with pytest.raises(TypeError, match="argument 'target' must be Tensor"):
+        linear_cross_entropy(**{**given, "target": None})
+
+
+@each_reduction
+def test_a_teacher_is_a_constant_to_every_derivative(reduction: str, generator: Generator) -> None:
+    problem = Distillation(generator, shape=SHAPE)
+    teacher = {name: t.clone().requires_grad_() for name, t in problem.teacher.items()}
+    x = problem.tensors["input"].clone().requires_grad_()
+    for _ in range(3):
+        given = {**problem.tensors, "input": x, **teacher, "reduction": reduction}
+        (first,) = torch.autograd.grad(linear_kl_div(**given).sum(), x, create_graph=True)
+        found = torch.autograd.grad(first.square().sum(), [*teacher.values()], allow_unused=True)
+        assert found == (None,) * len(teacher)

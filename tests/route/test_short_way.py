@@ -276,3 +276,14 @@ def test_threads_share_what_is_known(generator: Generator) -> None:
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_what_lacks_is_named_where_other_tensors_are_there(generator: Generator) -> None:
+    x, weight = (torch.rand(shape, generator=generator) for shape in ((4, 3), (3,)))
+    for target in (x, x, None):
+        given = {"weight": weight, "pos_weight": weight}
+        if target is None:
+            with pytest.raises(AttributeError, match="argument 'target' must be Tensor"):
+                functional.binary_cross_entropy_with_logits(x, None, **given)  # type: ignore[arg-type]
+        else:
+            functional.binary_cross_entropy_with_logits(x, target, **given)

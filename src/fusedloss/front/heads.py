@@ -27,10 +27,11 @@ class Heads(Composed):
         settings = [n for n in names if n not in tensors and n not in OF_VALUES]
         optional = [n for n in tensors if n in loss.optional]
         keys = [*(f"{n}, type({n})" for n in settings), *(f"{n} is None" for n in optional)]
-        plain = " and ".join(f"{n} is None" for n in names if n in OF_VALUES) or "True"
+        required = [n for n in tensors if n not in optional]
+        absent = [f"{n} is None" for n in names if n in OF_VALUES]
+        plain = " and ".join([*absent, *(f"{n} is not None" for n in required)])
         none = " and ".join(f"{n} is None" for n in optional) or "True"
-        required = ", ".join(n for n in tensors if n not in optional)
-        found = f"(({required}) if {none} else _present({', '.join(tensors)}))"
+        found = f"(({', '.join(required)}) if {none} else _present({', '.join(tensors)}))"
         return Memo(plain, ", ".join(keys), found, has_domain=False)
 
     def run(self, loss: Definition, asked: Asked | None, given: dict[str, Any]) -> Any:

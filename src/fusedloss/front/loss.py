@@ -109,8 +109,9 @@ class Definition:
         tensors = f"({', '.join(self.operands)})"
         if more:
             none = " and ".join(f"{n} is None" for n in more)
-            every = ", ".join((*self.operands, *more))
-            others = f"({every})" if len(more) == 1 else f"_present({every})"
+            if len(more) > 1:
+                more = [f"*_present({', '.join(more)})"]
+            others = f"({', '.join((*self.operands, *more))})"
             tensors = f"({tensors} if {none} else {others})"
         return Memo(
             plain, ", ".join(keys), tensors, has_domain, DENOMINATOR in self.signature.parameters

@@ -275,7 +275,8 @@ def of_one_head(tensors: Slots) -> Slots:
     input, linear_weight, bias, target, weight, share, denominator, *teacher = tensors
     assert input is not None
     rows = (input.shape[:-1].numel(), -1)
-    theirs = zip(teacher, (False, True, True, False), strict=False)
+    constant = (t if t is None else t.detach() for t in teacher)
+    theirs = zip(constant, (False, True, True, False), strict=False)
     return (
         input.reshape(rows),
         _of_classes(linear_weight),
