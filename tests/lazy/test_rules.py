@@ -363,6 +363,19 @@ def test_autocast_rounds_where_the_head_would() -> None:
     assert model.lm_head.weight.grad is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_autocast_widens_a_class_weight(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, weight = Model(), WEIGHT.to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = of_tokens(model(TOKENS), weight=weight)
+        with lazy_heads(model, min_bytes=0):
+            for _ in range(2):
+                found = of_tokens(model(TOKENS), weight=weight)
+                assert found.dtype is expected.dtype
+                torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)
+
+
 def test_bfloat16_logits_made_float_give_a_float_loss() -> None:
     torch.manual_seed(0)
     model = Model().bfloat16()

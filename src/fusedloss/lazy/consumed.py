@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from .. import losses
-from ..core.reduce import autocasts
+from ..core.reduce import autocasts, result_dtype
 from ..engines.chunks.plan import BUDGET
 from ..front.head import Head, scalar
 from ..kinds.heads import LinearCall
@@ -61,8 +61,7 @@ def _run(
 
 
 def _loss_dtype(lazy: Lazy) -> torch.dtype:
-    dtype, widens = lazy.like.dtype, autocasts(lazy.product.hidden.device.type)
-    return torch.promote_types(dtype, torch.float32) if widens else dtype
+    return result_dtype(lazy.like.dtype, lazy.product.hidden)
 
 
 def _cross_entropy(
@@ -108,6 +107,7 @@ def _cross_entropy(
     rows = product.rows
     probabilities = target.shape == shape and target.is_floating_point()
     dtype = _loss_dtype(lazy)
+    weight = None if weight is None else weight.to(result_dtype(weight.dtype, weight))
     if probabilities:
         if ignore_index >= 0 or kind is not LOGITS:
             return NotImplemented
