@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -60,7 +59,7 @@ def test_equals_torch_in_float64(
 
 
 EXTENSIONS = [
-    Case(dataclasses.replace(loss, options=loss.extensions), option)
+    Case(loss._replace(options=loss.extensions), option)
     for loss in REGISTRY.values()
     for option in loss.extensions
 ]

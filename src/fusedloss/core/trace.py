@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Route:
+class Route(NamedTuple):
     """The path that a call took: `kernel` is None where the formula ran."""
 
     loss: str

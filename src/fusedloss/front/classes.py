@@ -40,7 +40,7 @@ class Counted(NamedTuple):
     gamma: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(repr=False, eq=False)
 class Classes:
     """The input is (C), (N, C) or (N, C, d1, ...); the target holds class indices, or probabilities."""
 

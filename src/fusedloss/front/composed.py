@@ -12,7 +12,7 @@ from .loss import Definition
 from .signature import Memo
 
 
-@dataclass(frozen=True)
+@dataclass(repr=False, eq=False)
 class Composed:
     """The definition's function takes the arguments that it names, and computes the loss."""
 

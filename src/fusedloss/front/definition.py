@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 import torch
 from torch import Generator, Tensor
@@ -22,8 +21,11 @@ def plain(_tensors: tuple[Tensor, ...], _generator: Generator) -> dict[str, Any]
     return {}
 
 
-@dataclass(frozen=True)
-class Bounds:
+NOTHING: Final[Mapping[str, Any]] = {}
+PLAIN: Final[Mapping[str, Options]] = {"plain": plain}
+
+
+class Bounds(NamedTuple):
     """The greatest error of (value, gradient) of one element or row, in ulps as docs/accuracy.md defines them.
 
     `fusedloss verify` holds every path to them.
@@ -37,8 +39,7 @@ class Bounds:
     )
 
 
-@dataclass(frozen=True)
-class BenchCase:
+class BenchCase(NamedTuple):
     """A case of `fusedloss bench`: the loss forward and backward at one shape, with one option set."""
 
     title: str
@@ -50,7 +51,7 @@ class BenchCase:
     compiled: bool = False  # by torch.compile in a quick run and on a GPU too
     beside: str | None = None  # the loss whose default form is measured beside it
     # The targets: times at most so many times those of another variant, or of what moves the same bytes.
-    at_most: Mapping[str, float] = field(default_factory=dict)
+    at_most: Mapping[str, float] = NOTHING
 
 
 def elements(
@@ -77,8 +78,7 @@ def elements(
     )
 
 
-@dataclass(frozen=True)
-class Loss:
+class Loss(NamedTuple):
     """One public loss: what tests, documentation and benchmarks need to know of it.
 
     `example(shape, dtype, generator)` draws the tensor arguments from the loss's domain;
@@ -92,7 +92,7 @@ class Loss:
     function: Callable[..., Any]
     module: str
     example: Example
-    options: Mapping[str, Options] = field(default_factory=lambda: {"plain": plain})
+    options: Mapping[str, Options] = PLAIN
     reductions: tuple[str, ...] = ("none", "mean", "sum")
     differentiable: tuple[int, ...] = (0, 1)
     kind: str = "pointwise"  # of element and element; all others have an axis of a row
@@ -103,7 +103,7 @@ class Loss:
     learned: tuple[str, ...] = ()  # the keywords that receive gradients
     composed: Callable[..., Tensor] | None = None
     written_out: Callable[..., Tensor] | None = None
-    extensions: Mapping[str, Options] = field(default_factory=dict)
+    extensions: Mapping[str, Options] = NOTHING
     bounds: Bounds = Bounds()
     triton: bool = True  # whether a kernel on GPUs serves it; torch operations do where not
     bench: tuple[BenchCase, ...] = ()
@@ -148,7 +148,7 @@ def _undefined(*_: Any, **__: Any) -> NoReturn:
 
 def row(example: Example, options: Mapping[str, Options] | None = None, **more: Any) -> Loss:
     """A row for `@loss`, which knows the function and the module."""
-    return Loss(_undefined, "", example, options or {"plain": plain}, **{"kind": "", **more})
+    return Loss(_undefined, "", example, options or PLAIN, **{"kind": "", **more})
 
 
 REGISTRY: dict[str, Loss] = {}

@@ -17,7 +17,7 @@ from .signature import Memo
 OF_VALUES = ("denominator", "options", "class_group")
 
 
-@dataclass(frozen=True)
+@dataclass(repr=False, eq=False)
 class Heads(Composed):
     """The definition's function checks the arguments and makes the call ready."""
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -26,8 +24,7 @@ class Malformed(TypeError):
     """A definition that cannot be; file, line and remedy are in the message."""
 
 
-@dataclass(frozen=True)
-class Definition:
+class Definition(NamedTuple):
     """What a loss is beside its formulas."""
 
     name: str
@@ -192,7 +189,7 @@ def loss(
             strict.RULES[found.name] = rules
         for row in rows:
             kind = row.kind or ladder.kind
-            register(dataclasses.replace(row, function=made, module=namesake, kind=kind))
+            register(row._replace(function=made, module=namesake, kind=kind))
         if module is not None and found.alone:
             modules.make_alone(module, made, parameters, found.operands, found.optional)
         elif module is not None:

@@ -37,7 +37,7 @@ def _power(function: str, argument: str, value: Any) -> int:
 one_or_two = Setting(_power, "ValueError: {argument} neither 1 nor 2")
 
 
-@dataclass(frozen=True)
+@dataclass(repr=False, eq=False)
 class Margins:
     """The input is (N, C), (C) or (); the target one class a row, or label sets of its shape."""
 

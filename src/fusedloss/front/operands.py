@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +14,7 @@ from ..core.reduce import promoted, result_dtype
 Tensors = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Types:
+class Types(NamedTuple):
     """`check` raises, or gives the type of the losses."""
 
     check: Callable[[str, Tensors, Tensor | None, Shapes], torch.dtype]
@@ -70,7 +68,7 @@ def promote_of_function(kernel: str, first: bool = False) -> Types:
         yields = target.dim() and not input.dim()
         return dtype if yields else torch.promote_types(dtype, made)
 
-    return dataclasses.replace(promoting, check=check)
+    return promoting._replace(check=check)
 
 
 def promote_to_float(kernel: str) -> Types:
@@ -145,8 +143,7 @@ same = Types(
 # What the shapes of operands may be
 
 
-@dataclass(frozen=True)
-class Shapes:
+class Shapes(NamedTuple):
     refused: str = ""  # words for shapes that differ; they broadcast where there are none
     warns: bool = False
     late: bool = False  # whether PyTorch looks at types first

@@ -45,7 +45,7 @@ AS_IN_DICE_LOSS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(repr=False, eq=False)
 class Overlaps:
     """The input is (N, C, ...); the target holds class indices (N, ...), or masks of the input's shape.
 

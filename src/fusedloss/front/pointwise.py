@@ -43,8 +43,7 @@ class Weighed(NamedTuple):
     by_weights: bool = False  # 'mean' divides by their sum
 
 
-@dataclass(frozen=True)
-class Weight:
+class Weight(NamedTuple):
     """`prepare` checks the weight, and says what 'mean' divides by."""
 
     prepare: Callable[[str, str, Tensors, Tensor, torch.dtype, str], Weighed]
@@ -111,7 +110,7 @@ def floating(name: str, input: Tensor, **given: Tensor) -> Tensor:
     return weight.to(input.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(repr=False, eq=False)
 class Elements:
     """The operands have one shape, or broadcast; the definition's function chooses the formula."""
 

@@ -21,7 +21,7 @@ from .signature import Memo
 LENGTHS = ("input_lengths", "target_lengths")
 
 
-@dataclass(frozen=True)
+@dataclass(repr=False, eq=False)
 class Sequences:
     """The input is (T, N, C) or (T, C); labels are (N, S), or all of them in one row."""
 

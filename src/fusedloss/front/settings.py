@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,8 +13,7 @@ from ..core import errors, torch_state
 DENOMINATOR = "denominator"  # what 'mean' divides by, in place of a count of its own
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """`check(function, argument, value)` gives the value that is meant, or raises."""
 
     check: Callable[[str, str, Any], Any]

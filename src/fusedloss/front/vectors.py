@@ -43,7 +43,7 @@ class Norms(NamedTuple):
         return self.record.measure.pairs
 
 
-@dataclass(frozen=True)
+@dataclass(repr=False, eq=False)
 class Triplets:
     """Anchor, positive and negative; the definition's function gives the settings of the distance."""
 
@@ -70,7 +70,7 @@ class Triplets:
         return docs.Words(returns, (*RAISES, "RuntimeError: the inf norm of no coordinates"))
 
 
-@dataclass(frozen=True)
+@dataclass(repr=False, eq=False)
 class Pairs:
     """Two vectors, or batches of these, and a number for each pair; the function gives the settings."""
 
@@ -142,7 +142,7 @@ def _check_pairs(name: str, operands: dict[str, Tensor]) -> None:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(repr=False, eq=False)
 class MeanOfClasses:
     """A row of classes, whose losses are averaged: with a target of its shape, and maybe a weight.
 

@@ -25,7 +25,7 @@ class Lengths(NamedTuple):
     starts: list[int]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False, eq=False)
 class CtcCall(Kind):
     """Tensors: log-probabilities (T, N, C) or (T, C), labels, and two of lengths in int64."""
 

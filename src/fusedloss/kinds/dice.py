@@ -29,7 +29,7 @@ class Sums(NamedTuple):
     size: Tensor
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False, eq=False)
 class DiceCall(Kind):
     """Tensors: input (N, C, ...), target (class indices or masks), and the class weight or None."""
 

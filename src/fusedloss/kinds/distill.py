@@ -21,7 +21,7 @@ from .heads import LinearCall, Rows, Slot, capped
 KINDS = ("forward", "reverse", "js")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False, eq=False)
 class DistillCall(LinearCall):
     divergence: str
     beta: float

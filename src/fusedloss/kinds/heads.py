@@ -41,7 +41,7 @@ class Rows(NamedTuple):
         return Rows(f(self.loss), *(None if t is None else f(t) for t in self[1:]))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False, eq=False)
 class LinearCall(Kind):
     loss: str
     probabilities: bool

@@ -10,7 +10,7 @@ from torch import Tensor
 from .heads import LinearCall, Slot
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False, eq=False)
 class LogitsCall(LinearCall):
     """The input holds this process's logits (N, C); linear_weight (C, 1, 0) says how many classes these are."""
 

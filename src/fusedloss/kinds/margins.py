@@ -16,7 +16,7 @@ from .call import CLASSES, Axes, Kind
 from .torch_m import inf
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False, eq=False)
 class MarginCall(Kind):
     """Tensors: input (N, C), (C) or (), target, and the class weight or None.
 

@@ -19,7 +19,7 @@ LEAST = 1 << 19  # elements: of fewer Inductor's own loops take less time than a
 ARGUMENTS = {"x": "input", "t": "target", "w": "pos_weight"}  # by the operands of formulas
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False, eq=False)
 class PointwiseCall(Kind):
     """Tensors: the formula's operands, then a weight or None. They broadcast."""
 

@@ -35,7 +35,7 @@ def parameters(function: Callable[..., Any]) -> tuple[tuple[str, ...], tuple[str
     return tuple(split[False]), tuple(split[True])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Sums:
     """Sums along a row of the terms, a tuple, that `map` gives of each place in it.
 
@@ -102,7 +102,7 @@ class _Term(NamedTuple):
     by_torch: dict[torch.dtype, Functions]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Distances:
     """The p-norms of differences of two operands, with eps added to each coordinate.
 
@@ -137,7 +137,7 @@ class Distances:
         return torch.linalg.vector_norm(difference / top, p, -1) * top.squeeze(-1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Reduction:
     """A loss of one row: `projection`, a formula, of what `measure` finds along it.
 
@@ -164,7 +164,7 @@ class Reduction:
         return names[0] if names else None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False, eq=False)
 class ReductionCall(Kind):
     """Tensors: two or three operands, or two and a label, or two and None. They broadcast."""
 

@@ -23,7 +23,7 @@ def axes_of_rows(input: Tensor) -> Axes:
     return (0, CLASSES, *range(1, input.dim() - 1)) if input.dim() > 1 else (CLASSES,)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False, eq=False)
 class RowsCall(Kind):
     """Tensors: input, target (class indices or probabilities), and the class weight or None."""
 

@@ -11,8 +11,7 @@ import hashlib
 import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -27,8 +26,7 @@ GROUP = "class_group"
 Given = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """Which dimension of a loss's arguments holds classes."""
 
     first: str  # the argument that says how many
@@ -92,8 +90,7 @@ def settle(loss: str, given: Given, layout: Callable[[Given], Layout]) -> Given:
     return {**given, GROUP: shard, "target": _of_shard(loss, shard, facts, found)}
 
 
-@dataclass(frozen=True, slots=True)
-class _Told:
+class _Told(NamedTuple):
     """What a process tells the others."""
 
     classes: int

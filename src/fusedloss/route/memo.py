@@ -41,7 +41,7 @@ class Asked(NamedTuple):
     over: bool = False  # whether a number was given that the mean is over
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False, eq=False)
 class Known:
     """A call that ran a kernel, and how to run it again."""
 
