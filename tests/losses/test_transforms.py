@@ -24,7 +24,7 @@ from conftest import (
     run,
 )
 from torch import Generator, Tensor
-from torch.func import grad, hessian, jacrev, jvp, vjp, vmap
+from torch.func import functionalize, grad, hessian, jacrev, jvp, vjp, vmap
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -74,6 +74,22 @@ def test_grad_vjp_and_jvp(case: Case, reduction: str, generator: Generator) -> N
         return (call(*given) * incoming).sum()
 
     assert_close(grad(total, tuple(range(len(given))))(*given), expected.grads)
+
+
+@parameters_reduced()
+def test_functionalize(case: Case, reduction: str, generator: Generator) -> None:
+    tensors, options = float64(case, generator)
+    function, wanted = bound(case, options, reduction), case.loss.differentiable
+    first = of_wanted(function, tensors, wanted[:1])
+
+    def total(x: Tensor) -> Tensor:
+        return first(x).sum()
+
+    x = tensors[wanted[0]]
+    assert_close(functionalize(first)(x), first(x))
+    expected = grad(total)(x)
+    for found in (functionalize(grad(total)), grad(functionalize(total))):
+        assert_close(found(x), expected)
 
 
 NO_FORWARD_OVER_REVERSE = {"soft_margin_loss"}  # in PyTorch

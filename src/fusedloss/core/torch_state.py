@@ -99,6 +99,12 @@ def mode_traces() -> bool:
     return any(torch._C._get_dispatch_mode(key) is not None for key in _tracers)
 
 
+def functionalizes() -> bool:
+    """Whether torch.func.functionalize is active, which takes no autograd function."""
+    kind = _functorch.TransformType.Functionalize
+    return any(each.key() == kind for each in _functorch.get_interpreter_stack() or ())
+
+
 def constant(function: F) -> F:
     """Dynamo calls the function and takes its result for a constant.
 

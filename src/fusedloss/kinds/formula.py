@@ -199,10 +199,8 @@ def apply(formula: ByTorch, operands: tuple[Tensor, ...], params: dict[str, floa
             # backward the later values, and say nothing.
             return _Traced.apply(formula, params, *(o.clone() for o in operands))
         return value(*operands, **params)
-    if torch_state.is_tracing():
-        return _functions(formula, operands).value(
-            *operands, **params
-        )  # a saved trace holds no autograd function
+    if torch_state.is_tracing() or torch_state.functionalizes():
+        return value(*operands, **params)  # a saved trace holds no autograd function
     return _Formula.apply(formula, params, *operands)
 
 
