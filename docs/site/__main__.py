@@ -22,6 +22,7 @@ import pages
 import sources
 from words import LANGUAGES, WORDS
 
+from fusedloss.front.loss import FUNCTIONS
 from fusedloss.front.modules import MODULES
 
 DOCS = HERE.parent
@@ -102,7 +103,7 @@ def reference(language: str) -> str:
     words = WORDS[language]
     title = words["api"]
     parts = [title, "=" * 2 * len(title), ""]
-    for name in facts.names():
+    for name in sorted(FUNCTIONS):
         parts.append(f".. autofunction:: fusedloss.functional.{name}\n")
     for name in FACE:
         kind = "class" if name in ("checks", "patched") else "function"

@@ -10,6 +10,7 @@ from plots import Curve, Plot
 from torch import Tensor
 
 from fusedloss import functional as F
+from fusedloss import nn
 
 NONE: dict[str, Any] = {"reduction": "none"}
 
@@ -100,6 +101,21 @@ def head(name: str, sign: float = 1.0, **settings: Any) -> Curve:
     def curve(x: Tensor) -> Tensor:
         weight, target = torch.eye(3, dtype=x.dtype), torch.zeros(len(x), dtype=torch.int64)
         return sign * getattr(F, name)(logits(x, 3), weight, target, **settings)
+
+    return curve
+
+
+def in_clusters(of_cluster: bool) -> Curve:
+    """Two frequent classes and a cluster of two rare ones; the abscissa is the logit of class 0, or of the cluster."""
+
+    def curve(x: Tensor) -> Tensor:
+        module = nn.AdaptiveLogSoftmaxWithLoss(3, 4, [2], div_value=1.0, dtype=x.dtype)
+        with torch.no_grad():
+            module.head.weight.copy_(torch.eye(3))
+            module.tail[0][1].weight.zero_()
+        at = 2 if of_cluster else 0
+        target = torch.full((len(x),), at)
+        return -module(logits(x, 3).roll(at, 1), target).output
 
     return curve
 
@@ -267,6 +283,10 @@ PLOTS: dict[str, Plot] = {
             "softcap=4": head("linear_cross_entropy", softcap=4.0, **NONE),
             "z_loss=0.02": head("linear_cross_entropy", z_loss=0.02, **NONE),
         },
+    ),
+    "AdaptiveLogSoftmaxWithLoss": Plot(
+        *(OWN, -6, 6),
+        {f"target={2 * rare}": in_clusters(bool(rare)) for rare in (0, 1)},
     ),
     "linear_log_prob": Plot(
         *(OWN, -6, 6),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -18,6 +18,7 @@ import fusedloss
 from fusedloss.cli.bench.harness import Result
 from fusedloss.front import docs, strict
 from fusedloss.front.loss import FUNCTIONS
+from fusedloss.front.modules import MODULES
 
 ROOT = Path(__file__).parents[2]
 TORCH = "https://docs.pytorch.org/docs/stable/generated/torch.nn"
@@ -25,7 +26,11 @@ TORCH = "https://docs.pytorch.org/docs/stable/generated/torch.nn"
 UNTYPED = {
     "options": "LinearCrossEntropyOptions | None",
     "class_group": "ProcessGroup | DeviceMesh | None",
+    "device": "device | None",
+    "dtype": "dtype | None",
 }
+# Modules that have a page of their own, as they have no function, and the functions that they compute by.
+MODULES_ALONE = {"AdaptiveLogSoftmaxWithLoss": "linear_log_prob"}
 SHAPE = re.compile(r"\((?:|(?:[A-Z]|\.\.\.)(?:, (?:[A-Z]|d1|1|\.\.\.))*)\)")
 
 
@@ -59,7 +64,7 @@ class Facts:
     returns: str
     raises: list[tuple[str, list[str]]]
     rules: list[str]  # what `checks("strict")` refuses
-    ours: bool  # PyTorch has no function of the name
+    ours: bool  # PyTorch has neither function nor module of the name
     digits: list[Digits] = field(default_factory=list)
     times: list[Timed] = field(default_factory=list)
 
@@ -70,6 +75,11 @@ class Facts:
             return f"{TORCH}.{self.module}.html"
         return "" if self.ours else f"{TORCH}.functional.{self.name}.html"
 
+    @property
+    def reference(self) -> str:
+        """Where the reference has it."""
+        return f"fusedloss.{'nn' if self.name in MODULES_ALONE else 'functional'}.{self.name}"
+
 
 class Timed(NamedTuple):
     result: Result
@@ -78,10 +88,12 @@ class Timed(NamedTuple):
 
 
 def names() -> list[str]:
-    return sorted(FUNCTIONS)
+    return sorted([*FUNCTIONS, *MODULES_ALONE], key=str.lower)
 
 
 def _module_of(name: str) -> str:
+    if name in MODULES_ALONE:
+        return name
     said = f"See :func:`fusedloss.functional.{name}`"
     return next((n for n, m in _modules().items() if (m.__doc__ or "").startswith(said)), "")
 
@@ -120,14 +132,24 @@ def _shape(text: str, kind: str) -> str:
     return next((short for long, short in words.items() if long in text), "")
 
 
+def _parameters(known: Any) -> Mapping[str, inspect.Parameter]:
+    """A function's; or a module's, of its constructor and of its call."""
+    if not inspect.isclass(known):
+        return inspect.signature(known).parameters
+    methods: Any = known.__init__, known.forward
+    found = {n: p for each in methods for n, p in inspect.signature(each).parameters.items()}
+    return {n: p for n, p in found.items() if n != "self"}
+
+
 def of(name: str) -> Facts:
-    function = FUNCTIONS[name]
+    alone = name in MODULES_ALONE
+    function: Any = MODULES[name] if alone else FUNCTIONS[name]
     text, sections = docs.parts_of(inspect.cleandoc(function.__doc__ or ""))
     said = docs.items(sections["Args"])
-    theirs = getattr(torch.nn.functional, name, None)
-    known = inspect.signature(theirs).parameters if theirs else {}
+    theirs = getattr(torch.nn if alone else torch.nn.functional, name, None)
+    known = _parameters(theirs) if theirs else {}
     arguments = []
-    for n, p in inspect.signature(function).parameters.items():
+    for n, p in _parameters(function).items():
         kind, line = _kind(p), said.get(n, "")
         default = "" if p.default is p.empty else repr(p.default)
         keyword = p.kind is p.KEYWORD_ONLY

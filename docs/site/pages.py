@@ -64,7 +64,7 @@ def _about(known: Facts, own: Source, language: str) -> str:
     if known.module:
         parts.append(f"{words['module']}`fusedloss.nn.{known.module}`")
     parts.append(f"[{words['theirs']}]({known.namesake})" if known.namesake else words["alone"])
-    parts.append(f"[{words['reference']}](#fusedloss.functional.{known.name})")
+    parts.append(f"[{words['reference']}](#{known.reference})")
     return "```{rst-class} about\n```\n" + " · ".join(parts)
 
 
@@ -193,6 +193,8 @@ def _errors(known: Facts, language: str) -> str:
 
 def _digits(known: Facts, language: str) -> str:
     words = WORDS[language]
+    if known.name in facts.MODULES_ALONE:
+        return words["by"].format(name=facts.MODULES_ALONE[known.name])
     if not known.digits:
         return words["undigitized"].format(name=known.name)
     by: dict[tuple[str, str], list[str]] = {}
@@ -215,6 +217,8 @@ def _times(known: Facts, language: str) -> str:
     words = WORDS[language]
     if known.name == "linear_cross_entropy":
         return _heads(language)
+    if known.name in facts.MODULES_ALONE:
+        return words["by"].format(name=facts.MODULES_ALONE[known.name])
     if not known.times:
         return words["untimed"]
     rows, origins = [], {}

@@ -25,11 +25,36 @@ class AdaptiveLogSoftmaxWithLoss(nn.modules.AdaptiveLogSoftmaxWithLoss):
     hold the logits of a chunk of rows alone. Where a head is no plain :class:`torch.nn.Linear` any more,
     PyTorch's own `forward` runs.
 
-    Shape:
-        input (N, D) or (D), target (N) or (), of any integer type; output in the target's shape.
+    Of the classes, those below the first of the `cutoffs` :math:`c_1 < \dots < c_K` are in the head, with
+    weight :math:`W_0`, which gives each cluster one more logit; those from :math:`c_k` up to
+    :math:`c_{k+1}` are in cluster :math:`k`, whose head :math:`W_k` has features of its own, :math:`P_k h`:
+
+    .. math::
+        \log p(y) = \begin{cases} \log \mathrm{softmax}(W_0 h)_y & \text{if } y < c_1 \\
+        \log \mathrm{softmax}(W_0 h)_{c_1 + k - 1} + \log \mathrm{softmax}(W_k P_k h)_{y - c_k}
+        & \text{if } c_k \le y < c_{k+1} \end{cases}
+
+    The loss is the mean of :math:`-\log p(y)`. The head of a cluster that no target is in is not multiplied by,
+    and its parameters receive no gradient.
+
+    Args:
+        in_features: D, the features of each row.
+        n_classes: the number of classes, of which the frequent ones come first.
+        cutoffs: the first class of each cluster, increasing, from 1 to `n_classes` - 1.
+        div_value: what features are divided by from cluster to cluster: cluster k has D // `div_value` ** k.
+        head_bias: whether the head has a bias; the clusters have none.
+        device: of the parameters.
+        dtype: of the parameters.
+        input_: the features :math:`h`, (N, D) or (D).
+        target_: class indices (N) or (), of any integer type.
+
+    Returns:
+        A named tuple: `output`, the log-probabilities in the target's shape, and `loss`, a scalar.
 
     Raises:
-        RuntimeError: shapes that do not fit; a target that is not of integers, or out of range.
+        ValueError: `cutoffs` that are empty, not increasing, or no classes.
+        RuntimeError: shapes that do not fit; a target that is not of integers, or out of range (its position is
+            named); an input of another dtype than the weights.
     """
 
     def forward(self, input_: Tensor, target_: Tensor) -> Any:
