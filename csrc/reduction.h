@@ -14,16 +14,23 @@ namespace fusedloss {
 constexpr int max_operands = 3;
 constexpr int max_measures = 3;
 
-// A loss of rows. Sums along a row have a map and a slope; distances have none.
+// What sums along a row have, all computed in double; distances have neither.
+template <class T>
+struct Along {
+    void (*map)(const T* const* x, int64_t n, const double* numbers, double* sums);
+    void (*slope)(const T* const* x, int64_t n, const double* numbers, const double* by, T* const* out);
+};
+
+// A loss of rows.
 struct Reduction {
     const char* name;
     int operands, measures;
     bool label;
     // The loss of a row, and where `by` is not null its derivatives by the measures.
     double (*project)(const double* measures, double label, const double* numbers, double* by);
-    void (*map)(const double* const* x, int64_t n, const double* numbers, double* sums);
-    void (*slope)(const double* const* x, int64_t n, const double* numbers, const double* by,
-                  double* const* out);
+    // Of double, and of float that they widen and round themselves.
+    Along<double> in_double;
+    Along<float> in_float;
 };
 
 inline void* row_of(const Matrix& m, int64_t i) { return at(m.data, m.dtype, i * m.row_stride); }
@@ -211,31 +218,39 @@ private:
     int64_t n_;
 };
 
-// Sums of what a printed map gives for each place of a row, all in double.
+// Sums of what a printed map gives for each place of a row.
+template <class T>
 class Sums {
 public:
     static constexpr bool slow = true;  // so that memory waits for it
+
     Sums(const Reduction& reduction, const double* numbers, int64_t n)
-        : reduction_(reduction), numbers_(numbers), n_(n), slopes_(size_t(reduction.operands * n)) {}
+        : reduction_(reduction), numbers_(numbers), n_(n), slopes_(size_t(reduction.operands * n)) {
+        if constexpr (sizeof(T) == 4)
+            along_ = reduction.in_float;
+        else
+            along_ = reduction.in_double;
+    }
 
-    void measure(const double* const* x, double* out) const { reduction_.map(x, n_, numbers_, out); }
+    void measure(const T* const* x, double* out) const { along_.map(x, n_, numbers_, out); }
 
-    void arrive(const double* const* x, const double* by) {
-        double* out[max_operands];
+    void arrive(const T* const* x, const double* by) {
+        T* out[max_operands];
         for (int k = 0; k < reduction_.operands; ++k) out[k] = slopes_.data() + k * n_;
         const auto nothing = [](double d) { return d == 0; };
         if (std::all_of(by, by + reduction_.measures, nothing))
-            return std::fill(slopes_.begin(), slopes_.end(), 0.0);
-        reduction_.slope(x, n_, numbers_, by, out);
+            return std::fill(slopes_.begin(), slopes_.end(), T(0));
+        along_.slope(x, n_, numbers_, by, out);
     }
 
-    const double* gradient(int operand, double*) const { return slopes_.data() + operand * n_; }
+    const T* gradient(int operand, T*) const { return slopes_.data() + operand * n_; }
 
 private:
     const Reduction& reduction_;
     const double* numbers_;
     int64_t n_;
-    std::vector<double> slopes_;
+    std::vector<T> slopes_;
+    Along<T> along_;
 };
 
 template <class T, class Measure>
@@ -311,15 +326,15 @@ double project(const double* measures, [[maybe_unused]] double label, const doub
     }
 }
 
-template <class F, size_t... i, size_t... k>
-FUSEDLOSS_LOOP void map_sums(const double* const* x, int64_t n, const double* numbers, double* out,
+template <class F, class T, size_t... i, size_t... k>
+FUSEDLOSS_LOOP void map_sums(const T* const* x, int64_t n, const double* numbers, double* out,
                              std::index_sequence<i...>, std::index_sequence<k...>) {
     const F f(numbers);
     constexpr int64_t width = 8;
     double sums[F::measures][width] = {};
     const auto add = [&](int64_t at, int64_t j) {
         double terms[F::measures];
-        f.map(x[i][at]..., terms[k]...);
+        f.map(double(x[i][at])..., terms[k]...);
         ((sums[k][j] += terms[k]), ...);
     };
     const int64_t whole = n - n % width;
@@ -331,38 +346,53 @@ FUSEDLOSS_LOOP void map_sums(const double* const* x, int64_t n, const double* nu
     ((out[k] = tree_sum(sums[k])), ...);
 }
 
-template <class F, size_t... i, size_t... k>
-FUSEDLOSS_LOOP void slopes_along(const double* const* x, int64_t n, const double* numbers, const double* by,
-                                 double* const* out, std::index_sequence<i...>, std::index_sequence<k...>) {
+template <class F, class T, size_t... i, size_t... k>
+FUSEDLOSS_LOOP void slopes_along(const T* const* x, int64_t n, const double* numbers, const double* by,
+                                 T* const* out, std::index_sequence<i...>, std::index_sequence<k...>) {
     const F f(numbers);
 #pragma omp simd
-    for (int64_t at = 0; at < n; ++at) f.slope(x[i][at]..., by[k]..., out[i][at]...);
+    for (int64_t at = 0; at < n; ++at) {
+        double slopes[F::operands];
+        f.slope(double(x[i][at])..., by[k]..., slopes[i]...);
+        ((out[i][at] = T(slopes[i])), ...);
+    }
+}
+
+template <class F, class T>
+constexpr Along<T> along() {
+    using Operands = std::make_index_sequence<F::operands>;
+    using Measures = std::make_index_sequence<F::measures>;
+    return {[](const T* const* x, int64_t n, const double* numbers, double* sums) {
+                map_sums<F>(x, n, numbers, sums, Operands(), Measures());
+            },
+            [](const T* const* x, int64_t n, const double* numbers, const double* by, T* const* out) {
+                slopes_along<F>(x, n, numbers, by, out, Operands(), Measures());
+            }};
 }
 
 template <class F>
 constexpr Reduction reduction_of(const char* name) {
-    using Operands = std::make_index_sequence<F::operands>;
     using Measures = std::make_index_sequence<F::measures>;
-    Reduction found{name, F::operands, F::measures, F::label, nullptr, nullptr, nullptr};
+    Reduction found{name, F::operands, F::measures, F::label, nullptr, {}, {}};
     found.project = [](const double* measures, double label, const double* numbers, double* by) {
         return project<F>(measures, label, numbers, by, Measures());
     };
     if constexpr (!F::distances) {
-        found.map = [](const double* const* x, int64_t n, const double* numbers, double* sums) {
-            map_sums<F>(x, n, numbers, sums, Operands(), Measures());
-        };
-        found.slope = [](const double* const* x, int64_t n, const double* numbers, const double* by,
-                         double* const* out) {
-            slopes_along<F>(x, n, numbers, by, out, Operands(), Measures());
-        };
+        found.in_double = along<F, double>();
+        found.in_float = along<F, float>();
     }
     return found;
 }
 
 inline int64_t reduce(const ReductionArgs& a, const Reduction& reduction) {
-    if (reduction.map) return reduce_rows<double, Sums>(a, reduction);
-    bool wide = false;
-    for (int k = 0; k < reduction.operands; ++k) wide |= a.input[k].dtype == F64;
+    bool wide = false, narrow = true;
+    for (int k = 0; k < reduction.operands; ++k) {
+        wide |= a.input[k].dtype == F64;
+        narrow &= a.input[k].dtype == F32 && (!a.grad[k].data || a.grad[k].dtype == F32);
+    }
+    if (reduction.in_double.map)  // half types are rounded once
+        return narrow ? reduce_rows<float, Sums<float>>(a, reduction)
+                      : reduce_rows<double, Sums<double>>(a, reduction);
     return wide ? reduce_rows<double, Distances<double>>(a, reduction)
                 : reduce_rows<float, Distances<float>>(a, reduction);
 }
