@@ -242,3 +242,30 @@ def test_a_teacher_is_a_constant_to_every_derivative(reduction: str, generator: 
         (first,) = torch.autograd.grad(linear_kl_div(**given).sum(), x, create_graph=True)
         found = torch.autograd.grad(first.square().sum(), [*teacher.values()], allow_unused=True)
         assert found == (None,) * len(teacher)
+
+
+@pytest.mark.parametrize("name", ["input", "linear_weight", "linear_bias", "target"])
+@pytest.mark.parametrize("how", ["type", "strides"])
+def test_what_another_type_or_layout_was_assigned_to_is_not_read_as_it_was(
+    how: str, name: str, generator: Generator
+) -> None:
+    """By `.data`, as `module.half()` does: autograd does not see it, and the kernel would read too far."""
+    problem = Problem(generator, torch.float32, shape=SHAPE)
+
+    def step(change: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        own = {
+            k: t.clone().requires_grad_(k in problem.learned) for k, t in problem.tensors.items()
+        }
+        given = {k: t.clone() for k, t in own.items()}
+        loss = linear_cross_entropy(**given, reduction="none")
+        given[name].data = change(given[name].data)
+        return [loss, *torch.autograd.grad(loss.sum(), [own[k] for k in problem.learned])]
+
+    def changed(own: Tensor) -> Tensor:
+        if how == "strides":
+            return own.repeat_interleave(2, -1)[..., ::2]
+        return own.to(torch.float64 if own.is_floating_point() else torch.int32)
+
+    expected = step(lambda own: own)
+    for _ in range(3):
+        close(step(changed), expected)

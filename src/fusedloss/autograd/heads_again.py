@@ -29,6 +29,13 @@ def _at(places: Sequence[int], count: int) -> Callable[[tuple[Any, ...]], tuple[
     return lambda given: tuple([given[k] for k in at])  # dynamo traces no itemgetter
 
 
+def _layout(given: Slots) -> tuple[Any, ...]:
+    """What kernels read tensors by; an assignment to `.data` makes it another one."""
+    return tuple(
+        [t if t is None else (t.shape, t.dtype, t.is_contiguous(), t.is_cpu) for t in given]
+    )
+
+
 class AgainHead:
     """What of a call stays the same. Its tensors are those that there are, in the order of the call's."""
 
@@ -39,6 +46,7 @@ class AgainHead:
         self.inputs, self.learned = len(places), len(learned)
         self.slots = _at(places, len(given))
         self.returned = _at([1 + places.index(k) for k in learned], 1 + len(places))
+        self.layout = _layout(given)
         self.shapes = tuple(None if t is None else t.shape for t in given)
         self.stores = bool(learned) and call.stores_gradients
         sign = -1.0 if call.loss == "linear_log_prob" else 1.0
@@ -59,15 +67,15 @@ class AgainHead:
     def backward(self, tensors: Sequence[Tensor], incoming: Tensor) -> Sequence[Tensor] | None:
         """The gradients of an unreduced loss; None where it takes more."""
         given = self.slots((*tensors, None))
-        shapes = tuple(None if t is None else t.shape for t in given)
-        if not all(map(_storage, tensors)) or shapes != self.shapes:
+        if not all(map(_storage, tensors)) or _layout(given) != self.layout:
             return None
         return self.back(given, incoming.contiguous())[1]
 
     def anew(self, given: Slots, incoming: Tensor, create_graph: bool) -> list[Tensor]:
         """The gradients by the formula."""
+        pairs = zip(given, self.layout, strict=True)
         with torch.enable_grad():
-            own = of_one_head(given)
+            own = of_one_head(tuple(t if t is None else t.to(like[1]) for t, like in pairs))
         needed = (*self.needed, *(False,) * (len(own) - len(self.needed)))
         grads = redo(self.call, own, needed, [self.arrived(incoming)], create_graph)
         pairs = zip(grads, given, strict=True)
