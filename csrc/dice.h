@@ -309,15 +309,18 @@ public:
         const int64_t groups = a.batch ? 1 : a.n, members = a.batch ? a.n : 1;
         const bool across = groups >= 2 * a.threads || groups % std::max<int64_t>(a.threads, 1) == 0;
         std::vector<double> parts(static_cast<size_t>(groups)), of_rows(static_cast<size_t>(groups));
-        const auto each = [&](int64_t begin, int64_t end) {
+        const auto each = [&](int64_t begin, int64_t end, Kernel* kernel) {
             for (int64_t g = begin; g < end; ++g)
-                group(g, groups, members, parts[size_t(g)], of_rows[size_t(g)]);
+                group(g, groups, members, kernel, parts[size_t(g)], of_rows[size_t(g)]);
         };
         // Images each by a thread, while caches hold them; where they are few, by all threads together.
         if (!a.batch && (across || blocks == 1))
-            parallel_ranges(groups, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, a.c * a.d)), each);
+            parallel_ranges(groups, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, a.c * a.d)),
+                            [&](int64_t begin, int64_t end) {
+                                each(begin, end, std::make_unique<Kernel>(a, rows).get());
+                            });
         else
-            each(0, groups);
+            each(0, groups, nullptr);
         if (a.total.data) {
             const bool none = a.mean && groups * overlap.entries() == 0;
             const double loss =
@@ -335,24 +338,27 @@ private:
     int64_t tile = 0, per_block = 0, blocks = 0;
 
     // f(kernel, block, n, first position, how many) for the tiles of the blocks of a group, in order within a
-    // block.
+    // block; by the kernel that the thread has, or by one for each of all threads.
     template <class F>
-    void tiles(int64_t g, int64_t members, F&& f) {
-        parallel_ranges(members * blocks, 1, [&](int64_t begin, int64_t end) {
-            const auto kernel = std::make_unique<Kernel>(a, rows);
+    void tiles(int64_t g, int64_t members, Kernel* own, F&& f) {
+        const auto run = [&](int64_t begin, int64_t end, Kernel& kernel) {
             for (int64_t b = begin; b < end; ++b) {
                 const int64_t n = a.batch ? b / blocks : g, start = b % blocks * per_block;
                 const int64_t stop = std::min(start + per_block, a.d);
-                for (int64_t d = start; d < stop; d += tile) f(*kernel, b, n, d, std::min(tile, stop - d));
+                for (int64_t d = start; d < stop; d += tile) f(kernel, b, n, d, std::min(tile, stop - d));
             }
+        };
+        if (own) return run(0, members * blocks, *own);
+        parallel_ranges(members * blocks, 1, [&](int64_t begin, int64_t end) {
+            run(begin, end, *std::make_unique<Kernel>(a, rows));
         });
     }
 
-    void group(int64_t g, int64_t groups, int64_t members, double& part, double& of_rows) {
+    void group(int64_t g, int64_t groups, int64_t members, Kernel* own, double& part, double& of_rows) {
         const size_t count = size_t(members * blocks);
         std::vector<Sums> sums(count * size_t(a.c));
         std::vector<double> losses(count);
-        tiles(g, members, [&](Kernel& kernel, int64_t b, int64_t n, int64_t d, int64_t size) {
+        tiles(g, members, own, [&](Kernel& kernel, int64_t b, int64_t n, int64_t d, int64_t size) {
             losses[size_t(b)] += kernel.sums(n, d, size, sums.data() + b * a.c);
         });
         std::vector<Sums> all(static_cast<size_t>(a.c));
@@ -363,7 +369,7 @@ private:
         if (slopes.empty()) return;
         const double arrives = a.incoming.data ? load_one(a.incoming.data, a.incoming.dtype, 0) : 1.0;
         const double by_rows = a.by_rows != 0 ? a.by_rows * arrives / rows.denominator : 0.0;
-        tiles(g, members, [&](Kernel& kernel, int64_t, int64_t n, int64_t d, int64_t size) {
+        tiles(g, members, own, [&](Kernel& kernel, int64_t, int64_t n, int64_t d, int64_t size) {
             kernel.gradient(n, d, size, slopes.data(), by_rows);
         });
     }
