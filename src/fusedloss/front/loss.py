@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -24,7 +25,8 @@ class Malformed(TypeError):
     """A definition that cannot be; file, line and remedy are in the message."""
 
 
-class Definition(NamedTuple):
+@dataclass(repr=False, eq=False)
+class Definition:
     """What a loss is beside its formulas."""
 
     name: str

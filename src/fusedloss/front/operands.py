@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from ..core.reduce import promoted, result_dtype
 Tensors = dict[str, Tensor]
 
 
-class Types(NamedTuple):
+@dataclass(repr=False, eq=False)
+class Types:
     """`check` raises, or gives the type of the losses."""
 
     check: Callable[[str, Tensors, Tensor | None, Shapes], torch.dtype]
@@ -68,7 +69,7 @@ def promote_of_function(kernel: str, first: bool = False) -> Types:
         yields = target.dim() and not input.dim()
         return dtype if yields else torch.promote_types(dtype, made)
 
-    return promoting._replace(check=check)
+    return replace(promoting, check=check)
 
 
 def promote_to_float(kernel: str) -> Types:
@@ -143,7 +144,8 @@ same = Types(
 # What the shapes of operands may be
 
 
-class Shapes(NamedTuple):
+@dataclass(repr=False, eq=False)
+class Shapes:
     refused: str = ""  # words for shapes that differ; they broadcast where there are none
     warns: bool = False
     late: bool = False  # whether PyTorch looks at types first

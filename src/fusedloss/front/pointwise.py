@@ -43,7 +43,8 @@ class Weighed(NamedTuple):
     by_weights: bool = False  # 'mean' divides by their sum
 
 
-class Weight(NamedTuple):
+@dataclass(repr=False, eq=False)
+class Weight:
     """`prepare` checks the weight, and says what 'mean' divides by."""
 
     prepare: Callable[[str, str, Tensors, Tensor, torch.dtype, str], Weighed]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +14,8 @@ from ..core import errors, torch_state
 DENOMINATOR = "denominator"  # what 'mean' divides by, in place of a count of its own
 
 
-class Setting(NamedTuple):
+@dataclass(repr=False, eq=False)
+class Setting:
     """`check(function, argument, value)` gives the value that is meant, or raises."""
 
     check: Callable[[str, str, Any], Any]
