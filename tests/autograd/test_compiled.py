@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import fusedloss
 from fusedloss.autograd import operators
 from fusedloss.core import inductor, trace
+from fusedloss.engines import cpu
 from fusedloss.kinds import pointwise
 from fusedloss.kinds.formula import FORMULAS
 
@@ -177,6 +178,31 @@ def test_bfloat16_is_stored_and_rounded_once(loss: Function, generator: Generato
         value = fast(x, t)
     value.backward()
     assert x.grad is not None and x.grad.data_ptr() in saved
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_a_graph_has_operators_where_there_are_kernels(
+    built: bool, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs: list[str] = []
+
+    def seen(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return graph
+
+    monkeypatch.setattr(cpu, "problem", lambda: None if built else "not built")
+    x, t = logits(generator)
+    w = torch.randn(CLASSES, 8, generator=generator)
+    for function, given in (
+        (fusedloss.cross_entropy, (x, t)),
+        (fusedloss.triplet_margin_loss, (x, x.detach().flip(0), x.detach().flip(1))),
+        (fusedloss.linear_cross_entropy, (x[:, :8], w, t)),
+    ):
+        graphs.clear()
+        found = torch.compile(function, backend=seen, fullgraph=True)(*given)
+        assert_close(found, function(*given))
+        (graph,) = graphs
+        assert ("fusedloss" in graph) is built
 
 
 @pytest.mark.slow

@@ -50,6 +50,7 @@ def operator_serves(call: Any, tensors: tuple[Tensor | None, ...]) -> bool:
         and not torch_state.transforms_active()
         and all(t is None or t.device.type in ("cpu", "cuda") for t in tensors)
         and (call.everywhere or not (tensors[0].is_cuda and gpu.problem(call.family)))  # type: ignore[union-attr]
+        and (gpu.serves(tensors[0]) or not (tensors[0].is_cpu and cpu.problem()))  # type: ignore[union-attr]
         and _kernel_gap(call, tensors) is None
         and call.compiles(tensors)
     )

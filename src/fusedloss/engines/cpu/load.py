@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...core import errors
+from ...core import errors, torch_state
 from .. import abi
 
 DTYPES = {getattr(torch, name): number for number, name in enumerate(abi.DTYPES)}
@@ -134,6 +134,7 @@ def matrix(
     return (*array(loss, name, tensor), *tensor.stride())
 
 
+@torch_state.constant
 def problem() -> str | None:
     """Why there are no CPU kernels, or None."""
     return _load()[1]
