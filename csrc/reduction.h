@@ -225,14 +225,9 @@ public:
     static constexpr bool slow = true;  // so that memory waits for it
 
     Sums(const Reduction& reduction, const double* numbers, int64_t n)
-        : reduction_(reduction), numbers_(numbers), n_(n), slopes_(size_t(reduction.operands * n)) {
-        if constexpr (sizeof(T) == 4)
-            along_ = reduction.in_float;
-        else
-            along_ = reduction.in_double;
-    }
+        : reduction_(reduction), numbers_(numbers), n_(n), slopes_(size_t(reduction.operands * n)) {}
 
-    void measure(const T* const* x, double* out) const { along_.map(x, n_, numbers_, out); }
+    void measure(const T* const* x, double* out) const { along().map(x, n_, numbers_, out); }
 
     void arrive(const T* const* x, const double* by) {
         T* out[max_operands];
@@ -240,7 +235,7 @@ public:
         const auto nothing = [](double d) { return d == 0; };
         if (std::all_of(by, by + reduction_.measures, nothing))
             return std::fill(slopes_.begin(), slopes_.end(), T(0));
-        along_.slope(x, n_, numbers_, by, out);
+        along().slope(x, n_, numbers_, by, out);
     }
 
     const T* gradient(int operand, T*) const { return slopes_.data() + operand * n_; }
@@ -250,7 +245,13 @@ private:
     const double* numbers_;
     int64_t n_;
     std::vector<T> slopes_;
-    Along<T> along_;
+
+    const Along<T>& along() const {
+        if constexpr (sizeof(T) == 4)
+            return reduction_.in_float;
+        else
+            return reduction_.in_double;
+    }
 };
 
 template <class T, class Measure>

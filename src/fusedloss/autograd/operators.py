@@ -156,9 +156,10 @@ def gradients(
         if any(g is not None and rescales(g) for g in stored) and not isinstance(call, LinearCall):
             by = operator(f"{call.family}_scaled")
             slots, own = arguments(call, tensors), settings(call)
+            alone = [[k == j for j in range(len(needed))] for k in range(len(stored))]
             grads = [
-                g if g is None else by(g, arrived, False, list(needed), *slots, *own)
-                for g in stored
+                g if g is None else by(g, arrived, False, only, *slots, *own)
+                for g, only in zip(stored, alone, strict=True)
             ]
         else:
             grads = scaled(stored, arrived)
