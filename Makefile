@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt $(wildcard csrc/*) src/fusedloss/engines/cpu/printer.py $(wildcard src/fusedloss/losses/*.py)
 
-.PHONY: demo test test-torch docs nightly arm64 bench wheel lint format sanitize mutation clean
+.PHONY: demo test test-torch docs nightly arm64 arm64-tests bench wheel lint format sanitize mutation clean
 
 demo: $(VENV)/installed
 	$(BIN)/fusedloss demo
@@ -21,6 +21,10 @@ nightly: $(VENV)/installed
 # The kernels that arm64 has, under qemu-user.
 arm64: $(VENV)/installed
 	$(BIN)/python tests/arm64.py
+
+# One in fifty of the tests of losses there, on Debian: fetches its Python for arm64 and PyPI's torch. EVERY=1 runs all.
+arm64-tests: $(VENV)/installed
+	$(BIN)/python tests/arm64_tests.py $(ARGS)
 
 # Plants errors in formulas and kernels, each of which the suite must see.
 mutation: $(VENV)/installed
