@@ -209,7 +209,7 @@ MUTANTS = [
     Mutant(PLACED, "local._version != version", "False", "tensors_that_change", **PLACED_AGAIN),
     Mutant(PLACED, "factor == 1.0 and arrived", "factor != 2.0 and arrived", "derivatives", **PLACED_AGAIN),
     # repeated calls
-    Mutant("src/fusedloss/engines/cpu/again.py", "(number, 1.0 / number)[:divisors]", "(7.0, 1.0 / 7)[:divisors]", "over_denominators", **SHORT),
+    Mutant(AGAIN, "(number, 1.0 / number)[: len(divisors)]", "(7.0, 1.0 / 7)[: len(divisors)]", "over_denominators", **SHORT),
     Mutant("src/fusedloss/engines/cpu/again.py", "replace(self.call, denominator=number), number=number", "self.call, number=number", "only_checks_know", **SHORT),
     Mutant(AGAIN, "if summed else None", "if False else None", "broadcast", **REPEAT),
     Mutant(AGAIN, "zip(self.pointers.grads, plan.grads", "zip(self.pointers.grads[::-1], plan.grads", "packs_no", **REPEAT),

@@ -24,12 +24,8 @@ finally:
 
 __version__ = "0.1.0"
 
-_LAZY = (
-    "LazyLogits",
-    "LazyLogitsWarning",
-    "lazy_head",
-    "lazy_heads",
-)  # whose rules few programs need
+# Few programs need their rules.
+_LAZY = ("LazyLogits", "LazyLogitsWarning", "lazy_head", "lazy_heads")
 globals().update(_modules.MODULES)
 __all__ = [
     *_losses,

@@ -141,6 +141,20 @@ def rescales(tensor: Tensor) -> bool:
     return tensor.dtype is torch.bfloat16 and tensor.device.type == "cpu"
 
 
+def _rescales(call: Any, stored: Sequence[Slot]) -> bool:
+    """Whether one of those that are stored is such."""
+    return not isinstance(call, LinearCall) and any(g is not None and rescales(g) for g in stored)
+
+
+def _rescaled(
+    call: Any, tensors: Sequence[Slot], needed: Sequence[bool], stored: Sequence[Slot], by: Tensor
+) -> list[Slot]:
+    scale, slots, own = operator(f"{call.family}_scaled"), arguments(call, tensors), settings(call)
+    alone = [[k == j for j in range(len(needed))] for k in range(len(stored))]
+    pairs = zip(stored, alone, strict=True)
+    return [g if g is None else scale(g, by, False, only, *slots, *own) for g, only in pairs]
+
+
 def gradients(
     call: Any,
     tensors: Sequence[Slot],
@@ -153,14 +167,8 @@ def gradients(
     if stored is not None:
         arrived = incoming[0]
         assert arrived is not None
-        if any(g is not None and rescales(g) for g in stored) and not isinstance(call, LinearCall):
-            by = operator(f"{call.family}_scaled")
-            slots, own = arguments(call, tensors), settings(call)
-            alone = [[k == j for j in range(len(needed))] for k in range(len(stored))]
-            grads = [
-                g if g is None else by(g, arrived, False, only, *slots, *own)
-                for g, only in zip(stored, alone, strict=True)
-            ]
+        if _rescales(call, stored):
+            grads = _rescaled(call, tensors, needed, stored, arrived)
         else:
             grads = scaled(stored, arrived)
     else:
@@ -386,7 +394,7 @@ class Operator:
         call, needed = ctx.call, self.own(ctx.call, ctx.needs_input_grad)
         saved = unpacked(ctx)  # a checkpoint gives them once
         create_graph, stores = torch.is_grad_enabled(), any(ctx.stored)
-        reads = create_graph or not stores or any(map(rescales, saved[len(needed) :]))
+        reads = create_graph or not stores or _rescales(call, saved[len(needed) :])
         count = len(needed)
         tensors = tuple(_of(each, reads) for each in saved[:count])
         arriving = incoming[: call.outputs]

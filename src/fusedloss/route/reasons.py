@@ -29,9 +29,14 @@ def formula_reason(call: Any, tensors: tuple[Tensor | None, ...]) -> str | None:
         return "torch.jit.trace is tracing"
     if why := plain.first_gap(tensors, call.everywhere) or _kernel_gap(call, tensors):
         return why
-    if call.everywhere and not (tensors[0] is not None and tensors[0].is_cpu):
+    return _unbuilt(call, tensors[0])
+
+
+def _unbuilt(call: Any, first: Tensor | None) -> str | None:
+    """Why there are no kernels on the device, or None."""
+    if call.everywhere and not (first is not None and first.is_cpu):
         return None
-    return gpu.problem(call.family) if gpu.serves(tensors[0]) else cpu.problem()
+    return gpu.problem(call.family) if gpu.serves(first) else cpu.problem()
 
 
 def _mode_gap(call: Any, tensors: tuple[Tensor | None, ...]) -> str | None:
@@ -49,8 +54,7 @@ def operator_serves(call: Any, tensors: tuple[Tensor | None, ...]) -> bool:
         not torch_state.is_exporting()
         and not torch_state.transforms_active()
         and all(t is None or t.device.type in ("cpu", "cuda") for t in tensors)
-        and (call.everywhere or not (tensors[0].is_cuda and gpu.problem(call.family)))  # type: ignore[union-attr]
-        and (gpu.serves(tensors[0]) or not (tensors[0].is_cpu and cpu.problem()))  # type: ignore[union-attr]
+        and _unbuilt(call, tensors[0]) is None
         and _kernel_gap(call, tensors) is None
         and call.compiles(tensors)
     )

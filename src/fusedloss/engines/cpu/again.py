@@ -27,6 +27,7 @@ LAYOUTS = 4  # of what arrives in backward
 
 
 Launch = Callable[..., "tuple[Tensor, ...] | None"]  # what it made; None where something was wrong
+Values = tuple[Sequence[Tensor], tuple[float, ...]] | None  # what a kernel reads, and its divisor
 
 
 def launch(
@@ -50,40 +51,19 @@ def launch_of_values(
     plan: bytes,
     pack: Callable[..., bytes],
     made: tuple[Layout, ...],
-    read: Callable[..., tuple[Sequence[Tensor], tuple[float, ...]]],
+    values: Callable[[Sequence[Tensor], float], Values],
+    over: bool,
 ) -> Launch:
-    """The same where the kernel reads copies of the tensors, or is given a divisor that is counted."""
+    """The same where the kernel reads copies of the tensors, or is given a divisor: counted, or given first."""
 
-    def launch(*tensors: Tensor) -> tuple[Tensor, ...] | None:
-        if not all(map(_storage, tensors)):
-            return None  # torch's operations would read them, and end the process
-        copies, divisor = read(*tensors)
+    def launch(*given: Any) -> tuple[Tensor, ...] | None:
+        found = values(given[1:], given[0]) if over else values(given, 0.0)
+        if found is None:
+            return None
+        read, divisor = found
         outputs = tuple(starmap(_empty, made))
-        found = run(plan, pack(*map(_data_ptr, (*copies, *outputs)), *divisor))
-        return outputs if found == FINE else None
-
-    return launch
-
-
-def launch_over(
-    run: Callable[[bytes, bytes], int],
-    plan: bytes,
-    pack: Callable[..., bytes],
-    made: tuple[Layout, ...],
-    divisors: int,
-    read: Callable[..., tuple[Sequence[Tensor], tuple[float, ...]]] | None,
-) -> Launch:
-    """The same where the number comes first that a mean is over; the kernel may read copies, too."""
-
-    def launch(number: float, *tensors: Tensor) -> tuple[Tensor, ...] | None:
-        if read is not None:
-            if not all(map(_storage, tensors)):
-                return None
-            tensors = tuple(read(*tensors)[0])
-        outputs = tuple(starmap(_empty, made))
-        divisor = (number, 1.0 / number)[:divisors]
-        found = run(plan, pack(*map(_data_ptr, (*tensors, *outputs)), *divisor))
-        return outputs if found == FINE else None
+        code = run(plan, pack(*map(_data_ptr, (*read, *outputs)), *divisor))
+        return outputs if code == FINE else None
 
     return launch
 

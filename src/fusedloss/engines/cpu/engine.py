@@ -9,20 +9,22 @@ from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor
 
+from ...core import torch_state
 from ...kinds import Call
 from ..abi import Pointers
 from ..again import common
 from ..plan import Slot, Slots
 from ..protocol import Engine, P
-from .again import AgainOnCpu, Launch, launch, launch_of_values, launch_over, present
+from .again import AgainOnCpu, Launch, Values, launch, launch_of_values, present
 from .load import NUMBERS, repeater, run
+
+_storage = torch_state.storage
 
 
 class CpuEngine(Engine[P]):
     pointers: ClassVar[Pointers | None] = None  # None: what is packed depends on values
-    divisors: ClassVar[
-        tuple[int, ...]
-    ] = ()  # where arguments hold what a mean is over; and 1 over it
+    # Where arguments hold what a mean is over; and 1 over it.
+    divisors: ClassVar[tuple[int, ...]] = ()
 
     @abstractmethod
     def pack(self, plan: P) -> tuple[str, str, bytes, int]:
@@ -119,16 +121,19 @@ class CpuEngine(Engine[P]):
             return launch(run, packed, pack, written)
         absent, count, whole = (None,) * (len(plan.tensors) - len(inputs)), len(inputs), plan.shape
 
-        def read_anew(*tensors: Tensor) -> tuple[Sequence[Tensor], tuple[float, ...]]:
+        def values(tensors: Sequence[Tensor], number: float) -> Values:
+            quotients = (number, 1.0 / number)[: len(divisors)] if over else ()
+            if itself and over:
+                return tensors, quotients
+            if not all(map(_storage, tensors)):
+                return None  # torch's operations would read them, and end the process
             given, rest = (*tensors[:count], *absent), tensors[count:]
             copies = present(self.plan(call, given, ()).read())
-            counted = self.quotients(call, given, whole.numel()) if divisors and not over else ()
-            return (*copies, *rest), counted
+            if divisors and not over:
+                quotients = self.quotients(call, given, whole.numel())
+            return (*copies, *rest), quotients
 
-        if over:
-            anew = None if itself else read_anew
-            return launch_over(run, packed, pack, written, len(divisors), anew)
-        return launch_of_values(run, packed, pack, written, read_anew)
+        return launch_of_values(run, packed, pack, written, values, over)
 
     def quotients(self, call: Any, tensors: Slots, numel: int) -> tuple[float, float]:
         """What arguments hold of a divisor that depends on values: it, and 1 over it."""
