@@ -12,6 +12,9 @@
 // common offset nor certainty costs digits. As probabilities add up to 1, a sum of p_t (l p_t - l p_s) is
 // that of p_t (l p_t - l p_s) + p_s - p_t: no term of it is negative, and a tiny divergence keeps its digits.
 // It costs half as much again, so that only small ones, whose terms cancel, are taken once more by it.
+//
+// Of a process that has but a shard of the classes it goes by phases, and between them what all processes found
+// is merged: the sums of both softmaxes, then those of the divergence, then those of the small ones.
 #pragma once
 #include "linear.h"
 
@@ -31,42 +34,76 @@ FUSEDLOSS_LOOP void gaps_to(const T* x, T origin, T by, int64_t n, T* out) {
     for (int64_t i = 0; i < n; ++i) out[i] = (x[i] - origin) * by;
 }
 
+// As `brought`; of nothing it is nothing, from wherever.
+inline double moved(double sum, double gap) { return sum == 0 || gap == 0 ? sum : brought(sum, gap); }
+
 // The softmax at a temperature of what comes in stretches. The largest class is kept apart, as in
 // cross_entropy.h.
-template <class T>
 struct Softmax {
     double max = -std::numeric_limits<double>::infinity();
     double others = 0, own = 0;  // raised
-    int64_t top = -1;            // the largest class
+    double top = -1;             // the largest class
 
     // Those from class c on; 1 / temperature is `by`.
+    template <class T>
     void add(const T* x, int64_t c, int64_t n, T by, T* buffer) {
         const T largest = greatest(x, n, T(max));
         const bool is_larger = double(largest) > max;
-        if (is_larger) {
-            const double gap = (max - double(largest)) * double(by);
-            others = raised_sum() > 0 ? brought(raised_sum(), gap) : 0;
-            max = double(largest);
-        }
+        if (is_larger) rise(double(largest), double(by));
         gaps_to(x, T(origin()), by, n, buffer);
         exps_of(buffer, T(1), n, buffer);
         if (is_larger) {
             const int64_t at = first_one(buffer, n);  // none where max is inf
             own = at < n ? double(math::raised<T>) : 0;
-            top = at < n ? c + at : -1;
+            top = at < n ? double(c + at) : -1;
             if (at < n) buffer[at] = T(0);
         }
         others += quick_sum(buffer, n);
     }
 
+    // Those of another process, whose classes come after.
+    void join(const Softmax& s, double by) {
+        if (s.raised_sum() == 0) return;
+        if (s.max > max) {
+            rise(s.max, by);
+            own = s.own;
+            top = s.top;
+            others += s.others;
+        } else {
+            others += moved(s.raised_sum(), (s.max - max) * by);
+        }
+    }
+
     double origin() const { return max == -std::numeric_limits<double>::infinity() ? 0.0 : max; }
     double raised_sum() const { return others + own; }
-    double sum() const { return raised_sum() * double(math::lowered<T>); }
+    template <class T>
+    double sum() const {
+        return raised_sum() * double(math::lowered<T>);
+    }
     // Relative to the maximum: together they would have no more digits than the maximum leaves.
+    template <class T>
     double log_sum() const {
-        return own > 0 ? std::log1p(others * double(math::lowered<T>)) : std::log(sum());
+        return own > 0 ? std::log1p(others * double(math::lowered<T>)) : std::log(sum<T>());
+    }
+
+private:
+    void rise(double largest, double by) {
+        others = moved(raised_sum(), (max - largest) * by);
+        own = 0;
+        max = largest;
     }
 };
+
+// What is known of a row of all classes, or of those of a process.
+struct DivergenceSums {
+    Softmax student, teacher;
+    double at = 0;  // the teacher's logit of the student's largest class
+    double hard_others = 0, hard_own = 0, hard_x = 0;
+    double forward = 0, mean = 0;  // raised: the sums of p_t and of p_s
+    double small_forward = 0, small_reverse = 0;
+};
+static_assert(sizeof(DivergenceSums) == divergence_sums * sizeof(double));
+static_assert(offsetof(DivergenceSums, forward) == softmax_sums * sizeof(double));
 
 // l p_t - l p_s, from both relative to their maxima and what the logs of their sums differ by.
 template <class T>
@@ -176,66 +213,36 @@ public:
     }
 
     void operator()(int64_t n) {
-        student = teacher = Softmax<T>();
-        blocks(a.c, [&](int64_t c, int64_t count) {
-            read(a.student, a.softcap, n, c, count, s);
-            read(a.teacher, a.teacher_softcap, n, c, count, t);
-            student.add(s, c, count, by, out);
-            teacher.add(t, c, count, by, out);
-        });
-        if (a.beyond) {
-            a.beyond[n] =
-                is_beyond(student.origin(), ordinary) || is_beyond(teacher.origin(), teacher_ordinary);
-            if (a.beyond[n]) return;
-        }
-        difference = T(teacher.log_sum() - student.log_sum());
-        // The sum weighted by p_s is of gaps less that of the student's largest class, so that no digits are
-        // lost where p_s is near 1.
-        double own = 0;
-        own_gap = T(0);
-        mixture.shifted = false;
-        if (student.top >= 0 && a.of_student) {
-            relate(n, student.top, 1);
-            own_gap = !a.of_teacher ? -d[0] : mixture(d[0]).student;
-            if (!std::isfinite(own_gap)) own_gap = T(0);
-            own = double(own_gap);
-            mixture.shifted = a.of_teacher && d[0] < T(-0.7);
-            if (mixture.shifted) own_gap = mixture(d[0]).student;
-        }
-        double forward = 0, mean = 0;
-        blocks(a.c, [&](int64_t c, int64_t count) {
-            relate(n, c, count);
-            exps_of(s, T(1), count, p);
-            exps_of(t, T(1), count, q);
-            bend(count);
-            if (a.of_teacher) {
-                weigh_gaps(q, a.of_student ? to_teacher : d, T(0), out, count);
-                forward += ordered_sum(out, count);
+        auto* kept = a.sums ? reinterpret_cast<DivergenceSums*>(a.sums) + n : nullptr;
+        if (a.phase == WHOLE || a.phase == GATHER) {
+            all = DivergenceSums();
+            gather(n);
+            if (a.beyond) {
+                a.beyond[n] = is_beyond(all.student.origin(), ordinary) ||
+                              is_beyond(all.teacher.origin(), teacher_ordinary);
+                if (a.beyond[n] && a.phase == WHOLE) return;
             }
-            if (a.of_student) {
-                weigh_gaps(p, d, own_gap, out, count);
-                mean += ordered_sum(out, count);
-            }
-        });
-        forward /= teacher.raised_sum();
-        mean /= student.raised_sum();
-        double soft = together(forward, mean + own);
-        // A larger one is no difference of far larger terms.
-        const double small = 0.08 * (a.of_teacher && a.of_student ? 4 * a.beta * (1 - a.beta) : 1.0);
-        if (soft < small) soft = of_one_sign(n);
-        if (a.of_teacher && a.of_student)
-            soft = std::min(soft, -a.beta * std::log(a.beta) - (1 - a.beta) * std::log1p(-a.beta));
-        const RowSums<T> hard = a.label ? hard_sums(n) : RowSums<T>();
-        a.loss[n] = a.soft_weight * soft + (a.label ? a.hard_weight * hard.own_loss() : 0.0);
-        if (a.differentiate) differentiate(n, mean, hard);
+            if (a.label) gather_hard(n);
+        } else {
+            all = *kept;
+        }
+        if (a.phase == WHOLE || a.phase > GATHER) relate_tops();
+        if (a.phase == WHOLE || a.phase == COMPARE) sum(n);
+        if (a.phase == REFINE) a.beyond[n] = divergence() < small();
+        if (a.phase == WHOLE ? divergence() < small() : a.phase == REFINE && a.beyond[n]) sum_small(n);
+        if (a.phase == WHOLE || a.phase == FINISH)
+            finish_row(n);
+        else
+            *kept = all;
     }
 
 private:
     const DistillArgs& a;
     const T by;
     Mixture<T> mixture;
-    Softmax<T> student, teacher;
+    DivergenceSums all;
     T difference = 0, own_gap = 0;
+    double own = 0;  // what the student's largest class adds to the sum weighted by p_s
     double ordinary = 0, teacher_ordinary = 0;
     alignas(64) T s[row_block], t[row_block], p[row_block], q[row_block], d[row_block], out[row_block],
         to_teacher[row_block];
@@ -255,13 +262,88 @@ private:
         }
     }
 
-    // Reads s and t, relative to the maxima and divided by the temperature, and d.
+    void gather(int64_t n) {
+        blocks(a.c, [&](int64_t c, int64_t count) {
+            read(a.student, a.softcap, n, c, count, s);
+            read(a.teacher, a.teacher_softcap, n, c, count, t);
+            all.student.add(s, c, count, by, out);
+            all.teacher.add(t, c, count, by, out);
+        });
+        if (all.student.top < 0) return;
+        read(a.teacher, a.teacher_softcap, n, int64_t(all.student.top), 1, t);
+        all.at = double(t[0]);
+        all.student.top += double(a.first);
+    }
+
+    // From s and t: these relative to the maxima and divided by the temperature, and d.
+    void relate(int64_t count) {
+        gaps_to(s, T(all.student.origin()), by, count, s);
+        gaps_to(t, T(all.teacher.origin()), by, count, t);
+        log_ratios(t, s, difference, count, d);
+    }
+
     void relate(int64_t n, int64_t c, int64_t count) {
         read(a.student, a.softcap, n, c, count, s);
         read(a.teacher, a.teacher_softcap, n, c, count, t);
-        gaps_to(s, T(student.origin()), by, count, s);
-        gaps_to(t, T(teacher.origin()), by, count, t);
-        log_ratios(t, s, difference, count, d);
+        relate(count);
+    }
+
+    // The sum weighted by p_s is of gaps less that of the student's largest class, so that no digits are lost
+    // where p_s is near 1.
+    void relate_tops() {
+        difference = T(all.teacher.log_sum<T>() - all.student.log_sum<T>());
+        own = 0;
+        own_gap = T(0);
+        mixture.shifted = false;
+        if (all.student.top < 0 || !a.of_student) return;
+        s[0] = T(all.student.max);
+        t[0] = T(all.at);
+        relate(1);
+        own_gap = !a.of_teacher ? -d[0] : mixture(d[0]).student;
+        if (!std::isfinite(own_gap)) own_gap = T(0);
+        own = double(own_gap);
+        mixture.shifted = a.of_teacher && d[0] < T(-0.7);
+        if (mixture.shifted) own_gap = mixture(d[0]).student;
+    }
+
+    void sum(int64_t n) {
+        blocks(a.c, [&](int64_t c, int64_t count) {
+            relate(n, c, count);
+            exps_of(s, T(1), count, p);
+            exps_of(t, T(1), count, q);
+            bend(count);
+            if (a.of_teacher) {
+                weigh_gaps(q, a.of_student ? to_teacher : d, T(0), out, count);
+                all.forward += ordered_sum(out, count);
+            }
+            if (a.of_student) {
+                weigh_gaps(p, d, own_gap, out, count);
+                all.mean += ordered_sum(out, count);
+            }
+        });
+    }
+
+    double mean() const { return all.mean / all.student.raised_sum(); }
+
+    double divergence() const { return together(all.forward / all.teacher.raised_sum(), mean() + own); }
+
+    // A larger divergence is no difference of far larger terms.
+    double small() const {
+        return 0.08 * (a.of_teacher && a.of_student ? 4 * a.beta * (1 - a.beta) : 1.0);
+    }
+
+    void finish_row(int64_t n) {
+        double soft = divergence();
+        if (soft < small()) soft = together(all.small_forward, all.small_reverse) / all.teacher.raised_sum();
+        if (a.of_teacher && a.of_student)
+            soft = std::min(soft, -a.beta * std::log(a.beta) - (1 - a.beta) * std::log1p(-a.beta));
+        RowSums<T> hard;
+        hard.max = all.student.origin();
+        hard.others = all.hard_others;
+        hard.own = all.hard_own;
+        hard.own_x = all.hard_x;
+        if (a.loss) a.loss[n] = a.soft_weight * soft + (a.label ? a.hard_weight * hard.own_loss() : 0.0);
+        if (a.differentiate) differentiate(n, hard);
     }
 
     // d becomes what p_s weighs: l p_s - l p_t, or l p_s - l m.
@@ -277,10 +359,9 @@ private:
     }
 
     // The divergence of a row, by terms none of which is negative.
-    double of_one_sign(int64_t n) {
+    void sum_small(int64_t n) {
         const T shift = mixture.shifted ? -mixture.log_rest : T(0);
-        double forward = 0, reverse = 0;
-        const double ratio = teacher.raised_sum() / student.raised_sum();
+        const double ratio = all.teacher.raised_sum() / all.student.raised_sum();
         blocks(a.c, [&](int64_t c, int64_t count) {
             relate(n, c, count);
             exps_of(s, T(ratio), count, p);  // of the teacher's unit
@@ -289,47 +370,36 @@ private:
             if (a.of_student && a.of_teacher) mix(q, p, mixture.beta, mixture.rest, t, count);
             if (a.of_teacher) {
                 excesses(q, a.of_student ? t : p, a.of_student ? to_teacher : d, T(0), out, count);
-                forward += ordered_sum(out, count);
+                all.small_forward += ordered_sum(out, count);
             }
             if (a.of_student) {
                 excesses(p, a.of_teacher ? t : q, d, shift, out, count);
-                reverse += ordered_sum(out, count);
+                all.small_reverse += ordered_sum(out, count);
             }
         });
-        return together(forward, reverse) / teacher.raised_sum();
     }
 
-    // Of the hard term.
-    RowSums<T> hard_sums(int64_t n) {
-        RowSums<T> sums;
-        const int64_t y = a.label[n];
-        T max = -std::numeric_limits<T>::infinity();
+    // Of the hard term, whose maximum is the student's.
+    void gather_hard(int64_t n) {
+        const T max = T(all.student.origin());
+        const int64_t y = a.label[n] - a.first;
         blocks(a.c, [&](int64_t c, int64_t count) {
             read(a.student, a.softcap, n, c, count, s);
-            const T top = greatest(s, count, max);
-            const T origin = top == -std::numeric_limits<T>::infinity() ? T(0) : top;
-            if (top > max && sums.raised_sum() > 0) {
-                sums.others = brought(sums.others, double(max) - double(top));
-                sums.own = brought(sums.own, double(max) - double(top));
-            }
-            max = top;
-            sums.max = double(origin);
-            exp_of_difference(s, origin, count, out, s + count, sizeof(T));
+            exp_of_difference(s, max, count, out, s + count, sizeof(T));
             if (y >= c && y < c + count) {
-                sums.own = double(out[y - c]);
-                sums.own_x = double(s[y - c]);
+                all.hard_own = double(out[y - c]);
+                all.hard_x = double(s[y - c]);
                 out[y - c] = T(0);
             }
-            sums.others += quick_sum(out, count);
+            all.hard_others += quick_sum(out, count);
         });
-        return sums;
     }
 
-    void differentiate(int64_t n, double mean, const RowSums<T>& hard) {
+    void differentiate(int64_t n, const RowSums<T>& hard) {
         const double g = a.incoming ? a.incoming[n] : 1.0;
         const double scale =
             g * a.soft_weight / a.temperature * (a.of_teacher && a.of_student ? 1 - a.beta : 1.0);
-        const double of_s = scale / student.sum(), of_t = scale / teacher.sum();
+        const double of_s = scale / all.student.sum<T>(), of_t = scale / all.teacher.sum<T>();
         const T unit = too_small<T>(of_s) || too_small<T>(of_t) ? math::lowered<T> : T(1);
         const double down = double(math::lowered<T>) / double(unit);
         blocks(a.c, [&](int64_t c, int64_t count) {
@@ -340,9 +410,9 @@ private:
                 differences(p, q, d, T(of_s * down), T(of_t * down), out, count);
             } else {
                 bend(count);
-                weigh_gaps(p, d, T(mean + double(own_gap)), out, count);
-                if (const int64_t own = student.top; own >= c && own < c + count)
-                    out[own - c] = -p[own - c] * T(mean);
+                weigh_gaps(p, d, T(mean() + double(own_gap)), out, count);
+                if (const int64_t top = int64_t(all.student.top) - a.first; top >= c && top < c + count)
+                    out[top - c] = -p[top - c] * T(mean());
                 scale_and_shift(out, T(of_s * down), T(0), count);
             }
             std::copy_n(out, count, q);  // `read` needs `out`
@@ -352,7 +422,7 @@ private:
                 const double hard_scale = g * a.hard_weight;
                 soften_by(s, T(hard.max), hard_scale / hard.sum(), T(0), count);
                 // p - 1 as minus the others' share: exact where p is near 1.
-                if (const int64_t y = a.label[n]; y >= c && y < c + count)
+                if (const int64_t y = a.label[n] - a.first; y >= c && y < c + count)
                     s[y - c] = T(-hard_scale * (hard.others / hard.raised_sum()));
                 take(q, T(-1), s, count);
             }
@@ -368,6 +438,30 @@ void distill_rows(const DistillArgs& a) {
     parallel_ranges(a.n, grain, [&](int64_t begin, int64_t end) {
         const auto kernel = std::make_unique<DistillKernel<T>>(a);
         for (int64_t n = begin; n < end; ++n) (*kernel)(n);
+    });
+}
+
+// What processes gathered of a row, each of its own classes, in the order of their ranks.
+inline void merge_divergences(const MergeDivergencesArgs& a) {
+    const double by = 1 / a.temperature;
+    parallel_ranges(a.n, 1024, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n) {
+            DivergenceSums all;
+            for (int64_t k = 0; k < a.ranks; ++k) {
+                DivergenceSums s;
+                std::copy_n(a.parts + (k * a.n + n) * softmax_sums, softmax_sums,
+                            reinterpret_cast<double*>(&s));
+                const double before = all.student.origin();
+                if (s.student.max > all.student.max) all.at = s.at;
+                all.student.join(s.student, by);
+                all.teacher.join(s.teacher, by);
+                const double now = all.student.origin(), gap = s.student.origin() - now;
+                all.hard_others = moved(all.hard_others, before - now) + moved(s.hard_others, gap);
+                all.hard_own = moved(all.hard_own, before - now) + moved(s.hard_own, gap);
+                all.hard_x += s.hard_x;  // of the process that has the class, and 0 of the others
+            }
+            reinterpret_cast<DivergenceSums*>(a.sums)[n] = all;
+        }
     });
 }
 

@@ -193,9 +193,9 @@ MUTANTS = [
     kernel("linear.h", "if (kept && !a.begin) s = *kept;", "", HEADS, **LINEAR),
     kernel("head_rows.h", "rows.scale()[k] /= divisor;", ";", HEADS, **LINEAR),
     kernel("head_rows.h", "rows.loss()[k] * rows.share()[k]", "rows.loss()[k]", HEADS, **LINEAR),
-    kernel("distill.h", "raised_sum() > 0 ? brought(raised_sum(), gap) : 0;", "raised_sum();", HEADS, **LINEAR),
+    kernel("distill.h", "moved(raised_sum(), (max - largest) * by);", "raised_sum();", HEADS, **LINEAR),
     kernel("distill.h", "(a.of_teacher && a.of_student ? 1 - a.beta : 1.0)", "1.0", HEADS, **LINEAR),
-    kernel("distill.h", "T(mean + double(own_gap)), out", "own_gap, out", HEADS, **LINEAR),
+    kernel("distill.h", "T(mean() + double(own_gap)), out", "own_gap, out", HEADS, **LINEAR),
     kernel("distill.h", "s[y - c] = T(-hard_scale * (hard.others / hard.raised_sum()));", "", HEADS, **LINEAR),
     # shards of the classes
     kernel("linear.h", "all.others += brought(s.others, gap)", "all.others += s.others", SHARDED, **SHARDS),
@@ -203,6 +203,11 @@ MUTANTS = [
     kernel("linear.h", "a.label ? a.label[n] - a.first : -1;\n        const bool", "a.label ? a.label[n] : -1;\n        const bool", SHARDED, **SHARDS),
     Mutant(OF_SHARDS, "stretch = kernel.Stretch(shard.first + first,", "stretch = kernel.Stretch(first,", SHARDED, **SHARDS),
     Mutant(OF_SHARDS, "self.shard.all_reduce(self.grads[0])", "pass", SHARDED, **SHARDS),
+    kernel("distill.h", "others += moved(s.raised_sum(), (s.max - max) * by);", "others += s.raised_sum();", SHARDED, **SHARDS),
+    kernel("distill.h", "moved(all.hard_own, before - now) + ", "", SHARDED, **SHARDS),
+    kernel("distill.h", "if (s.student.max > all.student.max) all.at = s.at;", "all.at = s.at;", SHARDED, **SHARDS),
+    kernel("distill.h", "all.student.top += double(a.first);", "", SHARDED, **SHARDS),
+    Mutant(OF_SHARDS, "total += each", "pass", SHARDED, **SHARDS),
     # calls of DTensors like earlier ones
     Mutant(PLACED, "if own is not place and own != place:", "if False:", "other_tensors", **PLACED_AGAIN),
     Mutant(PLACED, "arrived.to(torch.float64) * ctx.factor", "arrived.to(torch.float64)", "derivatives", **PLACED_AGAIN),

@@ -131,12 +131,25 @@ def log_probs(dtype: torch.dtype) -> Iterator[Case]:
 
 def divergences(dtype: torch.dtype) -> Iterator[Case]:
     problem = Distillation(Generator().manual_seed(2), dtype, shape=(N, D, C))
-    for divergence in ("forward", "reverse", "js"):
-        options = {"divergence": divergence, "hard_weight": 0.5, "temperature": 2.0}
-        tensors = {**problem.tensors, **problem.teacher}
-        yield Case(divergence, fusedloss.linear_kl_div, tensors, OF_HEADS, HEAD, **options)
+    far = torch.ones(N, 1, dtype=dtype)
+    far[::2] = 1 + 1e-3  # the divergence of these rows is small
+    names = zip(problem.teacher, HEAD, strict=True)
+    near = {name: problem.tensors[own] for name, own in names}
+    near["teacher_input"] = near["teacher_input"] * torch.where(far == 1, 3, far)
+    function, kinds = fusedloss.linear_kl_div, ("forward", "reverse", "js")
+    for kind, reduction, teacher in itertools.product(
+        kinds, ("mean", "sum", "none"), (problem.teacher, near)
+    ):
+        options = {"divergence": kind, "reduction": reduction, "memory_budget": BUDGET}
+        both = {**problem.tensors, **teacher}
+        words = f"{kind} {reduction} {'near' if teacher is near else ''}"
+        given = (function, both, OF_HEADS, HEAD)
+        yield Case(words, *given, **options, hard_weight=0.5, temperature=2.0)
+        soft = {name: t for name, t in both.items() if name != "target"}
+        options |= {"softcap": 3.0, "teacher_softcap": 4.0, "beta": 0.2, "temperature": 0.3}
+        yield Case(f"{words} alone", function, soft, OF_HEADS, HEAD, **options)
     tensors = {**problem.tensors, "teacher_logits": problem.logits()}
-    yield Case("teacher's logits", fusedloss.linear_kl_div, tensors, OF_HEADS, HEAD)
+    yield Case("teacher's logits", function, tensors, OF_HEADS, HEAD)
 
 
 def logits(dtype: torch.dtype) -> Iterator[Case]:
@@ -264,7 +277,7 @@ def refused(rank: int) -> dict[str, str]:
 def counted(rank: int) -> dict[str, list[str]]:
     """The collectives of calls, in their order."""
     return {
-        name: collectives(reduction, gradients)
+        f"{name}{head}": collectives(head, reduction, gradients)
         for name, reduction, gradients in (
             ("mean", "mean", (0, 1)),
             ("weight alone", "mean", (1,)),
@@ -272,10 +285,11 @@ def counted(rank: int) -> dict[str, list[str]]:
             ("none", "none", (0, 1)),
             ("one rank alone", "mean", (0, 1) if rank else ()),
         )
+        for head in ("", " of a divergence", " of a small divergence")
     }
 
 
-def collectives(reduction: str, gradients: tuple[int, ...]) -> list[str]:
+def collectives(of: str, reduction: str, gradients: tuple[int, ...]) -> list[str]:
     seen: list[str] = []
 
     def noting(name: str) -> Callable[..., Any]:
@@ -293,9 +307,14 @@ def collectives(reduction: str, gradients: tuple[int, ...]) -> list[str]:
         draw = Generator().manual_seed(0)
         x, w = torch.randn(64, 8, generator=draw), torch.randn(40, 8, generator=draw)
         leaves = [t.requires_grad_(k in gradients) for k, t in enumerate((x, w))]
-        settings: dict[str, Any] = {"class_group": dist.group.WORLD, "memory_budget": 8000}
-        head = fusedloss.linear_cross_entropy
-        loss = head(*leaves, torch.arange(64), reduction=reduction, **settings).sum()
+        settings: dict[str, Any] = {"class_group": dist.group.WORLD, "reduction": reduction}
+        settings["memory_budget"] = 12_000
+        if of:
+            teacher = x.detach() * (1.001 if "small" in of else -2), w.detach()
+            losses = fusedloss.linear_kl_div(*leaves, *teacher, **settings)
+        else:
+            losses = fusedloss.linear_cross_entropy(*leaves, torch.arange(64), **settings)
+        loss = losses.sum()
         seen.append("forward")
         if loss.requires_grad:
             loss.backward()
@@ -389,13 +408,22 @@ def bits(rank: int) -> None:
     sizes = tuple(100 * size for size in sizes)
     settings = {"label_smoothing": 0.1, "memory_budget": 300_000}
     given = (fusedloss.linear_cross_entropy, tensors, OF_HEADS, HEAD[:2])
-    case, found = Case("bits", *given, **settings), []
-    for threads in (1, 2, 1):
-        torch.set_num_threads(threads)
-        found.append(case.run(of_shard(rank, sizes), class_group=dist.group.WORLD))
-    for again in found[1:]:
-        for a, b in zip(found[0], again, strict=True):
-            assert a.numpy().tobytes() == b.numpy().tobytes()
+    cases = [Case("bits", *given, **settings)]
+    teacher = {
+        "teacher_input": tensors["input"] + 0.1,
+        "teacher_weight": tensors["linear_weight"],
+    }
+    given = (fusedloss.linear_kl_div, {**tensors, **teacher}, OF_HEADS, HEAD[:2])
+    settings = {"divergence": "js", "hard_weight": 0.5, "memory_budget": 300_000}
+    cases.append(Case("bits of a divergence", *given, **settings))
+    for case in cases:
+        found = []
+        for threads in (1, 2, 1):
+            torch.set_num_threads(threads)
+            found.append(case.run(of_shard(rank, sizes), class_group=dist.group.WORLD))
+        for again in found[1:]:
+            for a, b in zip(found[0], again, strict=True):
+                assert a.numpy().tobytes() == b.numpy().tobytes()
 
 
 def memory(rank: int) -> tuple[int, ...]:
@@ -403,7 +431,7 @@ def memory(rank: int) -> tuple[int, ...]:
     small_pages()
     found = []
     for variant in (bench.OURS, bench.PLACED, bench.THEIRS):
-        step = bench.step_of(variant, (1024, 512, 16384))
+        step = bench.step_of(bench.CROSS_ENTROPY, variant, (1024, 512, 16384))
         step()
         found.append(growth(step))
     return tuple(found)

@@ -59,6 +59,19 @@ def test_divergence_over_many_classes(divergence: str, generator: Generator) -> 
 
 
 @each_divergence
+def test_a_row_with_nan_is_nan(divergence: str, generator: Generator) -> None:
+    """And so is its gradient, by every class: those before the NaN, and the largest far behind it."""
+    problem = rising(Distillation(generator, shape=WIDE))
+    problem.teacher["teacher_bias"] = torch.zeros_like(problem.teacher["teacher_bias"])
+    del problem.tensors["target"]
+    problem.tensors["linear_bias"][1] = torch.nan
+    settings = {"divergence": divergence, "reduction": "none"}
+    losses, *_, by_bias = problem.run(linear_kl_div, **settings, **problem.teacher)
+    assert losses.isnan().all()
+    assert by_bias.isnan().all()
+
+
+@each_divergence
 def test_divergence_of_what_has_no_probability(divergence: str, generator: Generator) -> None:
     """Classes that neither the teacher nor the student can take count for nothing."""
     problem = Distillation(generator)

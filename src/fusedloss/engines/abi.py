@@ -37,12 +37,18 @@ MAX_DIMS = 16
 LIMITS = runpy.run_path(str(Path(__file__).parents[1] / "kinds" / "names.py"))  # of formulas
 FORMULA_OPERANDS, FORMULA_NUMBERS = LIMITS["OPERANDS"], LIMITS["NUMBERS"]
 LINEAR_SUMS = LIMITS["HEAD_SUMS"]  # doubles
+# Doubles that are known of a row of two heads: of their softmaxes, of the divergence, of a small one.
+DIVERGENCE_SUMS, SOFTMAX_SUMS = LIMITS["DIVERGENCE_SUMS"], 12
+SMALL_SUMS = SOFTMAX_SUMS + 2  # what is before the last
 # Of the rows of a head that count and are not weighed with 0, array after array: labels, which rows they are,
 # what each counts in the sum and in its gradient, losses, which are beyond what is ordinary; then the divisor.
 HEAD_WORDS = 6
+# Of a divergence: all at once, or what a shard of the classes is asked for in turn.
+PHASES = ("WHOLE", "GATHER", "COMPARE", "REFINE", "FINISH")
 NUMBERS = (
     *("FINE", "NO_MEMORY", "UNREADABLE", "SOME"),
     *("MAX_DIMS", "FORMULA_OPERANDS", "FORMULA_NUMBERS", "LINEAR_SUMS", "HEAD_WORDS"),
+    *("DIVERGENCE_SUMS", "SOFTMAX_SUMS"),
 )
 
 
@@ -275,6 +281,13 @@ MERGE = Struct(
     "const double* parts  // the sums of n rows of each process, one after another",
     "double* sums",
 )
+MERGE_DIVERGENCES = Struct(
+    "MergeDivergencesArgs",  # as `merge`, of two heads
+    "int64_t n, ranks",
+    "double temperature",
+    "const double* parts  // the SOFTMAX_SUMS of n rows of each process, one after another",
+    "double* sums",
+)
 ACCUMULATE = Struct(
     "AccumulateArgs",  # the sums of the products of chunks
     "int64_t rows, columns",
@@ -286,15 +299,18 @@ ACCUMULATE = Struct(
 DISTILL = Struct(
     "DistillArgs",
     "int64_t n, c",
+    "int64_t phase",
+    "int64_t first  // of its classes",
     "int64_t of_teacher, of_student  // whose probabilities weigh the logs: of one, or of both, to the mixture",
     "int64_t differentiate  // the student's logits become their gradient",
     "double beta, temperature, soft_weight, hard_weight, softcap, teacher_softcap",
     "Logits student, teacher",
     "const int64_t* label  // of the hard term, or null",
     "const double* incoming",
+    "double* sums  // of each row, those of all processes but for what the phase adds; or null",
     "double* loss",
     "double ordinary, teacher_ordinary  // as above",
-    "int64_t* beyond",
+    "int64_t* beyond  // as above; or of the phase `refine`, which divergences are small",
 )
 HEAD_ROWS = Struct(
     "HeadRowsArgs",
@@ -328,6 +344,7 @@ KERNELS = {
     "linear": LINEAR,
     "distill": DISTILL,
     "merge": MERGE,
+    "merge_divergences": MERGE_DIVERGENCES,
     "accumulate": ACCUMULATE,
     "head_rows": HEAD_ROWS,
     "head_results": HEAD_RESULTS,
@@ -347,6 +364,7 @@ def header() -> str:
             "",
             "namespace fusedloss {",
             f"enum DType : int64_t {{ {', '.join(DTYPES.values())} }};",
+            f"enum Phase : int64_t {{ {', '.join(PHASES)} }};",
             f"enum Number : int64_t {{ {', '.join(KERNELS).upper()} }};",
             *numbers,
             *(s.printed() for s in STRUCTS.values()),

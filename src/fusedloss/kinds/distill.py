@@ -17,6 +17,7 @@ from torch import Tensor
 from ..core import reduce
 from .call import CLASSES, WHOLE, Axes
 from .heads import LinearCall, Rows, Slot, capped
+from .names import DIVERGENCE_SUMS
 
 KINDS = ("forward", "reverse", "js")
 
@@ -33,6 +34,7 @@ class DistillCall(LinearCall):
     family: ClassVar[str] = "distill"
     gradients: ClassVar[int] = 3
     logits: ClassVar[int] = 2
+    sums: ClassVar[int] = DIVERGENCE_SUMS
 
     learned: ClassVar[tuple[str, ...]] = (*LinearCall.learned, "temperature")
     of_rows: ClassVar[tuple[int, ...]] = (0, 7, 10)
@@ -87,21 +89,21 @@ class DistillCall(LinearCall):
     def soft(self, x: Tensor, t: Tensor) -> Tensor:
         """The divergence of each row from the logits of both."""
         ours, theirs = _softmax(x, self.temperature), _softmax(t, self.temperature)
-        s, t, d = ours.p, theirs.p, _log_ratios(ours, theirs)
+        s, t, d = ours.p, theirs.p, log_ratios(ours, theirs)
         if self.divergence == "forward":
-            return _valued(_weighted(theirs, d), _divergence(t, s, d))
+            return _valued(_weighted(theirs, d), divergence(t, s, d))
         if self.divergence == "reverse":
-            return _valued(_weighted(ours, -d), _divergence(s, t, -d))
+            return _valued(_weighted(ours, -d), divergence(s, t, -d))
         share, m = 1 - self.beta, self.beta * t + (1 - self.beta) * s
-        to_teacher, to_student, shifted = _to_mixture(d, ours, self.beta)
+        to_teacher, to_student, shifted = to_mixture(d, d.gather(1, ours.largest), self.beta)
         losses = self.beta * _weighted(theirs, to_teacher)
         losses = losses + share * _weighted(ours, to_student, shifted)
-        exact = self.beta * _divergence(t, m, to_teacher) + share * _divergence(s, m, to_student)
+        exact = self.beta * divergence(t, m, to_teacher) + share * divergence(s, m, to_student)
         return _valued(losses, exact)
 
 
 @torch.no_grad()
-def _divergence(p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
+def divergence(p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
     """The sums of p gap for q = p exp(-gap), as those of p gap + q - p, of which none is negative.
 
     As both p and q add up to 1 these are the same, and a tiny divergence keeps its digits.
@@ -118,26 +120,26 @@ def _valued(losses: Tensor, exact: Tensor) -> Tensor:
     return losses + torch.where(missing.isfinite(), missing, 0)
 
 
-class _Softmax(NamedTuple):
+class Softmax(NamedTuple):
     """Of rows (N, C), relative to their largest class: a common offset costs no digits."""
 
-    largest: Tensor  # the class, (N, 1)
     gaps: Tensor  # what the others are behind it
     others: Tensor  # the sum of their exps, (N, 1)
     p: Tensor
+    largest: Tensor  # the class, (N, 1)
 
 
-def _softmax(x: Tensor, temperature: float) -> _Softmax:
+def _softmax(x: Tensor, temperature: float) -> Softmax:
     largest = x.detach().argmax(1, keepdim=True)
     # Its own gap has no derivative: through it, digits would be lost near certainty. NaN stays.
     gaps = x - x.gather(1, largest)
     gaps = gaps.scatter(1, largest, gaps.detach().gather(1, largest)) / temperature
     e = gaps.exp()
     others = e.scatter(1, largest, 0).sum(1, keepdim=True)
-    return _Softmax(largest, gaps, others, e / (1 + others))
+    return Softmax(gaps, others, e / (1 + others), largest)
 
 
-def _log_ratios(s: _Softmax, t: _Softmax) -> Tensor:
+def log_ratios(s: Softmax, t: Softmax) -> Tensor:
     """log p_t - log p_s, 0 for a class that has no probability in either."""
     more = t.others >= s.others
     difference = torch.where(more, t.others - s.others, s.others - t.others)
@@ -146,7 +148,7 @@ def _log_ratios(s: _Softmax, t: _Softmax) -> Tensor:
     return d.masked_fill((s.p == 0) & (t.p == 0), 0)
 
 
-def _weighted(softmax: _Softmax, gaps: Tensor, shifted: Slot = None) -> Tensor:
+def _weighted(softmax: Softmax, gaps: Tensor, shifted: Slot = None) -> Tensor:
     """The sums of p gaps; a class without probability does not count.
 
     Of what the gaps are beyond that of the largest class, so that no digits are lost near certainty;
@@ -157,14 +159,15 @@ def _weighted(softmax: _Softmax, gaps: Tensor, shifted: Slot = None) -> Tensor:
     return (softmax.p * beyond).sum(1) + own.squeeze(1)
 
 
-def _own(softmax: _Softmax, gaps: Tensor) -> Tensor:
+def _own(softmax: Softmax, gaps: Tensor) -> Tensor:
     own = gaps.gather(1, softmax.largest)
     return torch.where(own.isfinite(), own, 0)
 
 
-def _to_mixture(d: Tensor, s: _Softmax, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+def to_mixture(d: Tensor, own: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     """log p_t - log m and log p_s - log m from d = log p_t - log p_s: nothing of them underflows.
 
+    `own` is that of the student's largest class.
     Where p_s is far above p_t, the second is near -log(1 - beta) for all classes: the third is without
     that, then.
     """
@@ -187,7 +190,7 @@ def _to_mixture(d: Tensor, s: _Softmax, beta: float) -> tuple[Tensor, Tensor, Te
     smaller = torch.where(inside, -torch.log1p(torch.where(inside, excess, 0)), larger - size)
     student = torch.where(teachers, smaller, larger)
     lost = -math.log1p(-beta)
-    shifted = d.gather(1, s.largest) < -0.7
+    shifted = own < -0.7
     beyond = torch.where(teachers, student - lost, -torch.log1p(beta / (1 - beta) * e))
     teacher = torch.where(teachers, larger, smaller)
     return teacher, student, torch.where(shifted, beyond, student)

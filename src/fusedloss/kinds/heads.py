@@ -64,6 +64,7 @@ class LinearCall(Kind):
     mixes: ClassVar[bool] = False  # a plain tensor beside a sharded weight may be a shard
     everywhere: ClassVar[bool] = True
     logits: ClassVar[int] = 1  # of each row and class, in a chunk
+    sums: ClassVar[int] = HEAD_SUMS
     gradients: ClassVar[int] = 4  # by the first four tensors, unless the target is of indices
 
     learned: ClassVar[tuple[str, ...]] = ("softcap", "logit_scale")  # what may be a tensor
@@ -96,10 +97,10 @@ class LinearCall(Kind):
         ]
 
     def empty_sums(self, tensors: Sequence[Slot]) -> Tensor:
-        """For what all processes gather of each row, (N, K, 8)."""
+        """For what all processes gather of each row, (N, K, `sums`)."""
         input, linear_weight = tensors[:2]
         assert input is not None and linear_weight is not None
-        shape = (input.shape[0], linear_weight.shape[1], HEAD_SUMS)
+        shape = (input.shape[0], linear_weight.shape[1], self.sums)
         return input.new_zeros(shape, dtype=reduce.exact(input))
 
     def axes(self, tensors: Sequence[Slot]) -> list[Axes]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 OPERANDS = 4  # of a formula, at most; two at least
 NUMBERS = 4
 HEAD_SUMS = 8  # numbers that are gathered of a row of logits
+DIVERGENCE_SUMS = 16  # of a row of two heads
 STAGES = 4  # calls of a formula that get a loop of their own; further ones are made in place
 
 

@@ -115,8 +115,7 @@ def linear_kl_div(
         denominator: as in :func:`linear_cross_entropy`.
         memory_budget: as in :func:`linear_cross_entropy`.
         exact_logits: as there, of both heads, whose logits count by what the temperature makes of them.
-        class_group: as there, of `teacher_weight`, `teacher_bias` and `teacher_logits`, too; but
-            the processes exchange the logits of a chunk of rows, and once more in backward with 'none'.
+        class_group: as there, of `teacher_weight`, `teacher_bias` and `teacher_logits`, too.
 
     Raises:
         ValueError: an unknown `divergence`; a `temperature` or `beta` out of range; a teacher given twice or

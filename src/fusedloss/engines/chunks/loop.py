@@ -28,8 +28,8 @@ def run(
     """The results of the call, and the gradients that are needed.
 
     Reduced losses differentiate themselves; others by `incoming`, the gradients of all results. Where the call
-    has a shard of the classes, `sums` (N, K, 8) keep what all processes gathered of the rows: with `incoming`
-    they are given.
+    has a shard of the classes, `sums` (N, K, call.sums) keep what all processes gathered of the rows: with
+    `incoming` they are given.
     Gradients by half types are of float32, for whoever scales and rounds them.
     """
     arriving = incoming[0] if incoming else None

@@ -38,7 +38,9 @@ def plan(call: LinearCall, input: Tensor, classes: int, differentiate: bool) -> 
     if input.is_cuda and triton and not (half and call.exact_logits):
         size = input.element_size()
     elif differentiate and rounded(input):
-        size = input.element_size() + 2 * input.element_size() // AGAIN
+        # Of two heads' shards, what rounding took from logits stays beside them.
+        again = 1 if call.shard and call.logits > 1 else AGAIN // 2
+        size = input.element_size() + input.element_size() // again
     # Beside the logits: the row itself, its gradient, and a few numbers of it.
     per_row = size * call.logits * classes + 2 * computed * features + 128
     fixed = TILE_BYTES if half and not input.is_cuda else 0

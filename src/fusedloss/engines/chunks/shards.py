@@ -2,9 +2,9 @@
 
     logits = x W^T -> gather: sums of each row -> all_gather, merge -> finish: losses, and the logits become g
 
-What goes to the others of the group is eight numbers a row. Each merges what all gathered in the order of their
-ranks, so that all have the same bits; whether and when they exchange something depends on nothing that
-only one of them knows.
+What goes to the others of the group is eight numbers a row; of two heads twelve, then two, and two more
+where a divergence is small. Each merges what all gathered in the order of their ranks, so that all have the
+same bits; whether and when they exchange something depends on nothing that only one of them knows.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 
 from ...core.reduce import exact, wide
+from ...kinds.distill import DistillCall
 from ...kinds.heads import LinearCall, Rows, Slot, Slots
 from .. import abi
 from ..cpu import linear as kernel
-from . import steps
+from . import divergence, steps
 from .chunked import DistillLoop, Index, Loop, some
 from .plan import AGAIN, Plan, on_host, plan
 from .products import Direct, Native
+
+Both = tuple[kernel.Logits, kernel.Logits]
 
 
 class GroupLoop(Loop):
@@ -200,32 +203,90 @@ class LogitsLoop(ShardLoop):
 
 
 class DivergenceLoop(GroupLoop, DistillLoop):
-    """Of two heads. Each process multiplies for its classes, and a chunk has the logits of all."""
+    """Of two heads, whose logits stay on their process, too."""
 
     def planned(self, differentiate: bool) -> Plan:
-        # As much again is what they are gathered from.
-        return plan(self.call, self.input, 2 * self.shard.classes, self.differentiates)
-
-    def added(self, bias: Slot, head: int = 0) -> Slot:
-        return self.of_all(super().added(bias, head), 0)
-
-    def of_all(self, own: Slot, dim: int = 1) -> Slot:
-        return None if own is None else self.shard.gathered(own, dim)
+        return plan(self.call, self.input, max(self.shard.sizes), self.differentiates)
 
     def differentiate(self, product: Direct, head: int, rows: Index, n: int, add: bool) -> None:
-        x, own = product.rows(self.input[rows]), self.matrix(n, self.classes)
-        product.logits(x, own)
-        whole = self.shard.gathered(own, 1)
+        x, g = product.rows(self.input[rows]), self.matrix(n, self.classes)
+        product.logits(x, g)
+        both = kernel.Logits(g, None, self.bias), self.teacher(rows, False)
+        if self.given is None:
+            both, own = self.gather(product, x, both, rows)
+            sums = self.of_all(both, own, rows)
+            if self.merged is not None:
+                self.merged[:, head][rows] = sums
+        else:
+            sums = self.given[:, head][rows].contiguous()
+            if any(self.rounds):  # they are of exact logits
+                both = self.exactly(product, x, both, rows)
+        results = self.results.each(lambda t: t[:, head][rows])
+        incoming = self.incoming and self.incoming.each(lambda t: t[:, head][rows])
+        self.phase("FINISH", both, rows, sums, results, incoming)
+        self.keep(results, head, rows)
+        self.multiply(product, x, g, head, rows, add)
+
+    def gather(self, product: Direct, x: Tensor, both: Both, rows: Index) -> tuple[Both, Tensor]:
+        """The sums of both softmaxes over this process's classes, and the logits that they are of."""
+        n = x.shape[0]
+        sums = x.new_empty(n, abi.DIVERGENCE_SUMS, dtype=exact(self.input))
         beyond = torch.empty(n, dtype=torch.int64) if any(self.rounds) else None
-        if self.step(whole, head, rows, beyond=beyond) > 0:
-            self.step_exactly(product, x, whole, head, rows, beyond)
-        own.copy_(whole.narrow(1, self.shard.first, self.shard.count))
-        self.multiply(product, x, own, head, rows, add)
+        if self.phase("GATHER", both, rows, sums, beyond=beyond) > 0:
+            both = self.exactly(product, x, both, rows)
+            self.phase("GATHER", both, rows, sums)
+        return both, sums
 
-    def lost(self, product: Direct, x: Tensor, logits: Tensor) -> Slot:
-        own = logits.narrow(1, self.shard.first, self.shard.count).contiguous()
-        return self.of_all(super().lost(product, x, own))
+    def exactly(self, product: Direct, x: Tensor, both: Both, rows: Index) -> Both:
+        """With what rounding took from the logits."""
+        student, teacher = both
+        student = student._replace(lost=self.lost(product, x, student.values))
+        if (input := self.tensors[7]) is not None:
+            lost = self.lost(self.product, self.product.rows(input[rows]), teacher.values)
+            teacher = teacher._replace(lost=lost)
+        return student, teacher
 
-    def teacher(self, rows: Index, exactly: bool) -> kernel.Logits:
-        values, lost, bias = super().teacher(rows, exactly)
-        return kernel.Logits(self.shard.gathered(values, 1), self.of_all(lost), bias)
+    def of_all(self, both: Both, own: Tensor, rows: Index) -> Tensor:
+        """Of the sums over this process's classes those over all."""
+        assert isinstance(self.call, DistillCall)
+        merge = kernel.merge_divergences if on_host(self.input) else divergence.merge
+        sums = merge(self.call, self.shard.all_gather(own[:, : abi.SOFTMAX_SUMS]))
+        self.phase("COMPARE", both, rows, sums)
+        self.add_up(sums[:, abi.SOFTMAX_SUMS : abi.SMALL_SUMS])
+        small = torch.empty(len(sums), dtype=torch.int64) if on_host(self.input) else None
+        # All processes find the same.
+        if self.phase("REFINE", both, rows, sums, beyond=small) > 0:
+            self.add_up(sums[:, abi.SMALL_SUMS :])
+        return sums
+
+    def add_up(self, part: Tensor) -> None:
+        """In the order of the ranks, in place."""
+        total, *rest = self.shard.all_gather(part)
+        for each in rest:
+            total += each
+        part.copy_(total)
+
+    def phase(
+        self,
+        phase: str,
+        both: Both,
+        rows: Index,
+        sums: Tensor,
+        results: Rows | None = None,
+        incoming: Rows | None = None,
+        beyond: Slot = None,
+    ) -> int:
+        """A step of theirs; how many rows are `beyond`."""
+        assert isinstance(self.call, DistillCall)
+        target = None if self.target is None else self.targets(0, rows)
+        first = self.shard.first
+        if not on_host(self.input):
+            x, t = both[0].values, both[1].values
+            return divergence.step(phase, self.call, x, t, target, first, sums, results, incoming)
+        own, theirs, *_ = (self.ordinary(rounds) for rounds in (*self.rounds, False))
+        return kernel.distill(
+            *(self.call, *both, target, results, incoming, own, theirs, beyond),
+            phase=phase,
+            first=first,
+            sums=sums,
+        )

@@ -13,6 +13,7 @@ from .load import DTYPES, library, run
 
 PACK, PACK_DISTILL = abi.LINEAR.packer(), abi.DISTILL.packer()
 PACK_ACCUMULATE, PACK_MERGE = abi.ACCUMULATE.packer(), abi.MERGE.packer()
+PACK_MERGE_DIVERGENCES = abi.MERGE_DIVERGENCES.packer()
 
 
 class Logits(NamedTuple):
@@ -104,24 +105,45 @@ def merge(call: LinearCall, parts: Tensor) -> Tensor:
     return sums
 
 
+def merge_divergences(call: DistillCall, parts: Tensor) -> Tensor:
+    """The same of the sums (k, n, 12) of two heads, with place for the rest of the 16."""
+    ranks, n, _ = parts.shape
+    sums = parts.new_empty(n, abi.DIVERGENCE_SUMS)
+    arguments = PACK_MERGE_DIVERGENCES(
+        n=n,
+        ranks=ranks,
+        temperature=call.temperature,
+        parts=parts.data_ptr(),
+        sums=sums.data_ptr(),
+    )
+    run("merge_divergences", call.loss, arguments)
+    return sums
+
+
 def distill(
     call: DistillCall,
     logits: Logits,
     teacher: Logits,
     target: Slot,
-    results: Rows,
+    results: Rows | None,
     incoming: Rows | None = None,
     ordinary: float = 0.0,
     teacher_ordinary: float = 0.0,
     beyond: Slot = None,
+    *,
+    phase: str = "WHOLE",
+    first: int = 0,
+    sums: Slot = None,
 ) -> int:
-    """The same for the divergence from a teacher's logits (n, C)."""
+    """The same for the divergence from a teacher's logits (n, C); of a shard from class `first` on, a phase."""
     n, classes = logits.values.shape
     if teacher.values.stride(1) != 1:
         teacher = teacher._replace(values=teacher.values.contiguous())
     arguments = PACK_DISTILL(
         n=n,
         c=classes,
+        phase=abi.PHASES.index(phase),
+        first=first,
         **of_divergence(call),
         differentiate=incoming is not None,
         softcap=call.softcap,
@@ -129,7 +151,8 @@ def distill(
         teacher=_logits(teacher),
         label=_pointer(target),
         incoming=_pointer(incoming and incoming.loss),
-        loss=_pointer(results.loss),
+        sums=_pointer(sums),
+        loss=_pointer(results and results.loss),
         ordinary=ordinary,
         teacher_ordinary=teacher_ordinary,
         beyond=_pointer(beyond),
