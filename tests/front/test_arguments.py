@@ -62,7 +62,7 @@ class Number:
 
 
 VALUES: list[Any] = [
-    *(1, 0, 2, True, False, 1.0, 0.5, 1j, None, "1", "False", b"1", (), [1], {}),
+    *(1, 0, 2, 10**400, True, False, 1.0, 0.5, 1j, None, "1", "False", b"1", (), [1], {}),
     *(np.int64(1), np.int32(1), np.uint8(1), np.float32(0.5), np.float64(0.5), np.bool_(True)),
     *(np.array(1), np.array(0.5), np.array([1])),
     *(fractions.Fraction(3, 4), decimal.Decimal("0.75"), Index(), Number()),

@@ -92,7 +92,11 @@ def integer(function: str, argument: str, value: Any) -> int:
 def number(function: str, argument: str, value: Any) -> float:
     """A real number: Python's, numpy's, or a 0-dim tensor that no gradient flows to."""
     if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) or _is_of_numpy(value):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            words = f"argument '{argument}' is an integer that no float holds, of {value.bit_length()} bits"
+            fail(OverflowError, function, words)
     if not isinstance(value, Tensor) or value.is_complex():
         _not_of(float, function, argument, value)
     if learns(value):
