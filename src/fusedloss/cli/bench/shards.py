@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Generator, Tensor
 
-from ...front.definition import REGISTRY, Loss
+from ...core import torch_state
+from ...front.definition import REGISTRY
 from ..arguments import chosen_losses
 from ..processes import in_a_process
 from .cases import TIMED
@@ -37,51 +39,89 @@ class Shards:
     shape: tuple[int, ...]
     shard: float  # the kernel, of this process's shard alone
     placed: float  # DTensors
+    exchange: float  # by how much an autograd function that only gathers takes longer of DTensors
 
     @property
     def ratio(self) -> float:
         return self.placed / self.shard
+
+    @property
+    def least(self) -> float:
+        """The ratio of a call that added nothing of its own to PyTorch's gather, leaves and backward."""
+        return 1 + self.exchange / self.shard
 
 
 def measured(
     rank: int, folder: str, names: list[str], shape: tuple[int, ...], rounds: int
 ) -> list[Shards]:
     import torch.distributed as dist
-    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
     mesh = init_device_mesh("cpu", (WORLD,))
+    scalar = torch_state.spec_of(DTensor.from_local(torch.zeros(()), mesh, [Replicate()]))
     found = []
     for name in names:
         loss = REGISTRY[name]
         local = loss.example(shape, torch.float32, Generator().manual_seed(rank))
+        placed = [DTensor.from_local(t, mesh, [Shard(0)]) for t in local]
         steps = [
-            _step(loss, local),
-            _step(loss, [DTensor.from_local(t, mesh, [Shard(0)]) for t in local]),
+            *(_step(loss.function, t, loss.differentiable) for t in (local, placed)),
+            *(
+                _step(_Exchange.apply, t[:1], (0,), own)
+                for t, own in ((local, None), (placed, scalar))
+            ),
         ]
-        samples: list[list[float]] = [[], []]
+        samples: list[list[float]] = [[] for _ in steps]
         for _ in range(rounds + 2):
             for step, seconds in zip(steps, samples, strict=True):
                 dist.barrier()
                 start = time.process_time()
                 step()
                 seconds.append(time.process_time() - start)
-        kernel, placed = (min(each[2:]) for each in samples)
-        found.append(Shards(name, shape, kernel, placed))
+        kernel, whole, nothing, gather = (min(each[2:]) for each in samples)
+        found.append(Shards(name, shape, kernel, whole, gather - nothing))
     dist.destroy_process_group()
     return found
 
 
-def _step(loss: Loss, tensors: Sequence[Tensor]) -> Callable[[], None]:
-    leaves = [t.detach().requires_grad_(k in loss.differentiable) for k, t in enumerate(tensors)]
+class _Exchange(torch.autograd.Function):
+    """Of a DTensor one gather of three numbers, and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, of_result: Any) -> Any:
+        ctx.x, ctx.kind = x, type(x)
+        if of_result is None:
+            return x.new_zeros(())
+        told = torch.empty(3 * WORLD, dtype=torch.float64)
+        torch_state.all_gather(x.device_mesh.get_group(), told, torch.zeros(3, dtype=torch.float64))
+        return ctx.kind(torch.full((), sum(told.tolist())), of_result, requires_grad=False)
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Any) -> Any:
+        x, kind = ctx.x, ctx.kind
+        if kind is Tensor:
+            return x.detach(), None
+        return kind(
+            torch_state.local_of(x).detach(), torch_state.spec_of(x), requires_grad=False
+        ), None
+
+
+def _step(
+    function: Callable[..., Any],
+    tensors: Sequence[Tensor],
+    differentiable: Sequence[int],
+    *more: Any,
+) -> Callable[[], None]:
+    leaves = [t.detach().requires_grad_(k in differentiable) for k, t in enumerate(tensors)]
 
     def step() -> None:
         for leaf in leaves:
             leaf.grad = None
-        loss.function(*leaves).backward()
+        function(*leaves, *more).backward()
 
     return step
 
@@ -110,11 +150,20 @@ def run(args: argparse.Namespace, _: int) -> int:
 def table(results: list[Shards]) -> Table:
     title = f"{WORLD} processes of one thread: ms of CPU of a process, forward and backward"
     table = Table(title=title)
-    for column in ("loss", "shard", "kernel", "DTensors", "ratio", f"at most {AT_MOST:.2f}"):
+    columns = (
+        "loss",
+        "shard",
+        "kernel",
+        "DTensors",
+        "ratio",
+        "PyTorch's part",
+        f"at most {AT_MOST:.2f}",
+    )
+    for column in columns:
         table.add_column(column, justify="left" if column == "loss" else "right")
     for r in results:
         shape = " x ".join(map(str, r.shape))
         word = "" if r.shape != SHAPE else "yes" if r.ratio <= AT_MOST else "no"
         times = (f"{1e3 * t:.3g}" for t in (r.shard, r.placed))
-        table.add_row(r.loss, shape, *times, f"{r.ratio:.2f}", word)
+        table.add_row(r.loss, shape, *times, f"{r.ratio:.2f}", f"{r.least - 1:.2f}", word)
     return table
