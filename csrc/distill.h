@@ -226,7 +226,7 @@ public:
         } else {
             all = *kept;
         }
-        if (a.phase == WHOLE || a.phase > GATHER) relate_tops();
+        if (a.phase != GATHER) relate_tops();
         if (a.phase == WHOLE || a.phase == COMPARE) sum(n);
         if (a.phase == REFINE) a.beyond[n] = divergence() < small();
         if (a.phase == WHOLE ? divergence() < small() : a.phase == REFINE && a.beyond[n]) sum_small(n);

@@ -211,6 +211,8 @@ MUTANTS = [
     # calls of DTensors like earlier ones
     Mutant(PLACED, "if own is not place and own != place:", "if False:", "other_tensors", **PLACED_AGAIN),
     Mutant(PLACED, "arrived.to(torch.float64) * ctx.factor", "arrived.to(torch.float64)", "derivatives", **PLACED_AGAIN),
+    Mutant(PLACED, "again.over(*number) if number else again", "again", "over_denominators", **PLACED_AGAIN),
+    Mutant(PLACED, "replace(of.whole.call, denominator=ctx.number[0]) if of.over else of.whole.call", "of.whole.call", "over_denominators", **PLACED_AGAIN),
     Mutant(PLACED, "local._version != version", "False", "tensors_that_change", **PLACED_AGAIN),
     Mutant(PLACED, "factor == 1.0 and arrived", "factor != 2.0 and arrived", "derivatives", **PLACED_AGAIN),
     # repeated calls

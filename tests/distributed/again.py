@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import itertools
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -63,10 +65,15 @@ def every(rank: int) -> dict[str, list[str]]:
     for key, loss in REGISTRY.items():
         if key.startswith(("linear_", *LONG)) or loss.kind == "dice":
             continue
-        for reduction in loss.reductions or ("none",):
-            tensors, options = placed(loss, reduction)
+        divides = "denominator" in inspect.signature(loss.function).parameters
+        divides &= loss.name != "multilabel_soft_margin_loss"  # which multiplies it by its classes
+        for reduction in (*(loss.reductions or ("none",)), *["over"] * divides):
+            tensors, options = placed(loss, "mean" if reduction == "over" else reduction)
+            numbers = itertools.cycle((3.0, torch.tensor(7.0)) if reduction == "over" else (None,))
 
             def step(function: Callable[..., Any] = loss.function) -> Any:
+                if (number := next(numbers)) is not None:  # noqa: B023
+                    options["denominator"] = number  # noqa: B023
                 value = function(*tensors, **options)  # noqa: B023
                 arrives = matrix.placed(
                     torch.ones(value.shape), value.device_mesh, value.placements
@@ -119,6 +126,29 @@ def derivatives(rank: int) -> None:
         (grad,) = torch.autograd.grad(F.cross_entropy(*tensors), tensors[0])
     assert kept
     torch.testing.assert_close(grad.full_tensor(), wanted)
+
+
+def over(rank: int) -> None:
+    """Means over other numbers each time, and what was scaled, kept or differentiated again in between.
+
+    Of a loss that computes its gradient in forward, and of one that does in backward.
+    """
+    numbers = (3.0, 5, torch.tensor(7.0), 0.25, torch.tensor(2))
+    factors = ((1.0, False), (-3.0, False), (2.0, True))
+    target = on_mesh(Y, ROWS)
+    for function, number in itertools.product((F.cross_entropy, F.nll_loss), numbers):
+        one, far = X.clone().requires_grad_(), on_mesh(X, ROWS).requires_grad_()
+        alone = function(one, Y, denominator=number)
+        many = function(far, target, denominator=number)
+        torch.testing.assert_close(many.full_tensor(), alone)
+        for factor, create_graph in factors:
+            more = {"retain_graph": True, "create_graph": create_graph}
+            (a,) = torch.autograd.grad(alone * factor, one, **more)
+            (b,) = torch.autograd.grad(many * factor, far, **more)
+            torch.testing.assert_close(b.full_tensor(), a)
+        if function is F.cross_entropy:
+            a, b = (torch.autograd.grad(g.square().sum(), x)[0] for g, x in ((a, one), (b, far)))
+            torch.testing.assert_close(b.full_tensor(), a)
 
 
 def changed(rank: int) -> list[str]:

@@ -21,6 +21,10 @@ def test_derivatives() -> None:
     ranks.run(2, again.derivatives)
 
 
+def test_means_over_denominators() -> None:
+    ranks.run(2, again.over)
+
+
 @tells_what_changed
 def test_tensors_that_change() -> None:
     for found in ranks.run(2, again.changed):

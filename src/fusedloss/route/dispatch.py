@@ -71,11 +71,11 @@ def _placed(
             return (dispatch(loss, own, local, why),)
         return (logits.run(own, shard, *local),)
 
-    def run(given: tuple[Any, ...], told: shards.Rows | None = None) -> shards.Done:
-        return shards.run(loss, call, given, compute, lambda: check_whole(call, given), told)
+    def run(own: Any, given: tuple[Any, ...], told: shards.Rows | None = None) -> shards.Done:
+        return shards.run(loss, own, given, compute, lambda: check_whole(own, given), told)
 
-    done = run(tensors)
-    if not (asked is None or asked.over or why or torch_state.is_compiling()) and _by_kernel(done):
+    done = run(call, tensors)
+    if not (asked is None or why or torch_state.is_compiling()) and _by_kernel(done):
         whole = shards_again.Whole(call, run, check_whole)
         shards_again.remember(loss, asked, tensors, done, whole)
     found: Tensor = done.results[0]

@@ -7,7 +7,7 @@ makes, and gives the loss, and in backward the gradients, as DTensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any, NamedTuple
 
@@ -36,9 +36,8 @@ class Whole(NamedTuple):
     """The call of DTensors."""
 
     call: Any
-    run: Callable[
-        [Given, shards.Rows | None], shards.Done
-    ]  # anew, of what the processes said before
+    # Such a call anew, of what the processes said before.
+    run: Callable[[Any, Given, shards.Rows | None], shards.Done]
     check: Callable[[Any, Given], None]
 
 
@@ -57,9 +56,10 @@ def remember(loss: str, asked: Asked, tensors: Given, done: shards.Done, whole: 
     local = [_local(t) if type(t) is kind else t for t in given]
     absent = (None,) * (len(tensors) - len(given))
     again = Repeated(
-        loss, kind, places, learn, torch_state.alike(*local), absent, done, whole, _spec(result)
+        *(loss, kind, places, learn, torch_state.alike(*local), absent, done, whole),
+        *(_spec(result), asked.over),
     )
-    run = None if asked.warning else again
+    run = None if asked.warning or asked.over else again
     known = memo.Known(
         again.alike,
         whole.call,
@@ -117,6 +117,7 @@ class Repeated:
     done: shards.Done
     whole: Whole
     place: Any  # of the loss
+    over: bool  # a number comes first that a mean is over
     groups: list[Any] = field(init=False)  # that numbers are gathered over
     divides: bool = field(init=False)  # the losses are those of all
     again: Again | None = None
@@ -145,20 +146,24 @@ class Repeated:
             local.append(_local(tensor))
         return self.locals_alike(*local)
 
-    def __call__(self, *tensors: Any) -> Tensor:
+    def __call__(self, *given: Any) -> Tensor:
+        number, tensors = (given[:1], given[1:]) if self.over else ((), given)
         again = self.again or self.prepared(tensors)
         found: Tensor
         if again.learned:
-            found = self.apply(self, *tensors)
+            found = self.apply((self, number), *tensors)
         elif _profiling():
-            found = spanned(self.loss, lambda: self.forward(self.locals(tensors), tensors).loss)
+            found = spanned(
+                self.loss, lambda: self.forward(number, self.locals(tensors), tensors).loss
+            )
         else:
-            found = self.forward(self.locals(tensors), tensors).loss
+            found = self.forward(number, self.locals(tensors), tensors).loss
         return found
 
     def prepared(self, tensors: Given) -> Again:
         local = (*self.locals(tensors), *self.absent)
-        again = prepare(self.loss, self.done.call, local, (*tensors, *self.absent))
+        more = {"over": True} if self.over else {}
+        again = prepare(self.loss, self.done.call, local, (*tensors, *self.absent), **more)
         if again is None:
             raise plain.Unreadable
         self.apply = named(_Repeated, self.loss)
@@ -169,9 +174,9 @@ class Repeated:
         pairs = zip(tensors, self.places, strict=True)
         return [t if place is None else _local(t) for t, place in pairs]
 
-    def forward(self, local: Sequence[Tensor], tensors: Given) -> Forward:
+    def forward(self, number: Given, local: Sequence[Tensor], tensors: Given) -> Forward:
         assert self.again is not None
-        made = self.again.forward(*local)
+        made = self.again.forward(*number, *local)
         if made is None:
             raise plain.Unreadable  # anew, with the others waiting in the gather
         result: Any = made[-1]
@@ -243,10 +248,13 @@ class Forward(NamedTuple):
 
 class _Repeated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, of: Repeated, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, given: tuple[Repeated, Given], *tensors: Tensor) -> Tensor:
+        of, number = given
         local = of.locals(tensors)
-        found = of.forward(local, tensors)
-        ctx.of, ctx.rows, ctx.factor = of, found.rows, found.factor
+        found = of.forward(number, local, tensors)
+        again: Any = of.again
+        ctx.again = again.over(*number) if number else again
+        ctx.of, ctx.number, ctx.rows, ctx.factor = of, number, found.rows, found.factor
         ctx.versions = [t._version for t in local]
         ctx.save_for_backward(*found.stored, *tensors)
         return found.loss
@@ -254,7 +262,7 @@ class _Repeated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, incoming: Any) -> tuple[Slot, ...]:
         of = ctx.of
-        again: Again = of.again
+        again: Again = ctx.again
         if _grad_enabled() or type(incoming) is not of.kind:
             return None, *_anew(ctx, incoming)
         if incoming.placements != of.place.placements:
@@ -290,13 +298,14 @@ def _saved(ctx: Any) -> list[Any]:
 def _anew(ctx: Any, incoming: Tensor) -> list[Slot]:
     """The gradients by the whole call, which torch may differentiate."""
     of, needed, create_graph = ctx.of, ctx.needs_input_grad[1:], _grad_enabled()
-    found_again(ctx, of.again, _saved(ctx)).settled(create_graph=True)
+    found_again(ctx, ctx.again, _saved(ctx)).settled(create_graph=True)
+    call = replace(of.whole.call, denominator=ctx.number[0]) if of.over else of.whole.call
     tensors = list(ctx.saved_tensors[-len(of.places) :])
     with torch.enable_grad():
         if not create_graph:
             pairs = zip(tensors, needed, strict=True)
             tensors = [t.detach().requires_grad_(need) for t, need in pairs]
-        (loss,) = of.whole.run((*tensors, *of.absent), ctx.rows).results
+        (loss,) = of.whole.run(call, (*tensors, *of.absent), ctx.rows).results
         learned = [t for t, need in zip(tensors, needed, strict=True) if need]
         grads = torch.autograd.grad(
             loss, learned, incoming, create_graph=create_graph, allow_unused=True
