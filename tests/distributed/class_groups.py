@@ -261,6 +261,19 @@ def refused(rank: int) -> dict[str, str]:
     say("type", head, x.double() if rank else x, w.double() if rank else w, y % 4)
     say("settings", head, x, w, y % 4, label_smoothing=0.1 * rank)
     say("requires", head, x.clone().requires_grad_(rank == 0), w, y % 4, reduction="none")
+    share = torch.ones(N)
+    share[5] = rank
+    say("weights of rows", head, x, w, y % 4, sample_weight=share)
+    ignored = torch.where(torch.arange(N) == 3 + rank, -100, 2)
+    say("which are ignored", head, x, w, ignored)
+    say("order", head, x, w, torch.where(torch.arange(N) == 3 + rank, 1, 2))
+    warmth = torch.tensor(1.0 - 2 * rank)
+    teacher = {"teacher_input": x, "teacher_weight": w, "temperature": warmth}
+    say("temperature", fusedloss.linear_kl_div, x, w, **teacher)
+    warmth = torch.tensor(2.0).requires_grad_(rank == 0)
+    say("learned", fusedloss.linear_kl_div, x, w, **{**teacher, "temperature": warmth})
+    over = torch.tensor(3.0).requires_grad_(rank == 0)
+    say("learned denominator", head, x, w, y % 4, denominator=over)
     say("no group", head, x, w, y, class_group="tp")
     say("no member", head, x, w, y, class_group=-100)
     mesh = torch.distributed.init_device_mesh("cpu", (world, 1), mesh_dim_names=("dp", "tp"))
@@ -371,8 +384,12 @@ def compiled(rank: int) -> None:
 
 def halves(rank: int, multiplies: bool) -> None:
     """In half types, of logits in which the roundings count in some rows, on one process or on both."""
+    for sizes in SIZES[dist.get_world_size()]:
+        half_types(rank, multiplies, sizes)
+
+
+def half_types(rank: int, multiplies: bool, sizes: tuple[int, ...]) -> None:
     draw = Generator().manual_seed(5)
-    sizes = SIZES[dist.get_world_size()][0]
     with mock.patch.object(products, "multiplies_bfloat16", lambda: multiplies):
         for dtype in (torch.bfloat16, torch.float16):
             problem = drawn(dtype)

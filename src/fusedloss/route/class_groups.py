@@ -23,6 +23,8 @@ from ..core.shards import ClassShard
 
 LEARNED = ("input", "linear_weight", "linear_bias", "target")  # in the order of a head's gradients
 GROUP = "class_group"
+OF_ROWS = "sample_weight"
+MIXED = 0x1E3779B97F4A7C15
 Given = dict[str, Any]
 
 
@@ -79,14 +81,12 @@ def settle(loss: str, given: Given, layout: Callable[[Given], Layout]) -> Given:
     labelled = [f for f in facts if f.lowest <= f.highest and f.classes >= 0]
     if any(f.lowest < 0 or f.highest >= shard.classes for f in labelled):
         _refuse_label(loss, shard, found)
-    if len({fact.checksum for fact in facts}) > 1:
-        sums = ", ".join(str(fact.checksum) for fact in facts)
-        errors.fail(
-            ValueError,
-            loss,
-            "target differs between the processes of class_group, each of which needs the labels of all rows, "
-            f"numbered over all classes: their sums are {sums}",
-        )
+    for name, prints in (
+        ("target", [f.labels for f in facts]),
+        (OF_ROWS, [f.shares for f in facts]),
+    ):
+        if len(set(prints)) > 1:
+            _refuse_values(loss, group, name, given[name])
     return {**given, GROUP: shard, "target": _of_shard(loss, shard, facts, found)}
 
 
@@ -98,7 +98,8 @@ class _Told(NamedTuple):
     needed: int  # bit by bit, the gradients
     lowest: int  # of the labels
     highest: int
-    checksum: int
+    labels: int  # what tells them from others, and those of rows' weights
+    shares: int
     probabilities: int  # how many the target holds of a row; -1: labels
 
 
@@ -114,13 +115,11 @@ class _Facts:
         self.ignore_index = -100
         with contextlib.suppress(TypeError):  # of what is no index the checks tell
             self.ignore_index = operator.index(given.get("ignore_index", -100))
-        self.words = {n: self._word(n, v) for n, v in given.items() if n != GROUP}
         learns = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        self.words = {n: self._word(n, v, learns) for n, v in given.items() if n != GROUP}
         needs = [learns and getattr(given.get(n), "requires_grad", False) for n in LEARNED]
         if given.get("reduction", "none") == "none":  # what backward exchanges
             self.words["input.requires_grad"] = str(needs[0])
-            if "divergence" in given:
-                self.words["requires_grad"] = str(any(needs))
         text = repr(sorted(self.words.items())).encode()
         own = int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
         self.numbers = [
@@ -128,6 +127,7 @@ class _Facts:
             own,
             sum(need << k for k, need in enumerate(needs)),
             *self._labels(),
+            _print(given.get(OF_ROWS)),
             _size(self.target, layout.of_target) if self.soft else -1,
         ]
 
@@ -136,7 +136,7 @@ class _Facts:
         input = self.given.get("input")
         return input.device if isinstance(input, Tensor) else torch.device("cpu")
 
-    def _word(self, name: str, value: Any) -> str:
+    def _word(self, name: str, value: Any, learns: bool) -> str:
         """Of an argument, but for how many classes it has of all."""
         if not isinstance(value, Tensor):
             known = value is None or isinstance(value, (bool, int, float, str))
@@ -149,18 +149,23 @@ class _Facts:
             shape[dim] = "C"
         kind = "" if type(value) in PLAIN else f"{type(value).__name__} of "
         text = f"{kind}{value.dtype} {shape} on {value.device.type}".replace("'", "")
+        if name not in LEARNED:
+            if not shape and _readable(value):
+                text += f", {value.item()}"  # a setting
+            if learns and value.requires_grad:
+                text += ", which requires a gradient"
         return text.replace("torch.", "")
 
     def _labels(self) -> tuple[int, int, int]:
-        """The lowest, the highest and the sum of the labels that count."""
+        """The lowest and the highest of the labels that count, and the print of all."""
         target = self.target
         if target is None or self.soft or target.is_complex() or not _readable(target):
             return 0, -1, 0
         labels = target.detach().to(torch.int64).flatten()
-        labels = labels[labels != self.ignore_index]
-        if not labels.numel():
-            return 0, -1, 0
-        return int(labels.min()), int(labels.max()), int(labels.sum())
+        counted = labels[labels != self.ignore_index]
+        if not counted.numel():
+            return 0, -1, _print(labels)
+        return int(counted.min()), int(counted.max()), _print(labels)
 
 
 def _dim(value: Any) -> int:
@@ -174,8 +179,24 @@ def _size(value: Any, dim: int) -> int:
 
 def _readable(tensor: Tensor) -> bool:
     return not (
-        tensor.is_meta or hasattr(tensor, "device_mesh") or plain.gap(tensor) == plain.FREED
+        tensor.is_meta
+        or hasattr(tensor, "device_mesh")
+        or torch_state.is_wrapped(tensor)
+        or plain.gap(tensor) == plain.FREED
     )
+
+
+def _print(values: Any) -> int:
+    """What tells numbers from others, and from the same in another order."""
+    if not isinstance(values, Tensor) or values.is_complex() or not _readable(values):
+        return 0
+    values = values.detach().flatten()
+    words = (
+        values.double().view(torch.int64) if values.is_floating_point() else values.to(torch.int64)
+    )
+    places = torch.arange(1, words.numel() + 1, device=words.device)
+    places = places * MIXED
+    return int(((words ^ (words >> 32)) * (places ^ (places >> 29) | 1)).sum())  # modulo 2**64
 
 
 def _group(loss: str, group: Any) -> Any:
@@ -222,6 +243,20 @@ def _refuse_difference(loss: str, group: Any, words: dict[str, str]) -> NoReturn
                 loss,
                 f"{name} differs between the processes of class_group: {by_rank} of it. Each has its own "
                 "classes (C) and all else alike",
+            )
+    raise AssertionError("they are alike")
+
+
+def _refuse_values(loss: str, group: Any, name: str, own: Tensor) -> NoReturn:
+    every = [t.flatten().tolist() for t in _all_of(group, own.detach().cpu())]
+    for at, values in enumerate(zip(*every, strict=True)):
+        if len({*map(repr, values)}) > 1:
+            by_rank = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
+            errors.fail(
+                ValueError,
+                loss,
+                f"{name} differs between the processes of class_group, each of which needs that of all rows: "
+                f"{name}{errors.position(at, own.shape)} is {by_rank}",
             )
     raise AssertionError("they are alike")
 

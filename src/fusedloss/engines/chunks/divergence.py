@@ -201,8 +201,9 @@ class _Row:
 def _softmax(call: DistillCall, x: Tensor, sums: Tensor) -> Softmax:
     """Of some logits, from what is known of all."""
     gaps = (x - _origin(sums, x)) / call.temperature
-    others, own = (sums[:, k : k + 1].to(x.dtype) for k in (OTHERS, OWN))
-    return Softmax(gaps, others, gaps.exp() / (own + others), sums[:, TOP : TOP + 1])
+    # Where no class is finite, or one is infinite, the largest has no exp of 1.
+    others = torch.where(sums[:, OWN] == 1, sums[:, OTHERS], math.nan).unsqueeze(1).to(x.dtype)
+    return Softmax(gaps, others, gaps.exp() / (1 + others), sums[:, TOP : TOP + 1])
 
 
 def _origin(sums: Tensor, x: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class Widened(Direct):
         self.chunk_dtype = torch.float32
         classes, features = weight.shape
         fit = TILE_BYTES // (4 * max(features, 1))
-        rows = min(classes, max(NARROWEST_TILE, fit))
+        rows = max(1, min(classes, max(NARROWEST_TILE, fit)))  # a shard may have no class
         self.buffer = weight.new_empty(rows, features, dtype=self.chunk_dtype)
 
     def rows(self, input: Tensor) -> Tensor:
