@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	$(BIN)/fusedloss demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 # What `make test` leaves out: 20,000 hostile calls, more than 2**31 elements, every mutant, and
 # every GPU kernel for four targets. Hours.
