@@ -46,9 +46,9 @@ class Shards:
         return self.placed / self.shard
 
     @property
-    def least(self) -> float:
-        """The ratio of a call that added nothing of its own to PyTorch's gather, leaves and backward."""
-        return 1 + self.exchange / self.shard
+    def part(self) -> float:
+        """What PyTorch's gather, leaves and backward alone add to the ratio."""
+        return self.exchange / self.shard
 
 
 def measured(
@@ -172,5 +172,5 @@ def table(results: list[Shards]) -> Table:
         shape = " x ".join(map(str, r.shape))
         word = "" if r.shape != SHAPE else "yes" if r.ratio <= AT_MOST else "no"
         times = (f"{1e3 * t:.3g}" for t in (r.shard, r.placed))
-        table.add_row(r.loss, shape, *times, f"{r.ratio:.2f}", f"{r.least - 1:.2f}", word)
+        table.add_row(r.loss, shape, *times, f"{r.ratio:.2f}", f"{r.part:.2f}", word)
     return table
