@@ -17,8 +17,15 @@ each_world = pytest.mark.parametrize("world", WORLDS)
 
 
 @each_world
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("torch_steps", [False, True], ids=["kernels", "torch"])
+@pytest.mark.parametrize(
+    ("torch_steps", "dtype"),
+    [
+        pytest.param(False, torch.float64, id="kernels-float64"),
+        pytest.param(False, torch.float32, id="kernels-float32"),
+        pytest.param(True, torch.float64, id="torch-float64"),
+        pytest.param(True, torch.float32, id="torch-float32", marks=pytest.mark.nightly),
+    ],
+)
 def test_matrix(world: int, dtype: torch.dtype, torch_steps: bool) -> None:
     """Every option, reduction and division of the classes; the bits are the same on all processes."""
     assert min(run(world, class_groups.matrix, dtype, torch_steps)) > 300
