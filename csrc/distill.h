@@ -129,23 +129,25 @@ public:
 
     void operator()(int64_t n) {
         auto* kept = a.sums ? reinterpret_cast<DivergenceSums*>(a.sums) + n : nullptr;
-        if (a.phase == WHOLE || a.phase == GATHER) {
+        const bool whole = a.phase == WHOLE;
+        if (whole || a.phase == GATHER) {
             all = DivergenceSums();
             gather(n);
             if (a.beyond) {
                 a.beyond[n] = is_beyond(all.student.origin(), ordinary) ||
                               is_beyond(all.teacher.origin(), teacher_ordinary);
-                if (a.beyond[n] && a.phase == WHOLE) return;
+                if (a.beyond[n] && whole) return;
             }
             if (a.label) gather_hard(n);
         } else {
             all = *kept;
         }
         if (a.phase != GATHER) relate_tops();
-        if (a.phase == WHOLE || a.phase == COMPARE) sum(n);
-        if (a.phase == REFINE) a.beyond[n] = divergence() < small();
-        if (a.phase == WHOLE ? divergence() < small() : a.phase == REFINE && a.beyond[n]) sum_small(n);
-        if (a.phase == WHOLE || a.phase == FINISH)
+        if (whole || a.phase == COMPARE) sum(n);
+        const bool refines = (whole || a.phase == REFINE) && divergence() < small();
+        if (refines) sum_small(n);
+        if (a.phase == REFINE) a.beyond[n] = refines;
+        if (whole || a.phase == FINISH)
             finish_row(n);
         else
             *kept = all;

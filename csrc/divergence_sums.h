@@ -91,7 +91,7 @@ static_assert(sizeof(DivergenceSums) == divergence_sums * sizeof(double));
 static_assert(offsetof(DivergenceSums, forward) == softmax_sums * sizeof(double));
 
 // What processes gathered of a row, each of its own classes, in the order of their ranks.
-inline void merge_divergences(const MergeDivergencesArgs& a) {
+inline void merge_divergences(const MergeArgs& a) {
     const double by = 1 / a.temperature;
     parallel_ranges(a.n, 1024, [&](int64_t begin, int64_t end) {
         for (int64_t n = begin; n < end; ++n) {

@@ -8,7 +8,7 @@ namespace fusedloss::kernels {
 int64_t linear(const LinearArgs&) { __builtin_trap(); }
 int64_t distill(const DistillArgs&) { __builtin_trap(); }
 int64_t merge(const MergeArgs&) { __builtin_trap(); }
-int64_t merge_divergences(const MergeDivergencesArgs&) { __builtin_trap(); }
+int64_t merge_divergences(const MergeArgs&) { __builtin_trap(); }
 int64_t accumulate(const AccumulateArgs&) { __builtin_trap(); }
 int64_t head_rows(const HeadRowsArgs&) { __builtin_trap(); }
 int64_t head_results(const HeadResultsArgs&) { __builtin_trap(); }
@@ -36,7 +36,7 @@ int64_t merge(const MergeArgs& a) {
     return fine;
 }
 
-int64_t merge_divergences(const MergeDivergencesArgs& a) {
+int64_t merge_divergences(const MergeArgs& a) {
     fusedloss::merge_divergences(a);
     return fine;
 }

@@ -10,6 +10,7 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <utility>
 
 #include "../../csrc/convert.h"
@@ -98,6 +99,11 @@ int64_t size(Random& r, int64_t most) {
     if (r.chance(50)) return 1 + r.below(std::min<int64_t>(most, 20));
     const int64_t near = r.of<int64_t>({16, 64, 256, 1024, 2048, 4096, 33000});
     return std::clamp<int64_t>(near - 2 + r.below(5), 0, most);
+}
+
+std::pair<int64_t, int64_t> rows_of_classes(Random& r, int64_t most_classes) {
+    const int64_t most = budget(r), classes = std::max<int64_t>(1, size(r, std::min(most, most_classes)));
+    return {size(r, most / classes), classes};
 }
 
 struct Tensor {

@@ -39,9 +39,7 @@ Tensor labels(Random& r, int64_t n, int64_t classes) {
 
 void linear_call(Random& r) {
     LinearArgs a{};
-    const int64_t most = budget(r);
-    a.c = std::max<int64_t>(1, size(r, std::min<int64_t>(most, 4200)));
-    a.n = size(r, most / a.c);
+    std::tie(a.n, a.c) = rows_of_classes(r, 4200);
     a.differentiate = r.chance(50);
     a.smoothing = r.chance(50) ? 0.0 : r.uniform(0, 1);
     a.z_loss = r.chance(30) ? 0.01 : 0.0;
@@ -99,7 +97,7 @@ void linear_call(Random& r) {
         head.fill();
         for (int64_t k = 0; k < parts; ++k) part(k, true, !shards && k + 1 == parts);
         if (!shards) return int64_t(-1);
-        const MergeArgs merge{a.n, parts, label ? 1 : 0, doubles(gathered), doubles(sums)};
+        const MergeArgs merge{a.n, parts, label ? 1 : 0, 1.0, doubles(gathered), doubles(sums)};
         require(fusedloss_run(MERGE, &merge) == fine, "merge: no memory");
         for (int64_t k = 0; k < parts; ++k) part(k, false, true);
         return int64_t(-1);
@@ -113,9 +111,7 @@ void linear_call(Random& r) {
 
 void distill_call(Random& r) {
     DistillArgs a{};
-    const int64_t most = budget(r);
-    a.c = std::max<int64_t>(1, size(r, std::min<int64_t>(most, 4200)));
-    a.n = size(r, most / a.c);
+    std::tie(a.n, a.c) = rows_of_classes(r, 4200);
     a.of_teacher = r.chance(66);
     a.of_student = !a.of_teacher || r.chance(50);
     a.differentiate = r.chance(50);
@@ -177,7 +173,7 @@ void distill_call(Random& r) {
                 std::copy_n(&own[size_t(n * divergence_sums)], softmax_sums,
                             doubles(gathered) + (k * a.n + n) * softmax_sums);
         }
-        const MergeDivergencesArgs merge{a.n, parts, a.temperature, doubles(gathered), doubles(merged)};
+        const MergeArgs merge{a.n, parts, 0, a.temperature, doubles(gathered), doubles(merged)};
         require(fusedloss_run(MERGE_DIVERGENCES, &merge) == fine, "merge_divergences: no memory");
         add_up(COMPARE, softmax_sums, softmax_sums + 2);
         add_up(REFINE, softmax_sums + 2, divergence_sums);

@@ -60,9 +60,7 @@ void ctc_call(Random& r) {
 
 void margins_call(Random& r) {
     MarginArgs a{};
-    const int64_t most = budget(r);
-    a.classes = std::max<int64_t>(1, size(r, std::min<int64_t>(most, 300)));
-    a.rows = size(r, most / a.classes);
+    std::tie(a.rows, a.classes) = rows_of_classes(r, 300);
     a.sets = r.chance(50);
     a.labels = a.sets ? a.classes : 1;
     a.squared = !a.sets && r.chance(50);

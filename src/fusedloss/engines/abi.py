@@ -277,15 +277,9 @@ LINEAR = Struct(
 MERGE = Struct(
     "MergeArgs",  # what several processes gathered of rows, each of its own classes
     "int64_t n, ranks",
-    "int64_t labelled  // the own class is the target's; else the largest",
-    "const double* parts  // the sums of n rows of each process, one after another",
-    "double* sums",
-)
-MERGE_DIVERGENCES = Struct(
-    "MergeDivergencesArgs",  # as `merge`, of two heads
-    "int64_t n, ranks",
-    "double temperature",
-    "const double* parts  // the SOFTMAX_SUMS of n rows of each process, one after another",
+    "int64_t labelled  // of one head: the own class is the target's; else the largest",
+    "double temperature  // of two heads",
+    "const double* parts  // the sums of n rows of each process, one after another; of two heads SOFTMAX_SUMS",
     "double* sums",
 )
 ACCUMULATE = Struct(
@@ -344,7 +338,7 @@ KERNELS = {
     "linear": LINEAR,
     "distill": DISTILL,
     "merge": MERGE,
-    "merge_divergences": MERGE_DIVERGENCES,
+    "merge_divergences": MERGE,
     "accumulate": ACCUMULATE,
     "head_rows": HEAD_ROWS,
     "head_results": HEAD_RESULTS,

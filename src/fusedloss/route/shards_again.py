@@ -17,6 +17,7 @@ from torch import Tensor
 from ..autograd.functions import at_once, by_all_means, found_again, named, prepare, spanned
 from ..autograd.saved import Changed, unchanged, unpacked
 from ..core import plain, sharded, torch_state
+from ..engines import gpu
 from ..engines.again import Again
 from ..kinds.torch_m import OutsideDomain
 from . import memo, shards
@@ -90,7 +91,7 @@ def _stays(done: shards.Done, tensors: Given) -> bool:
     for k, (tensor, shard) in enumerate(zip(tensors, done.shards, strict=True)):
         if tensor is None:
             continue
-        if not shard.is_cpu or plain.gap(shard):  # errors of a GPU come late
+        if not shard.is_cpu or gpu.serves(shard) or plain.gap(shard):  # errors of a GPU come late
             return False
         if not sharded.is_sharded(tensor):
             if shard is not tensor:
@@ -162,8 +163,8 @@ class Repeated:
 
     def prepared(self, tensors: Given) -> Again:
         local = (*self.locals(tensors), *self.absent)
-        more = {"over": True} if self.over else {}
-        again = prepare(self.loss, self.done.call, local, (*tensors, *self.absent), **more)
+        given = (self.loss, self.done.call, local, (*tensors, *self.absent))
+        again = prepare(*given, over=self.over)
         if again is None:
             raise plain.Unreadable
         self.apply = named(_Repeated, self.loss)

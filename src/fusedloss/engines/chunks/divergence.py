@@ -7,15 +7,15 @@ import math
 import torch
 from torch import Tensor
 
-from ...core.reduce import wide
 from ...kinds.distill import DistillCall, Softmax, divergence, log_ratios, to_mixture
 from ...kinds.heads import Rows, Slot, capped
-from ..abi import DIVERGENCE_SUMS
+from . import steps
 
 # What is known of a row, as csrc/distill.h has it; exps are not raised here.
 STUDENT, TEACHER = slice(0, 4), slice(4, 8)
 MAX, OTHERS, OWN, TOP = range(4)  # of each
-AT, HARD_OTHERS, HARD_OWN, HARD_X, FORWARD, MEAN, SMALL_FORWARD, SMALL_REVERSE = range(8, 16)
+AT, HARD = 8, slice(9, 12)  # the others, the own class, its logit
+FORWARD, MEAN, SMALL_FORWARD, SMALL_REVERSE = range(12, 16)
 
 
 def step(
@@ -24,17 +24,19 @@ def step(
     logits: Tensor,
     teacher: Tensor,
     target: Slot,
-    first: int,
     sums: Tensor,
     results: Rows | None,
     incoming: Rows | None,
 ) -> int:
-    """A phase of a chunk (n, C) of the shard whose class `first` is."""
-    x = capped(logits.to(wide(logits)), call.softcap)
+    """A phase of a chunk (n, C) of the call's shard."""
+    x = steps.logits_of(call, logits)
     t = capped(teacher.to(x.dtype), call.teacher_softcap)
-    label = None if target is None else _Label(call, target, first, x.shape[1])
     if phase == "GATHER":
-        _gather(call, x, t, label, first, sums)
+        sums.zero_()
+        _gather(call, x, t, sums)
+        if target is not None:
+            hard = steps.gather(call, logits, target, None)
+            sums[:, HARD] = hard[:, [steps.OTHERS, steps.OWN, steps.OWN_X]]
         return 0
     row = _Row(call, x, t, sums)
     if phase == "COMPARE":
@@ -44,24 +46,37 @@ def step(
         return 1  # to ask whether any is small would stop a queue
     else:
         assert results is not None
-        losses = call.soft_weight * row.divergence()
-        if label is not None:
-            losses = losses + call.hard_weight * _hard_loss(sums)
-            losses = torch.where(label.counted, losses, 0)
-        results.loss.copy_(losses)
-        if incoming is not None and x.shape[1]:
-            g = row.slope(first, incoming.loss)
-            if label is not None:
-                g = g + label.slope(x, sums, call.hard_weight * incoming.loss)
-            if call.softcap:
-                g = g * ((1 - x / call.softcap) * (1 + x / call.softcap))
-            logits.copy_(g if label is None else torch.where(label.counted.unsqueeze(1), g, 0))
+        _finish(call, logits, x, row, target, sums, results, incoming)
     return 0
+
+
+def _finish(
+    call: DistillCall,
+    logits: Tensor,
+    x: Tensor,
+    row: _Row,
+    target: Slot,
+    sums: Tensor,
+    results: Rows,
+    incoming: Rows | None,
+) -> None:
+    losses, counted = call.soft_weight * row.divergence(), call.counted(target)
+    if target is not None:
+        losses = losses + call.hard_weight * _hard_loss(sums)
+    results.loss.copy_(losses if counted is None else torch.where(counted, losses, 0))
+    if incoming is None or not x.shape[1]:
+        return
+    g = row.slope(incoming.loss)
+    if target is not None:
+        g = g + _hard_slope(call, x, target, sums, call.hard_weight * incoming.loss)
+    if call.softcap:
+        g = g * ((1 - x / call.softcap) * (1 + x / call.softcap))
+    logits.copy_(g if counted is None else torch.where(counted.unsqueeze(1), g, 0))
 
 
 def merge(call: DistillCall, parts: Tensor) -> Tensor:
     """Of the first sums (k, n, 12) of k processes those of all, with place for the rest."""
-    found = parts.new_zeros(parts.shape[1], DIVERGENCE_SUMS)
+    found = parts.new_zeros(parts.shape[1], call.sums)
     for which in (STUDENT, TEACHER):
         own = parts[..., which]
         first = own[..., MAX].argmax(0, keepdim=True)  # the first process that has the largest
@@ -77,9 +92,8 @@ def merge(call: DistillCall, parts: Tensor) -> Tensor:
         if which is STUDENT:
             found[:, AT] = parts[..., AT].gather(0, first)[0]
             once = _factors(own[..., MAX], largest, 1.0)
-    found[:, HARD_OTHERS] = (once * parts[..., HARD_OTHERS]).sum(0)
-    found[:, HARD_OWN] = (once * parts[..., HARD_OWN]).sum(0)
-    found[:, HARD_X] = parts[..., HARD_X].sum(0)
+    others, at_label, logit = parts[..., HARD].unbind(2)
+    found[:, HARD] = torch.stack([once * others, once * at_label, logit], 2).sum(0)
     return found
 
 
@@ -88,29 +102,9 @@ def _factors(maxima: Tensor, largest: Tensor, by: float) -> Tensor:
     return torch.where(maxima == largest, 1, ((maxima - largest) * by).exp())
 
 
-class _Label:
-    """Which of the shard's classes is each row's, and whether one is."""
-
-    def __init__(self, call: DistillCall, target: Tensor, first: int, classes: int) -> None:
-        at, self.counted = target - first, target != call.ignore_index
-        self.here = self.counted & (at >= 0) & (at < classes)
-        self.at = at.clamp(0, max(classes - 1, 0)).unsqueeze(1)
-
-    def own(self, values: Tensor) -> Tensor:
-        return torch.where(self.here, values.gather(1, self.at).squeeze(1), 0)
-
-    def slope(self, x: Tensor, sums: Tensor, scale: Tensor) -> Tensor:
-        """By the hard term."""
-        total = sums[:, HARD_OTHERS] + sums[:, HARD_OWN]
-        p = (x - _origin(sums[:, STUDENT], x)).exp() * (scale / total).unsqueeze(1).to(x.dtype)
-        own = (-scale * sums[:, HARD_OTHERS] / total).unsqueeze(1).to(x.dtype)
-        return p.scatter(1, self.at, torch.where(self.here.unsqueeze(1), own, p.gather(1, self.at)))
-
-
-def _gather(
-    call: DistillCall, x: Tensor, t: Tensor, label: _Label | None, first: int, sums: Tensor
-) -> None:
-    sums.zero_()
+def _gather(call: DistillCall, x: Tensor, t: Tensor, sums: Tensor) -> None:
+    """Of both softmaxes."""
+    assert call.shard is not None
     if not x.shape[1]:
         sums[:, MAX] = sums[:, 4 + MAX] = -math.inf
         sums[:, TOP] = sums[:, 4 + TOP] = -1
@@ -121,17 +115,9 @@ def _gather(
         e = ((each - _origin(columns, each)) / call.temperature).exp()
         columns[:, OWN] = torch.where(top == -math.inf, 0, e.gather(1, at)).squeeze(1)
         columns[:, OTHERS] = e.scatter(1, at, 0).sum(1, dtype=sums.dtype)
-        columns[:, TOP] = (at + first).squeeze(1)
+        columns[:, TOP] = (at + call.shard.first).squeeze(1)
         if which is STUDENT:
             sums[:, AT] = t.gather(1, at).squeeze(1)
-    if label is None:
-        return
-    e = (x - _origin(sums[:, STUDENT], x)).exp()
-    sums[:, HARD_OWN], sums[:, HARD_X] = label.own(e), label.own(x)
-    rest = e.scatter(
-        1, label.at, torch.where(label.here, 0, e.gather(1, label.at).squeeze(1)).unsqueeze(1)
-    )
-    sums[:, HARD_OTHERS] = rest.sum(1, dtype=sums.dtype)
 
 
 class _Row:
@@ -180,16 +166,17 @@ class _Row:
             return self.call.beta * forward + (1 - self.call.beta) * reverse
         return forward if self.kind == "forward" else reverse
 
-    def slope(self, first: int, incoming: Tensor) -> Tensor:
+    def slope(self, incoming: Tensor) -> Tensor:
         """By the logits."""
         p, q, d, call = self.p, self.q, self.d, self.call
+        assert call.shard is not None
         if self.kind == "forward":
             slope = torch.where(d > 0, q, -p) * torch.expm1(-d.abs())
             slope = torch.where((p == 0) & (q == 0), 0, slope)
         else:
             mean = self.sums[:, MEAN : MEAN + 1].to(p.dtype)
             slope = p * (self.to_student - (self.own_gap + mean))
-            classes = torch.arange(first, first + p.shape[1], device=p.device)
+            classes = torch.arange(p.shape[1], device=p.device) + call.shard.first
             is_top = classes == self.sums[:, TOP : TOP + 1]
             slope = torch.where(is_top, -p * mean, torch.where(p == 0, 0, slope))
         scale = incoming * call.soft_weight / call.temperature
@@ -212,6 +199,18 @@ def _origin(sums: Tensor, x: Tensor) -> Tensor:
 
 
 def _hard_loss(sums: Tensor) -> Tensor:
-    total, own = sums[:, HARD_OTHERS] + sums[:, HARD_OWN], sums[:, HARD_OWN]
-    log_sum = torch.where(own == 1, torch.log1p(sums[:, HARD_OTHERS]), total.log())
-    return log_sum + torch.where(own == 1, 0, sums[:, MAX] - sums[:, HARD_X])
+    others, own, own_x = sums[:, HARD].unbind(1)
+    behind = torch.where(own == 1, 0, sums[:, MAX] - own_x)
+    return steps.log_sum_of(others, own) + behind
+
+
+def _hard_slope(
+    call: DistillCall, x: Tensor, target: Tensor, sums: Tensor, scale: Tensor
+) -> Tensor:
+    others, own, _ = sums[:, HARD].unbind(1)
+    scale = scale / (others + own)
+    p = (x - _origin(sums[:, STUDENT], x)).exp() * scale.unsqueeze(1).to(x.dtype)
+    at, here = (each.unsqueeze(1) for each in steps.own_class(call, target, x))
+    # p - 1 as minus the others' share: exact where p is near 1.
+    certainly = (-scale * others).unsqueeze(1).to(x.dtype)
+    return p.scatter(1, at, torch.where(here, certainly, p.gather(1, at)))

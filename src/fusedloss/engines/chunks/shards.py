@@ -10,6 +10,7 @@ same bits; whether and when they exchange something depends on nothing that only
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,13 @@ from .chunked import DistillLoop, Index, Loop, some
 from .plan import AGAIN, Plan, on_host, plan
 from .products import Direct, Native
 
-Both = tuple[kernel.Logits, kernel.Logits]
+
+class Pair(NamedTuple):
+    """The logits of some rows of two heads, and their labels."""
+
+    student: kernel.Logits
+    teacher: kernel.Logits
+    target: Slot
 
 
 class GroupLoop(Loop):
@@ -211,51 +218,52 @@ class DivergenceLoop(GroupLoop, DistillLoop):
     def differentiate(self, product: Direct, head: int, rows: Index, n: int, add: bool) -> None:
         x, g = product.rows(self.input[rows]), self.matrix(n, self.classes)
         product.logits(x, g)
-        both = kernel.Logits(g, None, self.bias), self.teacher(rows, False)
+        target = None if self.target is None else self.targets(head, rows)
+        pair = Pair(kernel.Logits(g, None, self.bias), self.teacher(rows, False), target)
         if self.given is None:
-            both, own = self.gather(product, x, both, rows)
-            sums = self.of_all(both, own, rows)
+            pair, own = self.gather(product, x, pair, rows)
+            sums = self.of_all(pair, own)
             if self.merged is not None:
                 self.merged[:, head][rows] = sums
         else:
             sums = self.given[:, head][rows].contiguous()
             if any(self.rounds):  # they are of exact logits
-                both = self.exactly(product, x, both, rows)
+                pair = self.exactly(product, x, pair, rows)
         results = self.results.each(lambda t: t[:, head][rows])
         incoming = self.incoming and self.incoming.each(lambda t: t[:, head][rows])
-        self.phase("FINISH", both, rows, sums, results, incoming)
+        self.phase("FINISH", pair, sums, results, incoming)
         self.keep(results, head, rows)
         self.multiply(product, x, g, head, rows, add)
 
-    def gather(self, product: Direct, x: Tensor, both: Both, rows: Index) -> tuple[Both, Tensor]:
+    def gather(self, product: Direct, x: Tensor, pair: Pair, rows: Index) -> tuple[Pair, Tensor]:
         """The sums of both softmaxes over this process's classes, and the logits that they are of."""
         n = x.shape[0]
-        sums = x.new_empty(n, abi.DIVERGENCE_SUMS, dtype=exact(self.input))
+        sums = x.new_empty(n, self.call.sums, dtype=exact(self.input))
         beyond = torch.empty(n, dtype=torch.int64) if any(self.rounds) else None
-        if self.phase("GATHER", both, rows, sums, beyond=beyond) > 0:
-            both = self.exactly(product, x, both, rows)
-            self.phase("GATHER", both, rows, sums)
-        return both, sums
+        if self.phase("GATHER", pair, sums, beyond=beyond) > 0:
+            pair = self.exactly(product, x, pair, rows)
+            self.phase("GATHER", pair, sums)
+        return pair, sums
 
-    def exactly(self, product: Direct, x: Tensor, both: Both, rows: Index) -> Both:
+    def exactly(self, product: Direct, x: Tensor, pair: Pair, rows: Index) -> Pair:
         """With what rounding took from the logits."""
-        student, teacher = both
+        student, teacher, target = pair
         student = student._replace(lost=self.lost(product, x, student.values))
         if (input := self.tensors[7]) is not None:
             lost = self.lost(self.product, self.product.rows(input[rows]), teacher.values)
             teacher = teacher._replace(lost=lost)
-        return student, teacher
+        return Pair(student, teacher, target)
 
-    def of_all(self, both: Both, own: Tensor, rows: Index) -> Tensor:
+    def of_all(self, pair: Pair, own: Tensor) -> Tensor:
         """Of the sums over this process's classes those over all."""
         assert isinstance(self.call, DistillCall)
-        merge = kernel.merge_divergences if on_host(self.input) else divergence.merge
+        merge = kernel.merge if on_host(self.input) else divergence.merge
         sums = merge(self.call, self.shard.all_gather(own[:, : abi.SOFTMAX_SUMS]))
-        self.phase("COMPARE", both, rows, sums)
+        self.phase("COMPARE", pair, sums)
         self.add_up(sums[:, abi.SOFTMAX_SUMS : abi.SMALL_SUMS])
         small = torch.empty(len(sums), dtype=torch.int64) if on_host(self.input) else None
         # All processes find the same.
-        if self.phase("REFINE", both, rows, sums, beyond=small) > 0:
+        if self.phase("REFINE", pair, sums, beyond=small) > 0:
             self.add_up(sums[:, abi.SMALL_SUMS :])
         return sums
 
@@ -269,8 +277,7 @@ class DivergenceLoop(GroupLoop, DistillLoop):
     def phase(
         self,
         phase: str,
-        both: Both,
-        rows: Index,
+        pair: Pair,
         sums: Tensor,
         results: Rows | None = None,
         incoming: Rows | None = None,
@@ -278,15 +285,13 @@ class DivergenceLoop(GroupLoop, DistillLoop):
     ) -> int:
         """A step of theirs; how many rows are `beyond`."""
         assert isinstance(self.call, DistillCall)
-        target = None if self.target is None else self.targets(0, rows)
-        first = self.shard.first
         if not on_host(self.input):
-            x, t = both[0].values, both[1].values
-            return divergence.step(phase, self.call, x, t, target, first, sums, results, incoming)
+            x, t = pair.student.values, pair.teacher.values
+            return divergence.step(phase, self.call, x, t, pair.target, sums, results, incoming)
         own, theirs, *_ = (self.ordinary(rounds) for rounds in (*self.rounds, False))
         return kernel.distill(
-            *(self.call, *both, target, results, incoming, own, theirs, beyond),
+            *(self.call, *pair, results, incoming, own, theirs, beyond),
             phase=phase,
-            first=first,
+            first=self.shard.first,
             sums=sums,
         )

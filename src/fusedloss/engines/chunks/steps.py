@@ -73,7 +73,7 @@ def distill(
 def gather(call: LinearCall, logits: Tensor, target: Tensor, weight: Slot) -> Tensor:
     """What `csrc/linear.h` gathers of rows (n, C) of a shard's logits, (n, 8); its exps are not raised."""
     assert call.shard is not None
-    x = _logits(call, logits)
+    x = logits_of(call, logits)
     found = x.new_zeros(x.shape[0], LINEAR_SUMS, dtype=reduce.exact(x))
     if not x.shape[1]:
         found[:, TOP] = -math.inf
@@ -85,7 +85,7 @@ def gather(call: LinearCall, logits: Tensor, target: Tensor, weight: Slot) -> Te
     if call.probabilities:
         at, here = x.argmax(1), top != -math.inf
     else:
-        at, here = _own(call, target, x)
+        at, here = own_class(call, target, x)
     at = at.unsqueeze(1)
     own = e.gather(1, at).squeeze(1)
     found[:, MAX], found[:, TOP] = origin.to(found.dtype), top.to(found.dtype)
@@ -171,7 +171,7 @@ def _differentiate(
     """The gradient is p (even + tilted (x - max)) - g b."""
     largest, others, own, own_x, _, mass, _, products = sums.unbind(1)
     total, log_sum, own_weight, counted = _of_rows(call, target, weight, sums)
-    x = _logits(call, logits)
+    x = logits_of(call, logits)
     gaps = x - largest.unsqueeze(1).to(x.dtype)
     g = incoming.loss.to(sums.dtype)
     if grad_target is not None:
@@ -194,7 +194,7 @@ def _differentiate(
         slope -= g.unsqueeze(1).to(x.dtype) * soft
     if not call.probabilities:
         # p - 1 as minus the others' share: exact where p is near 1.
-        at, here = _own(call, target, x)
+        at, here = own_class(call, target, x)
         share, at = own / total, at.unsqueeze(1)
         bend = torch.where(share > 0, -of_entropy * (own_x - largest) * share, 0)
         certainly = rest * share + bend - g * own_weight * (others / total)
@@ -213,7 +213,7 @@ def _of_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Slot]:
     """The sums of exps and their logs, what the target's class weighs by itself, and which rows count."""
     total = sums[:, OTHERS] + sums[:, OWN]
-    log_sum = torch.where(sums[:, OWN] == 1, torch.log1p(sums[:, OTHERS]), total.log())
+    log_sum = log_sum_of(sums[:, OTHERS], sums[:, OWN])
     own_weight = torch.zeros_like(total)
     if not call.probabilities:
         own_weight += 1 - call.smoothing
@@ -222,11 +222,15 @@ def _of_rows(
     return total, log_sum, own_weight, call.counted(target)
 
 
-def _logits(call: LinearCall, logits: Tensor) -> Tensor:
+def log_sum_of(others: Tensor, own: Tensor) -> Tensor:
+    return torch.where(own == 1, torch.log1p(others), (others + own).log())
+
+
+def logits_of(call: LinearCall, logits: Tensor) -> Tensor:
     return capped(scaled(logits.to(wide(logits)), call.logit_scale), call.softcap)
 
 
-def _own(call: LinearCall, target: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def own_class(call: LinearCall, target: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Of each row where in the shard its class is, and whether it is there."""
     assert call.shard is not None
     at = target - call.shard.first

@@ -13,7 +13,6 @@ from .load import DTYPES, library, run
 
 PACK, PACK_DISTILL = abi.LINEAR.packer(), abi.DISTILL.packer()
 PACK_ACCUMULATE, PACK_MERGE = abi.ACCUMULATE.packer(), abi.MERGE.packer()
-PACK_MERGE_DIVERGENCES = abi.MERGE_DIVERGENCES.packer()
 
 
 class Logits(NamedTuple):
@@ -91,32 +90,24 @@ def step(
 
 
 def merge(call: LinearCall, parts: Tensor) -> Tensor:
-    """Of the sums (k, n, 8) of k processes, each of its own classes, those of all."""
+    """Of the sums (k, n, 8) of k processes, each of its own classes, those of all; of two heads (k, n, 12).
+
+    These leave place for the rest of the 16.
+    """
     ranks, n, _ = parts.shape
-    sums = parts.new_empty(n, abi.LINEAR_SUMS)
+    sums = parts.new_empty(n, call.sums)
+    kernel, temperature = "merge", 1.0
+    if isinstance(call, DistillCall):
+        kernel, temperature = "merge_divergences", call.temperature
     arguments = PACK_MERGE(
         n=n,
         ranks=ranks,
         labelled=not call.probabilities,
+        temperature=temperature,
         parts=parts.data_ptr(),
         sums=sums.data_ptr(),
     )
-    run("merge", call.loss, arguments)
-    return sums
-
-
-def merge_divergences(call: DistillCall, parts: Tensor) -> Tensor:
-    """The same of the sums (k, n, 12) of two heads, with place for the rest of the 16."""
-    ranks, n, _ = parts.shape
-    sums = parts.new_empty(n, abi.DIVERGENCE_SUMS)
-    arguments = PACK_MERGE_DIVERGENCES(
-        n=n,
-        ranks=ranks,
-        temperature=call.temperature,
-        parts=parts.data_ptr(),
-        sums=sums.data_ptr(),
-    )
-    run("merge_divergences", call.loss, arguments)
+    run(kernel, call.loss, arguments)
     return sums
 
 
