@@ -208,6 +208,9 @@ MUTANTS = [
     kernel("divergence_sums.h", "if (s.student.max > all.student.max) all.at = s.at;", "all.at = s.at;", SHARDED, **SHARDS),
     kernel("distill.h", "all.student.top += double(a.first);", "", SHARDED, **SHARDS),
     Mutant(OF_SHARDS, "total += each", "pass", SHARDED, **SHARDS),
+    # counts of all processes
+    Mutant("src/fusedloss/route/shards.py", "count = sums[1]", "count = self.counted", "derivatives", **PLACED_AGAIN),
+    Mutant("src/fusedloss/route/shards.py", "total + row[0], count + row[1]", "total + row[0], count", "derivatives", **PLACED_AGAIN),
     # calls of DTensors like earlier ones
     Mutant(PLACED, "if own is not place and own != place:", "if False:", "other_tensors", **PLACED_AGAIN),
     Mutant(PLACED, "arrived.to(torch.float64) * ctx.factor", "arrived.to(torch.float64)", "derivatives", **PLACED_AGAIN),
